@@ -1,0 +1,59 @@
+# `make` or `make help` lists the targets. Variables can be set on the command line:
+#   DEVICE=cpu|cuda   what to install for (default: what this machine has)
+#   PYTHON=...        the Python 3.11 or newer that .venv is made from
+#   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for pytest)
+
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p $(NEW_ENOUGH) && echo $$p && break; done)
+endif
+DEVICE ?=
+DEMO_MODEL := .demo/model
+# Without a size vLLM asks for most of the memory, and does not start where something else uses it.
+DEMO_ARGS := --dtype float32 --max-model-len 32768 --kv-cache-memory-bytes 256M
+MODEL ?= $(DEMO_MODEL)
+ARGS ?=
+
+BIN := .venv/bin
+NOT_HERE := not soak and not browser and not container and not cluster and not gpu
+
+export VLLM_NO_USAGE_STATS := 1
+# Nothing of the demo and the tests comes from a model hub.
+demo test test-all: export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo serve lint test test-all clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: ## make .venv and install vLLM and this project in it
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo 'make install: Python 3.11 or newer is missing: install it' \
+	'(Debian: apt install python3 python3-venv), or name one with PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) deploy/install.py --device '$(DEVICE)'
+
+demo: install ## serve a small checkpoint, ask it something, compare the answer with the reference
+	@$(BIN)/kimi-linear demo
+
+serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo checkpoint)
+ifeq ($(MODEL),$(DEMO_MODEL))
+	@$(BIN)/python -m vllm_kimi_linear.demo --out $(DEMO_MODEL)
+	@exec $(BIN)/vllm serve $(MODEL) $(DEMO_ARGS) $(ARGS)
+else
+	@exec $(BIN)/vllm serve $(MODEL) $(ARGS)
+endif
+
+lint: install ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test: lint ## lint, and every test that needs no special tool
+	@$(BIN)/pytest -m '$(NOT_HERE)' $(ARGS)
+
+test-all: install ## every tier whose tool is present; writes docs/verification.md
+	@$(BIN)/python tests/run_all.py
+
+clean: ## remove .venv, the demo checkpoint and build output
+	@rm -rf .venv .venv.lock .demo build dist *.egg-info deploy/cpu-alias/build deploy/cpu-alias/*.egg-info
+	@rm -f kernels/kda_kernels/cpu/_kda*.so

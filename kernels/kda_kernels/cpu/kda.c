@@ -1,0 +1,119 @@
+/* Entry point of the CPU kernels: checks the tables, picks the instruction set, shares the work among threads.
+ *
+ * Plain C for ctypes, no Python headers. Wants GCC (other compilers get the baseline instruction set only).
+ * It is compiled with -fopenmp but not linked with an OpenMP runtime: that of torch, already in the process,
+ * is to be used, since a second one would bring threads of its own to fight over the same cores.
+ */
+#include "kda.h"
+
+#include <omp.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KDA_DISPATCH 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#define KDA(name) kda_avx512_##name
+#define WIDTH 16
+#define KDA_AVX512
+#include "kda_simd.h"
+#undef KDA_AVX512
+#undef WIDTH
+#undef KDA
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt")
+#define KDA(name) kda_avx2_##name
+#define WIDTH 8
+#define KDA_AVX2
+#include "kda_simd.h"
+#undef KDA_AVX2
+#undef WIDTH
+#undef KDA
+#pragma GCC pop_options
+#endif
+
+#define KDA(name) kda_base_##name
+#define WIDTH 4
+#include "kda_simd.h"
+#undef WIDTH
+#undef KDA
+
+enum { ISA_BASE = 1, ISA_AVX2 = 2, ISA_AVX512 = 3 };
+
+/* The best instruction set of this machine: 1 baseline, 2 AVX2, 3 AVX-512. */
+int64_t kda_best_isa(void) {
+#ifdef KDA_DISPATCH
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+        return ISA_BASE;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl"))
+        return ISA_AVX512;
+    return ISA_AVX2;
+#else
+    return ISA_BASE;
+#endif
+}
+
+/* 0 if the tables are sound; __init__.py then finds the sentence for what is not. */
+static int check(const kda_call *c) {
+    if (c->bounds) {
+        if (c->bounds[0] != 0 || c->bounds[c->sequences] != c->rows) return 1;
+        for (int64_t n = 0; n < c->sequences; n++)
+            if (c->bounds[n] > c->bounds[n + 1]) return 1;
+    }
+    for (int64_t n = 0; n < c->sequences; n++)
+        if (c->slots[n] >= c->state_slots) return 1;
+    if (c->sequences < 2) return 0;
+    uint8_t *seen = calloc((size_t)c->state_slots / 8 + 1, 1);
+    if (!seen) return 1;
+    int bad = 0;
+    for (int64_t n = 0; n < c->sequences; n++) {
+        const int32_t slot = c->slots[n];
+        if (slot <= 0) continue;
+        bad |= seen[slot / 8] >> (slot % 8) & 1;
+        seen[slot / 8] |= (uint8_t)(1 << (slot % 8));
+    }
+    free(seen);
+    return bad;
+}
+
+/* For the caller to find out whether it and this library were made for one another. */
+int64_t kda_call_size(void) { return sizeof(kda_call); }
+
+/* One step of a layer. 0 if done; otherwise nothing was written. */
+int64_t kda_run(const kda_call *c) {
+    if (check(c)) return 1;
+    kda_task *task = kda_base_task;
+#ifdef KDA_DISPATCH
+    if (c->isa == ISA_AVX512) task = kda_avx512_task;
+    if (c->isa == ISA_AVX2) task = kda_avx2_task;
+#endif
+    const int64_t heads = c->heads, count = c->sequences * heads;
+    const int threads = (int)(count < c->threads ? count : c->threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#if defined(__x86_64__)
+        /* Decayed state passes through denormals, slow on many chips and too small to matter: make them zero. */
+        const unsigned control = _mm_getcsr();
+        _mm_setcsr(control | 0x8040);
+#endif
+        /* Each thread takes its part of the heads of every sequence, so that long and short sequences balance;
+         * the parts rotate from sequence to sequence, so that uneven parts do, too. */
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        for (int64_t n = 0; n < c->sequences; n++) {
+            const int64_t part = (me + n) % team;
+            for (int64_t head = heads * part / team; head < heads * (part + 1) / team; head++) task(c, n, head);
+        }
+#if defined(__x86_64__)
+        _mm_setcsr(control);
+#endif
+    }
+    return 0;
+}

@@ -1,0 +1,307 @@
+/* One head of KDA through the tokens of one sequence: docs/kda.md sections 2 to 5, in fp32.
+ *
+ * Included once for each instruction set, with WIDTH (lanes of a vector), KDA(name) and one of KDA_AVX512,
+ * KDA_AVX2 or neither defined. Head dimensions are multiples of 16, so that no loop has a tail: every channel
+ * goes through the same instructions. A value row of the state does not depend on the other rows, so it stays
+ * in registers while it passes through a block of tokens; and each token does the same arithmetic in the same
+ * order whatever block it falls in, so no split into chunks or batches changes a bit of the result.
+ */
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float KDA(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t KDA(bits) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t KDA(half) __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+#define vec KDA(vec)
+#define bits KDA(bits)
+#define half KDA(half)
+
+/* ---- the few operations that plain vector arithmetic does not give ---- */
+
+INLINE vec KDA(splat)(float x) { return x - (vec){0}; }
+
+#if defined(KDA_AVX512)
+INLINE vec KDA(fma)(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+/* min and max give their second argument when one is NaN */
+INLINE vec KDA(min)(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vec KDA(max)(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+/* the sum of all lanes, in every lane */
+INLINE vec KDA(sum)(vec a) {
+    __m512 x = (__m512)a;
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
+    return (vec)_mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
+}
+#elif defined(KDA_AVX2)
+INLINE vec KDA(fma)(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec KDA(min)(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vec KDA(max)(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vec KDA(sum)(vec a) {
+    __m256 x = (__m256)a;
+    x = _mm256_add_ps(x, _mm256_permute2f128_ps(x, x, 1));
+    x = _mm256_add_ps(x, _mm256_permute_ps(x, 0x4E));
+    return (vec)_mm256_add_ps(x, _mm256_permute_ps(x, 0xB1));
+}
+#else
+INLINE vec KDA(fma)(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec KDA(select)(bits mask, vec yes, vec no) { return (vec)((mask & (bits)yes) | (~mask & (bits)no)); }
+INLINE vec KDA(min)(vec a, vec b) { return KDA(select)((bits)(a < b), a, b); }
+INLINE vec KDA(max)(vec a, vec b) { return KDA(select)((bits)(a > b), a, b); }
+INLINE vec KDA(sum)(vec a) { return KDA(splat)((a[0] + a[2]) + (a[1] + a[3])); }
+#endif
+
+INLINE vec KDA(load)(const float *p) { return *(const vec *)p; }
+INLINE void KDA(store)(float *p, vec x) { *(vec *)p = x; }
+
+/* WIDTH elements from index i of an array of bf16 or fp32 */
+INLINE vec KDA(read)(const char *base, int64_t i, int is_bf16) {
+    if (!is_bf16) return *(const vec *)((const float *)base + i);
+    return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)base + i), bits) << 16);
+}
+
+INLINE void KDA(write)(char *base, int64_t i, vec x, int is_bf16) {
+    if (!is_bf16) {
+        *(vec *)((float *)base + i) = x;
+        return;
+    }
+    bits b = (bits)x, nan = (bits)(x != x);
+    bits rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    rounded = (nan & 0x7FC0) | (~nan & rounded);
+    *(half *)((uint16_t *)base + i) = __builtin_convertvector(rounded, half);
+}
+
+INLINE float KDA(read_one)(const char *base, int64_t i, int is_bf16) {
+    if (!is_bf16) return ((const float *)base)[i];
+    union { uint32_t u; float f; } x = {(uint32_t)((const uint16_t *)base)[i] << 16};
+    return x.f;
+}
+
+/* ---- elementary functions, right to 3 units in the last place ---- */
+
+/* e^x; 0 below -87.7, at least 1.6e38 above 88, NaN for NaN */
+INLINE vec KDA(exp)(vec x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    x = KDA(max)(KDA(splat)(-88.0f), KDA(min)(KDA(splat)(88.0f), x));
+    vec shifted = KDA(fma)(x, KDA(splat)(1.44269504f), KDA(splat)(shift));
+    vec n = shifted - shift;
+    vec r = KDA(fma)(n, KDA(splat)(-0.693359375f), x); /* ln 2 in two parts, the first exact in few bits */
+    r = KDA(fma)(n, KDA(splat)(2.12194440e-4f), r);
+    vec p = KDA(splat)(0.0013814538f);
+    p = KDA(fma)(p, r, KDA(splat)(0.008368745f));
+    p = KDA(fma)(p, r, KDA(splat)(0.04166839f));
+    p = KDA(fma)(p, r, KDA(splat)(0.16666521f));
+    p = KDA(fma)(p, r, KDA(splat)(0.49999994f));
+    p = KDA(fma)(p * r, r, r) + 1.0f;
+    bits exponent = (bits)shifted + 127; /* the shift's own bits fall out at the top */
+    return p * (vec)(exponent << 23);
+}
+
+INLINE vec KDA(sigmoid)(vec x) { return 1.0f / (1.0f + KDA(exp)(-x)); }
+
+/* log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x|, and log1p(u) = 2 artanh(u / (2 + u)) */
+INLINE vec KDA(softplus)(vec x) {
+    vec u = KDA(exp)(-(vec)((bits)x & 0x7FFFFFFF));
+    vec s = u / (2.0f + u), w = s * s;
+    vec p = KDA(splat)(0.2803128f);
+    p = KDA(fma)(p, w, KDA(splat)(0.27997863f));
+    p = KDA(fma)(p, w, KDA(splat)(0.4002177f));
+    p = KDA(fma)(p, w, KDA(splat)(0.6666641f));
+    return KDA(max)(KDA(splat)(0.0f), x) + KDA(fma)(s * w, p, s + s);
+}
+
+/* ---- sections 2 and 3: from projections to the operands of the recurrence ---- */
+
+/* weight [dim][taps] of a layer's parameters -> [taps][dim] in fp32 */
+INLINE void KDA(transpose)(const char *base, int64_t first, int is_bf16, float *weight, int dim, int taps) {
+    float flat[MAX_TAPS * MAX_DIM] __attribute__((aligned(64)));
+    if (is_bf16)
+        for (int i = 0; i < dim * taps; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 1));
+    else
+        for (int i = 0; i < dim * taps; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 0));
+    for (int i = 0; i < dim; i++)
+        for (int tap = 0; tap < taps; tap++) weight[tap * dim + i] = flat[i * taps + tap];
+}
+
+/* y = silu(conv(window)): window [taps-1 + n][dim], weight [taps][dim], y [n][dim] */
+INLINE void KDA(convolve)(const float *window, const float *weight, float *y, int n, int dim, int taps) {
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < dim; i += WIDTH) {
+            vec x = KDA(load)(window + t * dim + i) * KDA(load)(weight + i);
+            for (int tap = 1; tap < taps; tap++)
+                x = KDA(fma)(KDA(load)(window + (t + tap) * dim + i), KDA(load)(weight + tap * dim + i), x);
+            KDA(store)(y + t * dim + i, x * KDA(sigmoid)(x));
+        }
+}
+
+/* x *= scale / sqrt(sum(x^2) + 1e-6) for each of n rows */
+INLINE void KDA(normalise)(float *x, float scale, int n, int dim) {
+    for (int t = 0; t < n; t++, x += dim) {
+        vec square = {0};
+        for (int i = 0; i < dim; i += WIDTH) square = KDA(fma)(KDA(load)(x + i), KDA(load)(x + i), square);
+        float factor = scale / __builtin_sqrtf(KDA(sum)(square)[0] + 1e-6f);
+        for (int i = 0; i < dim; i += WIDTH) KDA(store)(x + i, KDA(load)(x + i) * factor);
+    }
+}
+
+/* ---- section 4: the recurrence ---- */
+
+/* n tokens through the state S [dim][dim] of one head; v [n][dim] is replaced by o.
+ *
+ * With k' = alpha k and q' = alpha q both products with the state can use S before its decay:
+ *   e = beta (v - S k'),  S = alpha S + e k,  o = S q' + e (k.q),
+ * so that the second product and the decay fill the time in which the first is summed up. */
+INLINE void KDA(scan)(float *S, const float *q, const float *k, const float *decayed_k, const float *alpha,
+                      const float *beta, const float *kq, float *v, int n, int dim) {
+    enum { ROWS = 2 };
+    vec s[ROWS][MAX_DIM / WIDTH];
+    const int width = dim / WIDTH;
+    for (int row = 0; row < dim; row += ROWS) {
+        float *state = S + (int64_t)row * dim;
+        /* In decode the state comes from memory and the sums wait for it: ask early, for the second cache. */
+        for (int i = 0; i < ROWS * dim; i += 16) __builtin_prefetch(state + 64 * dim + i, 0, 2);
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < width; i++) s[r][i] = KDA(load)(state + r * dim + i * WIDTH);
+        for (int t = 0; t < n; t++) {
+            const int64_t at = (int64_t)t * dim;
+            float *vt = v + at + row;
+            vec dot[ROWS][2] = {{{0}}}, e[ROWS], o[ROWS][2] = {{{0}}};
+#pragma GCC unroll 8
+            for (int i = 0; i < width; i++) {
+                const vec key = KDA(load)(decayed_k + at + i * WIDTH);
+                for (int r = 0; r < ROWS; r++) dot[r][i & 1] = KDA(fma)(s[r][i], key, dot[r][i & 1]);
+            }
+            for (int r = 0; r < ROWS; r++) e[r] = beta[t] * (vt[r] - KDA(sum)(dot[r][0] + dot[r][1]));
+#pragma GCC unroll 8
+            for (int i = 0; i < width; i++) {
+                const vec query = KDA(load)(q + at + i * WIDTH), a = KDA(load)(alpha + at + i * WIDTH);
+                for (int r = 0; r < ROWS; r++) {
+                    o[r][i & 1] = KDA(fma)(s[r][i], query, o[r][i & 1]);
+                    s[r][i] *= a;
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < width; i++) {
+                const vec key = KDA(load)(k + at + i * WIDTH);
+                for (int r = 0; r < ROWS; r++) s[r][i] = KDA(fma)(e[r], key, s[r][i]);
+            }
+            for (int r = 0; r < ROWS; r++)
+                vt[r] = KDA(fma)(e[r], KDA(splat)(kq[t]), KDA(sum)(o[r][0] + o[r][1]))[0];
+        }
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < width; i++) KDA(store)(state + r * dim + i * WIDTH, s[r][i]);
+    }
+}
+
+/* Ask for `dim` elements from index i: a head's part of a row is too short for the hardware to see a pattern. */
+INLINE void KDA(prefetch)(const char *base, int64_t i, int dim, int is_bf16) {
+    const int size = is_bf16 ? 2 : 4;
+    for (int byte = 0; byte < dim * size; byte += 64) __builtin_prefetch(base + i * size + byte);
+}
+
+/* ---- one head of one sequence, block by block ---- */
+
+INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim, int taps, int bf16) {
+    const int64_t start = c->bounds ? c->bounds[sequence] : sequence;
+    const int64_t end = c->bounds ? c->bounds[sequence + 1] : sequence + 1;
+    const int64_t slot = c->slots[sequence], width = c->heads * dim, first = head * dim;
+    const size_t size = bf16 ? 2 : 4;
+    if (slot <= 0) {
+        for (int64_t t = start; t < end; t++)
+            __builtin_memset(c->out + (t * c->out_stride + first) * size, 0, dim * size);
+        return;
+    }
+    const int resume = c->resume ? c->resume[sequence] : 1, past = taps - 1;
+    float *S = c->recurrent + slot * c->recurrent_slot_stride + head * dim * dim;
+    char *conv = c->conv + slot * c->conv_slot_stride * size;
+
+    float window[3][(MAX_TAPS - 1 + BLOCK) * MAX_DIM] __attribute__((aligned(64)));
+    float weight[3][MAX_TAPS * MAX_DIM] __attribute__((aligned(64)));
+    float qkv[3][BLOCK * MAX_DIM] __attribute__((aligned(64)));
+    float alpha[BLOCK * MAX_DIM] __attribute__((aligned(64)));
+    float decayed_k[BLOCK * MAX_DIM] __attribute__((aligned(64)));
+    float beta[BLOCK], kq[BLOCK];
+
+    if (!resume) __builtin_memset(S, 0, sizeof(float) * dim * dim);
+    for (int part = 0; part < 3; part++) {
+        const int64_t channel = part * width + first;
+        for (int row = 0; row < past; row++)
+            for (int i = 0; i < dim; i += WIDTH)
+                KDA(store)(window[part] + row * dim + i,
+                           resume ? KDA(read)(conv, row * c->conv_row_stride + channel + i, bf16) : (vec){0});
+        KDA(transpose)(c->conv_weight, channel * taps, c->conv_weight_bf16, weight[part], dim, taps);
+    }
+    const vec rate = -KDA(exp)(KDA(splat)(c->a_log[head]));
+    const float scale = 1.0f / __builtin_sqrtf((float)dim), eps = (float)c->norm_eps;
+
+    for (int64_t at = start; at < end; at += BLOCK) {
+        const int n = end - at < BLOCK ? (int)(end - at) : BLOCK;
+        for (int part = 0; part < 3; part++) {
+            float *fresh = window[part] + past * dim;
+            for (int t = 0; t < n; t++)
+                for (int i = 0; i < dim; i += WIDTH)
+                    KDA(store)(fresh + t * dim + i,
+                               KDA(read)(c->qkv, (at + t) * c->qkv_stride + part * width + first + i, bf16));
+            KDA(convolve)(window[part], weight[part], qkv[part], n, dim, taps);
+            __builtin_memmove(window[part], window[part] + n * dim, sizeof(float) * past * dim);
+        }
+        for (int t = 0; t < n; t++) KDA(prefetch)(c->gate, (at + t) * c->gate_stride + first, dim, bf16);
+        for (int64_t t = at + n; t < end && t < at + n + BLOCK; t++) {
+            KDA(prefetch)(c->forget, t * c->forget_stride + first, dim, bf16);
+            for (int part = 0; part < 3; part++)
+                KDA(prefetch)(c->qkv, t * c->qkv_stride + part * width + first, dim, bf16);
+        }
+        KDA(normalise)(qkv[0], scale, n, dim);
+        KDA(normalise)(qkv[1], 1.0f, n, dim);
+        for (int t = 0; t < n; t++) {
+            vec product = {0};
+            for (int i = 0; i < dim; i += WIDTH) {
+                vec z = KDA(read)(c->forget, (at + t) * c->forget_stride + first + i, bf16)
+                        + KDA(load)(c->dt_bias + first + i);
+                vec a = KDA(exp)(rate * KDA(softplus)(z));
+                vec q = KDA(load)(qkv[0] + t * dim + i), k = KDA(load)(qkv[1] + t * dim + i);
+                product = KDA(fma)(q, k, product);
+                KDA(store)(alpha + t * dim + i, a);
+                KDA(store)(qkv[0] + t * dim + i, a * q);
+                KDA(store)(decayed_k + t * dim + i, a * k);
+            }
+            kq[t] = KDA(sum)(product)[0];
+            beta[t] = KDA(sigmoid)(KDA(splat)(KDA(read_one)(c->beta, (at + t) * c->beta_stride + head, bf16)))[0];
+        }
+        KDA(scan)(S, qkv[0], qkv[1], decayed_k, alpha, beta, kq, qkv[2], n, dim);
+        for (int t = 0; t < n; t++) { /* section 5 */
+            const float *o = qkv[2] + t * dim;
+            vec square = {0};
+            for (int i = 0; i < dim; i += WIDTH) square = KDA(fma)(KDA(load)(o + i), KDA(load)(o + i), square);
+            const float factor = 1.0f / __builtin_sqrtf(KDA(sum)(square)[0] / dim + eps);
+            for (int i = 0; i < dim; i += WIDTH) {
+                vec gate = KDA(sigmoid)(KDA(read)(c->gate, (at + t) * c->gate_stride + first + i, bf16));
+                vec norm = c->norm_weight_bf16 ? KDA(read)(c->norm_weight, i, 1) : KDA(read)(c->norm_weight, i, 0);
+                KDA(write)(c->out, (at + t) * c->out_stride + first + i, KDA(load)(o + i) * factor * norm * gate,
+                           bf16);
+            }
+        }
+    }
+    for (int part = 0; part < 3; part++)
+        for (int row = 0; row < past; row++)
+            for (int i = 0; i < dim; i += WIDTH)
+                KDA(write)(conv, row * c->conv_row_stride + part * width + first + i,
+                           KDA(load)(window[part] + row * dim + i), bf16);
+}
+
+/* Common shapes get code of their own; the last line serves the rest. */
+static void KDA(task)(const kda_call *c, int64_t sequence, int64_t head) {
+    const int dim = (int)c->dim, taps = (int)c->taps, bf16 = (int)c->rows_bf16;
+    if (dim == 128 && taps == 4 && bf16) KDA(head)(c, sequence, head, 128, 4, 1);
+    else if (dim == 128 && taps == 4) KDA(head)(c, sequence, head, 128, 4, 0);
+    else if (dim == 64 && taps == 4 && bf16) KDA(head)(c, sequence, head, 64, 4, 1);
+    else if (dim == 64 && taps == 4) KDA(head)(c, sequence, head, 64, 4, 0);
+    else KDA(head)(c, sequence, head, dim, taps, bf16);
+}
+
+#undef vec
+#undef bits
+#undef half
+#undef INLINE

@@ -1,0 +1,1 @@
+"""What stands around `vllm serve`: launch planner, gateway, playground. HTTP only, never torch. None is written yet."""

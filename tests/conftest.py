@@ -1,0 +1,66 @@
+"""Fixtures that every test may use: the demo checkpoint and running servers, one for each distinct set of flags."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.launch import Server
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+# fp32 with a small cache and a small token budget, so that prompts are prefilled in several chunks.
+FLAGS = (
+    "--dtype=float32",
+    "--max-model-len=8192",
+    "--kv-cache-memory-bytes=1G",
+    "--max-num-batched-tokens=1024",
+    "--no-enable-prefix-caching",
+)
+MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
+
+
+class ServerPool:
+    """Starts a server for a (model, flags, env) when first asked, shares it, and retires the oldest."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.servers: dict[tuple, Server] = {}
+        self.started = 0
+
+    def __call__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
+        key = (str(model), flags, tuple(sorted((env or {}).items())))
+        server = self.servers.pop(key, None)
+        if server is None:
+            while len(self.servers) >= MOST_SERVERS:
+                self.servers.pop(next(iter(self.servers))).stop()
+            self.started += 1
+            # One thread a server: the demo model is too small for more, and idle OpenMP threads spin.
+            env = {"OMP_NUM_THREADS": "1", **(env or {})}
+            server = Server(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()
+        self.servers[key] = server
+        return server
+
+    def close(self) -> None:
+        for server in self.servers.values():
+            server.stop()
+        self.servers.clear()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint of seed 0."""
+    path = tmp_path_factory.mktemp("demo")
+    demo.main(["--out", str(path)])
+    return path
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """`servers(model, *flags, env=...)`: a running server with those flags, shared by the whole session."""
+    pool = ServerPool(tmp_path_factory.mktemp("servers"))
+    yield pool
+    pool.close()

@@ -1,0 +1,188 @@
+"""Problems for the KDA kernels and an oracle that shares no code with them."""
+
+import copy
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from kda_kernels import reference
+from kda_kernels.types import KdaInputs, KdaParams, KdaState
+
+
+@dataclass
+class Problem:
+    inputs: KdaInputs
+    params: KdaParams
+    state: KdaState
+    cu_seqlens: Tensor
+    slots: Tensor
+    resume: Tensor
+    out: Tensor
+
+    def clone(self) -> "Problem":
+        return copy.deepcopy(self)  # keeps strides: tensors are copied with their storage
+
+    def prefill(self, backend: ModuleType) -> "Problem":
+        backend.prefill(self.inputs, self.params, self.state, self.cu_seqlens, self.slots, self.resume, self.out)
+        return self
+
+    def decode(self, backend: ModuleType) -> "Problem":
+        backend.decode(self.inputs, self.params, self.state, self.slots, self.out)
+        return self
+
+    def lengths(self) -> list[int]:
+        return self.cu_seqlens.diff().tolist()
+
+    def part(self, start: int, end: int, sequence: int, resume: bool) -> "Problem":
+        """Rows start to end, all of one sequence, as a problem that shares this one's state and output."""
+        rows, picked = slice(start, end), slice(sequence, sequence + 1)
+        return Problem(
+            KdaInputs(*(getattr(self.inputs, f.name)[rows] for f in fields(KdaInputs))),
+            self.params,
+            self.state,
+            torch.tensor([0, end - start], dtype=torch.int32),
+            self.slots[picked],
+            torch.tensor([resume]),
+            self.out[rows],
+        )
+
+
+def make_problem(
+    lengths: list[int],
+    *,
+    heads: int = 2,
+    dim: int = 64,
+    taps: int = 4,
+    dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype = torch.float32,
+    slots: list[int] | None = None,
+    resume: list[bool] | bool = False,
+    strided: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """Random rows at trained scale: decays from 'forgets at once' to 'hardly ever', slots out of order.
+
+    strided: rows and slots are views with gaps, filled with NaN. Slots that are not resumed hold NaN too.
+    """
+    make = torch.Generator().manual_seed(seed)
+    rows, width, count = sum(lengths), heads * dim, len(lengths)
+    gap = 24 if strided else 0
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make)
+
+    def rows_of(channels: int) -> Tensor:
+        store = torch.full((rows, channels + gap), torch.nan, dtype=dtype)
+        store[:, gap // 2 : gap // 2 + channels] = randn(rows, channels).to(dtype)
+        return store[:, gap // 2 : gap // 2 + channels]
+
+    def paged(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        store = torch.full((count + 3, size + gap), torch.nan, dtype=dtype)
+        return store[:, :size].unflatten(1, shape)
+
+    inputs = KdaInputs(rows_of(3 * width), rows_of(width), rows_of(heads), rows_of(width))
+    params = KdaParams(
+        conv_weight=(randn(3 * width, taps) * 0.5).to(param_dtype),
+        a_log=torch.linspace(1.0, 16.0, heads).log(),
+        dt_bias=torch.linspace(-7.0, 1.0, width)[torch.randperm(width, generator=make)],
+        norm_weight=(1 + 0.1 * randn(dim)).to(param_dtype),
+        norm_eps=1e-5,
+    )
+    shapes = ((taps - 1, 3 * width), (heads, dim, dim))
+    state = KdaState(paged(shapes[0], dtype), paged(shapes[1], torch.float32))
+    if slots is None:
+        slots = (torch.randperm(count + 2, generator=make)[:count] + 1).tolist()
+    resumed = [resume] * count if isinstance(resume, bool) else resume
+    for slot, go_on in zip(slots, resumed, strict=True):
+        if go_on and slot > 0:
+            state.conv[slot] = randn(*shapes[0]).to(dtype)
+            state.recurrent[slot] = randn(*shapes[1])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    out = torch.full((rows, width + gap), torch.nan, dtype=dtype)[:, :width]
+    slot_table = torch.tensor(slots, dtype=torch.int32)
+    return Problem(inputs, params, state, bounds, slot_table, torch.tensor(resumed, dtype=torch.bool), out)
+
+
+def solve(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """docs/kda.md sections 2 to 5 by scalar loops in fp64, K-first: (out, state.conv, state.recurrent)."""
+    params, wide = problem.params, torch.float64
+    heads, dim, taps = params.heads, params.head_dim, params.taps
+    qkv, forget, beta, gate = (getattr(problem.inputs, f.name).to(wide) for f in fields(KdaInputs))
+    weight, a_log, dt_bias, norm = (
+        x.to(wide) for x in (params.conv_weight, params.a_log, params.dt_bias, params.norm_weight)
+    )
+    out = torch.zeros(qkv.shape[0], heads * dim, dtype=wide)
+    conv, recurrent = problem.state.conv.to(wide), problem.state.recurrent.to(wide)
+    bounds = problem.cu_seqlens.tolist()
+    for n, slot in enumerate(problem.slots.tolist()):
+        if slot <= 0:
+            continue
+        go_on = bool(problem.resume[n])
+        past = list(conv[slot]) if go_on else [torch.zeros(qkv.shape[1], dtype=wide)] * (taps - 1)
+        S = recurrent[slot].mT.clone() if go_on else torch.zeros(heads, dim, dim, dtype=wide)
+        for t in range(bounds[n], bounds[n + 1]):
+            past.append(qkv[t])
+            y = sum(weight[:, i] * past[len(past) - taps + i] for i in range(taps))
+            y = y / (1 + torch.exp(-y))
+            for h in range(heads):
+                q, k, v = (y[p * heads * dim + h * dim :][:dim] for p in range(3))
+                q = q / (q.square().sum() + 1e-6).sqrt() / dim**0.5
+                k = k / (k.square().sum() + 1e-6).sqrt()
+                z = forget[t, h * dim :][:dim] + dt_bias[h * dim :][:dim]
+                alpha = torch.exp(-a_log[h].exp() * torch.logaddexp(z, torch.zeros_like(z)))
+                decayed = alpha[:, None] * S[h]
+                error = v - decayed.T @ k
+                S[h] = decayed + torch.outer(k, error) / (1 + torch.exp(-beta[t, h]))
+                o = S[h].T @ q
+                o = o / (o.square().mean() + params.norm_eps).sqrt() * norm
+                out[t, h * dim :][:dim] = o / (1 + torch.exp(-gate[t, h * dim :][:dim]))
+        conv[slot] = torch.stack(past[len(past) - taps + 1 :])
+        recurrent[slot] = S.mT
+    return out, conv, recurrent
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in the 2-norm, 0 if both are zero, infinity if `got` is not finite."""
+    got, want = got.double(), want.double()
+    if not bool(got.isfinite().all()):
+        return float("inf")
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def load_backend(name: str) -> ModuleType:
+    if name == "reference":
+        return reference
+    return pytest.importorskip("kda_kernels.cpu", exc_type=ImportError)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """These problems are too small to share, and sharing costs most where cores are few and busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(name="make_problem")
+def make_problem_fixture():
+    return make_problem
+
+
+@pytest.fixture(name="solve")
+def solve_fixture():
+    return solve
+
+
+@pytest.fixture(name="relative_error")
+def relative_error_fixture():
+    return relative_error
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    return load_backend(request.param)

@@ -1,0 +1,140 @@
+"""A checkpoint that does not fit its config is refused, and the error names the tensor.
+
+No server is needed: a model without parameters takes every tensor for one of another pipeline stage's, after
+the checks. That the parameters themselves are filled is in test_full_size.py and in every exact answer.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_kimi_linear import demo, weights
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.demo import demo_config
+
+Tensor = tuple[str, torch.Tensor]
+EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
+
+
+@pytest.fixture(scope="module")
+def geometry() -> Geometry:
+    return Geometry.from_config(demo_config())
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> list[Tensor]:
+    """The demo's tensors, as the demo itself writes them."""
+    config = demo_config()
+    vocabulary = demo.build_vocabulary(config["vocab_size"])
+    return list(demo.Weights(config, vocabulary, seed=0, dtype="bfloat16"))
+
+
+def load(geometry: Geometry, tensors: Iterator[Tensor] | list[Tensor]) -> set[str]:
+    return weights.load(nn.Module(), geometry, tensors)
+
+
+def replaced(checkpoint: list[Tensor], name: str, tensor: torch.Tensor) -> list[Tensor]:
+    assert name in dict(checkpoint)
+    return [(n, tensor if n == name else t) for n, t in checkpoint]
+
+
+def test_demo_checkpoint_fits(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    assert load(geometry, checkpoint) == set()
+    assert load(geometry, reversed(checkpoint)) == set()
+
+
+def test_flat_a_log_fits(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    flat = [(n, t.flatten() if n.endswith("A_log") else t) for n, t in checkpoint]
+    assert any(n.endswith("A_log") for n, _ in flat)
+    assert load(geometry, flat) == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        EXPERT,
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.A_log",
+        "model.layers.0.self_attn.dt_bias",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.block_sparse_moe.gate.e_score_correction_bias",
+        "model.layers.1.block_sparse_moe.shared_experts.down_proj.weight",
+        "model.layers.3.self_attn.kv_a_layernorm.weight",
+        "model.layers.4.self_attn.k_conv1d.weight",
+        "model.layers.7.post_attention_layernorm.weight",
+    ],
+)
+def test_missing(geometry: Geometry, checkpoint: list[Tensor], name: str) -> None:
+    rest = [(n, t) for n, t in checkpoint if n != name]
+    assert len(rest) == len(checkpoint) - 1
+    with pytest.raises(weights.WeightError, match=f"tensor {name} is missing"):
+        load(geometry, rest)
+
+
+def test_many_missing(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    rest = [(n, t) for n, t in checkpoint if ".experts." not in n]
+    lost = len(checkpoint) - len(rest)
+    with pytest.raises(weights.WeightError, match=rf"experts\.0\.w1\.weight and {lost - 1} more is missing"):
+        load(geometry, rest)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.8.input_layernorm.weight",  # a layer too many
+        "model.layers.2.block_sparse_moe.experts.8.w1.weight",  # an expert too many
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.kv_b_proj.weight",  # MLA in a KDA layer
+        "model.layers.3.self_attn.A_log",  # KDA in an MLA layer
+        "model.layers.0.block_sparse_moe.gate.weight",  # experts in the dense layer
+        "model.layers.1.mlp.gate_proj.weight",  # a dense MLP in a layer of experts
+        "model.layers.3.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.block_sparse_moe.experts.0.w1.weight_scale",  # quantised
+        "transformer.wte.weight",
+    ],
+)
+def test_too_many(geometry: Geometry, checkpoint: list[Tensor], name: str) -> None:
+    with pytest.raises(weights.WeightError, match=f"tensor {name} is not part of this model"):
+        load(geometry, [*checkpoint, (name, torch.zeros(4))])
+
+
+@pytest.mark.parametrize("name", [EXPERT, "model.embed_tokens.weight", "model.layers.0.self_attn.A_log"])
+def test_wrong_shape(geometry: Geometry, checkpoint: list[Tensor], name: str) -> None:
+    shape = tuple(dict(checkpoint)[name].shape)
+    for wrong in ((*shape[:-1], shape[-1] + 1), (*shape, 1), ()):
+        with pytest.raises(weights.WeightError) as caught:
+            load(geometry, replaced(checkpoint, name, torch.zeros(wrong)))
+        assert name in str(caught.value)
+        assert str(list(wrong)) in str(caught.value)
+        assert str(list(shape)) in str(caught.value)
+
+
+def test_transposed(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    turned = dict(checkpoint)[name].T
+    with pytest.raises(weights.WeightError, match=name):
+        load(geometry, replaced(checkpoint, name, turned))
+
+
+def test_stored_twice(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    with pytest.raises(weights.WeightError, match=f"tensor {EXPERT} is stored twice"):
+        load(geometry, [*checkpoint, (EXPERT, dict(checkpoint)[EXPERT])])
+
+
+def test_errors_are_one_sentence(geometry: Geometry, checkpoint: list[Tensor]) -> None:
+    broken = {
+        "missing": checkpoint[1:],
+        "extra": [*checkpoint, ("extra", torch.zeros(1))],
+        "shape": [(checkpoint[0][0], torch.zeros(1)), *checkpoint[1:]],
+        "twice": [checkpoint[0], *checkpoint],
+    }
+    for tensors in broken.values():
+        with pytest.raises(weights.WeightError) as caught:
+            load(geometry, tensors)
+        what, _, remedy = str(caught.value).partition(": ")
+        assert what and remedy
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,70 @@
+"""Every patch of vLLM, each with its symptom, its cause, and when it goes away."""
+
+import functools
+from collections.abc import Callable
+
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.version import __version__ as vllm_version
+
+from vllm_kimi_linear import ARCHITECTURE
+
+logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
+
+KNOWN_VERSIONS = ("0.32.",)
+
+
+def apply() -> None:
+    """Register our KDA backend and apply the patches this version of vLLM needs. Idempotent."""
+    register_backend(
+        MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True
+    )
+    if not vllm_version.startswith(KNOWN_VERSIONS):
+        logger.warning_once(
+            "vLLM %s is not one that vllm-kimi-linear knows (%s*): its patches are not applied; "
+            "install a known version if the server misbehaves.",
+            vllm_version,
+            "*, ".join(KNOWN_VERSIONS),
+        )
+        return
+    keep_scheduling_on_cpu()
+
+
+def keep_scheduling_on_cpu() -> None:
+    """Keep chunked prefill, prefix caching, the token budget and the block size that were configured.
+
+    Symptom: on a CPU an MLA model runs without chunked prefill and prefix caching and prepares for one batch
+        of the whole context (a million tokens); warm prefix hits give wrong tokens, because the block size
+        falls back from the hybrid model's aligned one to 16 when the engine re-runs its configuration.
+    Cause: `CpuPlatform.check_and_update_config` sets these four for every MLA model on its own reference
+        backend, whatever backend the model brings, and is not idempotent for the block size.
+    Upstream: vllm-project/vllm#54076 concerns the block size that the scheduler reads.
+    Remove when: the CPU platform asks the model's backend what it supports.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    original: Callable = CpuPlatform.check_and_update_config.__func__
+    if getattr(original, "keeps_kimi_linear", False):
+        return
+
+    @functools.wraps(original)
+    def check_and_update_config(cls, vllm_config):
+        model_config = vllm_config.model_config
+        if model_config is None or model_config.architecture != ARCHITECTURE:
+            return original(cls, vllm_config)
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        kept = [
+            (cache, "enable_prefix_caching"),
+            (cache, "block_size"),
+            (cache, "mamba_ssm_cache_dtype"),
+            (scheduler, "enable_chunked_prefill"),
+            (scheduler, "max_num_batched_tokens"),
+        ]
+        values = [getattr(owner, name) for owner, name in kept]
+        original(cls, vllm_config)
+        for (owner, name), value in zip(kept, values, strict=True):
+            if value is not None:
+                setattr(owner, name, value)
+
+    vars(check_and_update_config)["keeps_kimi_linear"] = True
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

@@ -1,0 +1,81 @@
+"""Mixture of experts on the CPU: one pair of vLLM's packed oneDNN matrix products for each expert in use.
+
+vLLM's portable grouped kernel reads expert weights at a fraction of the memory bandwidth and multiplies at a
+fraction of oneDNN's rate on chips without AMX (docs/benchmarks/cpu.md has both). Routing, loading, sharding
+and the reduction over ranks stay vLLM's.
+"""
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.utils import replace_parameter
+
+# oneDNN compiles a product for each number of rows it meets; that many are kept for each expert.
+PRIMITIVES = 32
+
+
+def use_onednn_experts(runner: MoERunner) -> None:
+    """Let unquantised experts of `runner` run on oneDNN. Call it before the weights are processed."""
+    method = runner.routed_experts.quant_method
+    if isinstance(method, UnquantizedFusedMoEMethod):
+        method.experts_cls = OneDnnExperts
+
+
+class OneDnnExperts(CPUUnquantizedExperts):
+    """Experts as w2(silu(w1 x) * w3 x), each a oneDNN product over the rows routed to it, summed in fp32."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.gate_up = _pack(layer, "w13_weight")
+        self.down = _pack(layer, "w2_weight")
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """hidden_states [T, hidden], topk_weights and topk_ids [T, k] -> output [T, hidden]."""
+        chosen = topk_ids.flatten().long()
+        if expert_map is not None:
+            chosen = expert_map[chosen].long()
+        order = chosen.argsort(stable=True)
+        rows = order // topk_ids.shape[1]
+        weights = topk_weights.flatten()[order].float().unsqueeze(-1)
+        experts, counts = chosen[order].unique_consecutive(return_counts=True)
+        total = torch.zeros(output.shape, dtype=torch.float32)
+        first = 0
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            mine = slice(first, first + count)
+            first += count
+            if expert < 0:  # another rank's
+                continue
+            gate_up = _custom_ops.onednn_mm(self.gate_up[expert], hidden_states[rows[mine]], None)
+            hidden = gate_up.new_empty(count, gate_up.shape[1] // 2)
+            torch.ops._C.silu_and_mul(hidden, gate_up)
+            down = _custom_ops.onednn_mm(self.down[expert], hidden, None)
+            total.index_add_(0, rows[mine], down.float() * weights[mine])
+        output.copy_(total)
+
+
+def _pack(layer: torch.nn.Module, name: str) -> list[_custom_ops.CPUDNNLGEMMHandler]:
+    """Pack the parameter [experts, out, in] for oneDNN and free it; its shape stays, vLLM reads it."""
+    weight = getattr(layer, name)
+    packed = [_custom_ops.create_onednn_mm(expert.t(), PRIMITIVES) for expert in weight]
+    replace_parameter(layer, name, weight.new_empty(1).expand(weight.shape))
+    return packed

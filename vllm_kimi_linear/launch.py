@@ -1,0 +1,125 @@
+"""Start `vllm serve` as a child process and wait until it answers: for the demo, the tests and the benchmarks."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+# No model hub and no reporting. Threads unbound: by default vLLM ties each worker to cores from the first one on and
+# keeps others for its front end, which on a small machine is half of it, and the same half for every server.
+DEFAULT_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class StartError(RuntimeError):
+    """The server ended, or stayed silent, before it was ready; `log` holds what it printed."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(f"{message}\n{log[-6000:]}")
+        self.log = log
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`vllm serve MODEL *flags` on a free loopback port; a context manager that stops it and its children.
+
+    `log_path` receives everything the server prints. Its environment is DEFAULT_ENV, over it this process's
+    own, over that `env`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        flags: Sequence[str] = (),
+        *,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model = str(model)
+        self.flags = [str(flag) for flag in flags]
+        self.log_path = log_path
+        self.env = {**DEFAULT_ENV, **os.environ, **(env or {})}
+        self.port = free_port()
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def command(self) -> list[str]:
+        program = Path(sys.executable).with_name("vllm")
+        return [str(program), "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def start(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
+        """Start and return when /health answers; raises StartError if it ends or `timeout` seconds pass."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            # A session of its own, so that stop() reaches the engine and worker processes as well.
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                start_new_session=True,
+            )
+        begun = time.monotonic()
+        while not self.is_healthy():
+            seconds = time.monotonic() - begun
+            if self.process.poll() is not None:
+                raise StartError(f"vllm serve ended with status {self.process.returncode}.", self.log)
+            if seconds > timeout:
+                self.stop()
+                raise StartError(f"vllm serve was not ready after {timeout:.0f} s.", self.log)
+            if waiting:
+                waiting(seconds)
+            time.sleep(0.25)
+        return self
+
+    def is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self, timeout: float = 20) -> None:
+        """Ask the server to end, then end every process of its session."""
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

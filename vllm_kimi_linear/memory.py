@@ -1,0 +1,200 @@
+"""Shapes, dtypes and bytes of weights, KDA state and MLA cache: the only copy of this arithmetic.
+
+Standard library only. Bytes are those of one tensor-parallel rank; `layers` (0-based) restricts an answer to
+a pipeline stage.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+
+from vllm_kimi_linear.config import Geometry
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the original checkpoint."""
+
+    name: str
+    shape: Shape
+    split: bool  # divided among tensor-parallel ranks, or a copy on each
+    layer: int | None = None  # None for embedding, final norm and output matrix
+    fp32: bool = False  # stored in fp32 whatever the model's dtype
+
+
+def weights(geometry: Geometry) -> Iterator[Weight]:
+    """Every tensor of the original checkpoint, whole shapes (docs/kda.md sections 1 and 9)."""
+    g = geometry
+    yield Weight("model.embed_tokens.weight", (g.vocab_size, g.hidden_size), True)
+    for layer, (kind, moe) in enumerate(zip(g.layer_kinds, g.layer_moe, strict=True)):
+        at = f"model.layers.{layer}"
+        attention = _kda_weights(g) if kind == "kda" else _mla_weights(g)
+        feed_forward = _moe_weights(g) if moe else _mlp_weights("mlp", g.hidden_size, g.intermediate_size)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield Weight(f"{at}.{norm}.weight", (g.hidden_size,), False, layer)
+        for name, shape, split in attention:
+            fp32 = name in ("A_log", "dt_bias")
+            yield Weight(f"{at}.self_attn.{name}", shape, split, layer, fp32)
+        for name, shape, split in feed_forward:
+            yield Weight(f"{at}.{name}", shape, split, layer, name.endswith("e_score_correction_bias"))
+    yield Weight("model.norm.weight", (g.hidden_size,), False)
+    yield Weight("lm_head.weight", (g.vocab_size, g.hidden_size), True)
+
+
+def _kda_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+    size, dim = g.kda_size, g.kda_head_dim
+    for part in "qkv":
+        yield f"{part}_proj.weight", (size, g.hidden_size), True
+        yield f"{part}_conv1d.weight", (size, 1, g.conv_taps), True
+    yield "A_log", (1, 1, g.kda_heads, 1), True
+    yield "dt_bias", (size,), True
+    yield "b_proj.weight", (g.kda_heads, g.hidden_size), True
+    for gate in "fg":
+        yield f"{gate}_a_proj.weight", (dim, g.hidden_size), False
+        yield f"{gate}_b_proj.weight", (size, dim), True
+    yield "o_norm.weight", (dim,), False
+    yield "o_proj.weight", (g.hidden_size, size), True
+
+
+def _mla_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+    heads = g.attention_heads
+    yield "q_proj.weight", (heads * (g.qk_nope_head_dim + g.qk_rope_head_dim), g.hidden_size), True
+    yield "kv_a_proj_with_mqa.weight", (g.latent_size, g.hidden_size), False
+    yield "kv_a_layernorm.weight", (g.kv_lora_rank,), False
+    yield "kv_b_proj.weight", (heads * (g.qk_nope_head_dim + g.v_head_dim), g.kv_lora_rank), True
+    yield "o_proj.weight", (g.hidden_size, heads * g.v_head_dim), True
+
+
+def _mlp_weights(at: str, hidden: int, width: int) -> Iterator[tuple[str, Shape, bool]]:
+    yield f"{at}.gate_proj.weight", (width, hidden), True
+    yield f"{at}.up_proj.weight", (width, hidden), True
+    yield f"{at}.down_proj.weight", (hidden, width), True
+
+
+def _moe_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+    at, width = "block_sparse_moe", g.moe_intermediate_size
+    yield f"{at}.gate.weight", (g.num_experts, g.hidden_size), False
+    yield f"{at}.gate.e_score_correction_bias", (g.num_experts,), False
+    for expert in range(g.num_experts):
+        yield f"{at}.experts.{expert}.w1.weight", (width, g.hidden_size), True
+        yield f"{at}.experts.{expert}.w2.weight", (g.hidden_size, width), True
+        yield f"{at}.experts.{expert}.w3.weight", (width, g.hidden_size), True
+    if g.shared_experts:
+        yield from _mlp_weights(f"{at}.shared_experts", g.hidden_size, width * g.shared_experts)
+
+
+def parameters(geometry: Geometry) -> int:
+    """Number of parameters of the whole model."""
+    return sum(prod(w.shape) for w in weights(geometry))
+
+
+def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None = None) -> int:
+    """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
+    total = 0
+    for w in weights(geometry):
+        layer = w.layer
+        if layer is None:
+            layer = 0 if w.name.startswith("model.embed_tokens") else geometry.num_layers - 1
+        if layers is None or layer in layers:
+            ranks = geometry.tensor_parallel if w.split else 1
+            total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
+    return total
+
+
+def kda_state_shapes(geometry: Geometry, *, speculative: int = 0) -> tuple[Shape, Shape]:
+    """Shapes of the two states of one KDA layer and sequence on one rank.
+
+    The convolution's is [taps - 1 (+ draft tokens), 3P], oldest row first, channels q|k|v, in the activations'
+    dtype; the recurrence's is [H, V, K], fp32 unless asked otherwise.
+    """
+    g, ranks = geometry, geometry.tensor_parallel
+    conv = (g.conv_taps - 1 + speculative, 3 * g.kda_size // ranks)
+    return conv, (g.kda_heads // ranks, g.kda_head_dim, g.kda_head_dim)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How vLLM pages the cache of one rank.
+
+    All layers have pages of one size. A block of tokens is the smallest, in multiples of the alignment, whose
+    MLA page holds a KDA state; the state is padded to that page. The layers are dealt into groups of one kind
+    and equal length, and a block id stands for one page in each layer of a group.
+    """
+
+    kda_layers: int
+    mla_layers: int
+    state_bytes: int  # both states of one KDA layer and sequence, before padding
+    latent_bytes: int  # one token in one MLA layer; every tensor-parallel rank holds all of it
+    block_tokens: int
+    page_bytes: int
+    group_layers: int
+    kda_groups: int
+    mla_groups: int
+    state_pages: int  # resident per KDA layer and sequence
+    num_blocks: int  # the null block included
+
+    @property
+    def kda_state_bytes_per_sequence(self) -> int:
+        """Without padding, whatever the context."""
+        return self.kda_layers * self.state_bytes
+
+    @property
+    def mla_bytes_per_token(self) -> int:
+        return self.mla_layers * self.latent_bytes
+
+    def blocks_per_sequence(self, context: int) -> int:
+        """Blocks that a sequence of `context` tokens takes."""
+        return self.mla_groups * ceil(context / self.block_tokens) + self.kda_groups * self.state_pages
+
+    def bytes_per_sequence(self, context: int) -> int:
+        """Memory that a sequence of `context` tokens takes, padding included."""
+        return self.blocks_per_sequence(context) * self.group_layers * self.page_bytes
+
+    def sequences(self, context: int) -> int:
+        """How many sequences of `context` tokens fit at once."""
+        return max(0, self.num_blocks - 1) // self.blocks_per_sequence(context)
+
+
+def plan(
+    geometry: Geometry,
+    *,
+    activation_dtype: str,
+    kv_bytes: int,
+    state_dtype: str = "float32",
+    alignment: int = 128,
+    speculative: int = 0,
+    prefix_caching: bool = False,
+    layers: Collection[int] | None = None,
+) -> Plan:
+    """The cache that vLLM makes of `kv_bytes` of memory on one rank.
+
+    `activation_dtype` is also the latent KV's and the convolution state's. `alignment`, in tokens, is the
+    largest of --block-size, the attention kernel's block and, for MLA, 128.
+    """
+    kda = sum(layers is None or i in layers for i in geometry.kda_layers)
+    mla = sum(layers is None or i in layers for i in geometry.mla_layers)
+    conv, recurrent = kda_state_shapes(geometry, speculative=speculative)
+    state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
+    latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
+    block_tokens = alignment * (ceil(state_bytes / (alignment * latent_bytes)) if kda else 1)
+    # As many layers to a group as the rarer kind has, or all of a kind where both are nearly as frequent.
+    few, many = sorted((kda, mla))
+    group_layers = many if few == 0 or many < 1.5 * few else few
+    page_bytes = block_tokens * latent_bytes
+    return Plan(
+        kda_layers=kda,
+        mla_layers=mla,
+        state_bytes=state_bytes,
+        latent_bytes=latent_bytes,
+        block_tokens=block_tokens,
+        page_bytes=page_bytes,
+        group_layers=group_layers,
+        kda_groups=ceil(kda / group_layers),
+        mla_groups=ceil(mla / group_layers),
+        state_pages=2 if prefix_caching else 1,
+        num_blocks=kv_bytes // (group_layers * page_bytes),
+    )

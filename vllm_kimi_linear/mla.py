@@ -1,0 +1,94 @@
+"""The NoPE MLA mixer, thin over vLLM's own attention layer (docs/kda.md section 9)."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import divide, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.platforms import current_platform
+
+from vllm_kimi_linear.config import Geometry
+
+# The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
+LATENT_NORM_EPS = 1e-6
+
+
+class KimiLatentAttention(nn.Module):
+    """Multi-head latent attention without rotary embedding: 512 latent and 64 shared key values a token.
+
+    The 64 shared dimensions enter the score unrotated. On a CPU the attention runs on our own backend, so
+    that machines with and without AMX compute the same; on a GPU vLLM chooses among its own.
+    """
+
+    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        g = geometry
+        quant_config = vllm_config.quant_config
+        self.num_heads = divide(g.attention_heads, get_tensor_model_parallel_world_size())
+        self.latent_dim, self.shared_dim, self.value_dim = g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim
+        self.key_dim = g.qk_nope_head_dim + g.qk_rope_head_dim
+
+        self.q_proj = ColumnParallelLinear(
+            g.hidden_size,
+            g.attention_heads * self.key_dim,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_proj",
+        )
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            g.hidden_size,
+            self.latent_dim + self.shared_dim,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
+        )
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = ColumnParallelLinear(
+            self.latent_dim,
+            g.attention_heads * (g.qk_nope_head_dim + self.value_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            g.attention_heads * self.value_dim,
+            g.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        backend = None
+        if current_platform.is_cpu():
+            from vllm_kimi_linear.cpu.mla_backend import CpuLatentBackend
+
+            backend = CpuLatentBackend
+        self.attn = MLAAttention(
+            num_heads=self.num_heads,
+            scale=self.key_dim**-0.5,
+            qk_nope_head_dim=g.qk_nope_head_dim,
+            qk_rope_head_dim=g.qk_rope_head_dim,
+            v_head_dim=self.value_dim,
+            q_lora_rank=None,
+            kv_lora_rank=self.latent_dim,
+            kv_b_proj=self.kv_b_proj,
+            cache_config=vllm_config.cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=backend,
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [T, hidden_size] after the input norm -> [T, hidden_size]."""
+        query = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.key_dim)
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states)[0].split(
+            [self.latent_dim, self.shared_dim], dim=-1
+        )
+        out = self.attn(
+            query,
+            self.kv_a_layernorm(latent),
+            shared_key.unsqueeze(1),
+            output_shape=(hidden_states.shape[0], self.num_heads * self.value_dim),
+        )
+        return self.o_proj(out)[0]

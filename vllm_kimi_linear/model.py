@@ -1,0 +1,167 @@
+"""Kimi Linear: decoder layer, model, and the class vLLM serves."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFunc,
+    MambaStateCopyFuncCalculator,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from vllm_kimi_linear import memory, start_checks, weights
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.kda import KimiDeltaAttention
+from vllm_kimi_linear.mla import KimiLatentAttention
+from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
+
+
+class KimiDecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
+
+    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        index = int(prefix.rsplit(".", 1)[1])
+        mixer = KimiDeltaAttention if geometry.layer_kinds[index] == "kda" else KimiLatentAttention
+        self.self_attn = mixer(geometry, vllm_config, f"{prefix}.self_attn")
+        if geometry.layer_moe[index]:
+            self.block_sparse_moe = MixtureOfExperts(
+                geometry, vllm_config.quant_config, f"{prefix}.block_sparse_moe"
+            )
+        else:
+            self.mlp = GatedMlp(
+                geometry.hidden_size, geometry.intermediate_size, vllm_config.quant_config, f"{prefix}.mlp"
+            )
+        self.is_moe = geometry.layer_moe[index]
+        self.input_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
+        return feed_forward(hidden_states), residual
+
+
+class KimiLinearModel(nn.Module):
+    """Embedding, the layers of this pipeline stage, final norm."""
+
+    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        pipeline = get_pp_group()
+        self.embed_tokens = (
+            VocabParallelEmbedding(
+                geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens"
+            )
+            if pipeline.is_first_rank
+            else PPMissingLayer()
+        )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            geometry.num_layers,
+            lambda prefix: KimiDecoderLayer(geometry, vllm_config, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = (
+            RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+            if pipeline.is_last_rank
+            else PPMissingLayer()
+        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], geometry.hidden_size
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        residual: torch.Tensor | None = None
+        if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        elif inputs_embeds is not None:
+            hidden_states = inputs_embeds
+        else:
+            hidden_states = self.embed_tokens(input_ids)
+        for index in range(self.start_layer, self.end_layer):
+            hidden_states, residual = self.layers[index](hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        return self.norm(hidden_states, residual)[0]
+
+
+class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
+    """The model class vLLM builds for `"architectures": ["KimiLinearForCausalLM"]`."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.geometry = start_checks.geometry(vllm_config)
+        self.model = KimiLinearModel(self.geometry, vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = (
+            ParallelLMHead(
+                self.geometry.vocab_size,
+                self.geometry.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if get_pp_group().is_last_rank
+            else PPMissingLayer()
+        )
+        self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        start_checks.log_implementation(vllm_config, self.geometry)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Token ids [T] -> final hidden states [T, hidden_size]. Positions are unused: neither mixer has any."""
+        return self.model(input_ids, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return weights.load(self, self.geometry, checkpoint)
+
+    # The recurrent state, as vLLM plans its memory before any layer exists.
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return memory.kda_state_shapes(start_checks.geometry(vllm_config))
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (vllm_config.model_config.dtype, torch.float32)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
+        return MambaStateCopyFuncCalculator.kda_state_copy_func()

@@ -1,0 +1,98 @@
+"""The two feed-forward blocks, thin over vLLM's layers: a gated MLP and a mixture of experts with a shared one."""
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
+
+from vllm_kimi_linear.config import Geometry
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate x) * (up x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        reduce_results: bool = True,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.activation = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(x)[0]))[0]
+
+
+class MixtureOfExperts(nn.Module):
+    """Sigmoid routing in fp32: the top k of score + bias, weighted by the scores alone (docs/kda.md section 9)."""
+
+    def __init__(self, geometry: Geometry, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        super().__init__()
+        g = geometry
+        # A router that rounds its logits to bf16 sends tokens to other experts than the reference does.
+        self.gate = GateLinear(
+            g.hidden_size,
+            g.num_experts,
+            bias=False,
+            out_dtype=torch.float32,
+            force_fp32_compute=True,
+            prefix=f"{prefix}.gate",
+        )
+        self.gate.e_score_correction_bias = nn.Parameter(
+            torch.empty(g.num_experts, dtype=torch.float32), requires_grad=False
+        )
+        self.shared_experts = None
+        if g.shared_experts:
+            self.shared_experts = GatedMlp(
+                g.hidden_size,
+                g.moe_intermediate_size * g.shared_experts,
+                quant_config,
+                f"{prefix}.shared_experts",
+                reduce_results=False,
+            )
+        self.experts = FusedMoEFactory(
+            num_experts=g.num_experts,
+            top_k=g.experts_per_token,
+            hidden_size=g.hidden_size,
+            intermediate_size=g.moe_intermediate_size,
+            renormalize=g.renormalize,
+            use_grouped_topk=True,  # also with one group: this is the path that adds the bias
+            num_expert_group=g.expert_groups,
+            topk_group=g.topk_groups,
+            scoring_func="sigmoid",
+            routed_scaling_factor=g.routed_scaling_factor,
+            e_score_correction_bias=self.gate.e_score_correction_bias,
+            shared_experts=self.shared_experts,
+            quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+        )
+        if current_platform.is_cpu():
+            from vllm_kimi_linear.cpu.experts import use_onednn_experts
+
+            use_onednn_experts(self.experts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        router_logits, _ = self.gate(x)
+        return self.experts(hidden_states=x, router_logits=router_logits)

@@ -1,0 +1,120 @@
+"""The reference that the demo and the tests compare with: transformers' Kimi Linear, in plain torch."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the reference says about one answer, one entry a token of the answer."""
+
+    answer: list[int]
+    argmax: list[int]  # the token that greedy decoding takes here
+    logprobs: list[float]  # of the answer's token
+    top: list[dict[int, float]]  # the five most likely tokens and their logprobs
+    margins: list[float]  # logit of the best token minus logit of the second best
+    router_gap: float  # smallest distance, over positions and layers, from the last chosen expert to the next
+
+    @property
+    def agrees(self) -> bool:
+        """Whether greedy decoding, step by step, gives this very answer."""
+        return self.argmax == self.answer
+
+    @property
+    def margin(self) -> float:
+        return min(self.margins)
+
+
+class Oracle:
+    """A checkpoint in transformers. Raises AssertionError if a tensor is missing or left over."""
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForCausalLM
+
+        _use_plain_torch()
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        faults = {kind: found for kind, found in loading.items() if found}
+        assert not faults, f"transformers does not load {path} cleanly: {faults}"
+        self.model = model.eval()
+        self.path = Path(path)
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], keep: int = 0) -> torch.Tensor:
+        """Next-token logits [len(ids), vocab] in fp32, or only of the last `keep` positions."""
+        output = self.model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=keep)
+        return output.logits[0].float()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        """The answer of exactly `tokens` tokens, decoded step by step with a cache; none of them ends it."""
+        ids = torch.tensor([list(prompt)])
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+        )
+        return output[0, len(prompt) :].tolist()
+
+    def score(self, prompt: Sequence[int], answer: Sequence[int]) -> Score:
+        """One teacher-forced pass over prompt and answer.
+
+        Where every argmax equals the answer's token, by induction greedy decoding gives that answer.
+        """
+        gaps = [float("inf")]
+        hooks = [
+            layer.mlp.gate.register_forward_hook(lambda gate, _, out: gaps.append(_router_gap(gate, out[0])))
+            for layer in self.model.model.layers
+            if hasattr(layer.mlp, "gate")
+        ]
+        try:
+            logits = self.logits([*prompt, *answer[:-1]], keep=len(answer))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(5)
+        return Score(
+            answer=list(answer),
+            argmax=logits.argmax(-1).tolist(),
+            logprobs=logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist(),
+            top=[
+                dict(zip(i, p, strict=True)) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ],
+            margins=(best.values[:, 0] - best.values[:, 1]).tolist(),
+            router_gap=min(gaps),
+        )
+
+    def well_posed(
+        self, prompt: Sequence[int], answer: Sequence[int], margin: float = 2e-4, router_gap: float = 5e-6
+    ) -> bool:
+        """Whether the rounding in which two right fp32 implementations differ cannot change the answer."""
+        score = self.score(prompt, answer)
+        return score.margin > margin and score.router_gap > router_gap
+
+
+def _router_gap(router: Any, router_logits: torch.Tensor) -> float:
+    """Smallest distance between the k-th and the (k+1)-th biased score over the rows [T, experts]."""
+    if router.top_k == router.num_experts:
+        return float("inf")
+    scores = (router_logits.sigmoid() + router.e_score_correction_bias).sort(descending=True).values
+    return (scores[:, router.top_k - 1] - scores[:, router.top_k]).min().item()
+
+
+def _use_plain_torch() -> None:
+    """Takes transformers' own torch functions where it would call fla or causal_conv1d.
+
+    They are what the specification was checked with, and with fla installed transformers calls its Triton
+    kernels on the CPU too, where they cannot run.
+    """
+    from transformers.models.kimi_linear import modeling_kimi_linear as modeling
+
+    for name in (
+        "chunk_kimi_delta_attention",
+        "recurrent_kimi_delta_attention",
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+    ):
+        setattr(modeling, name, inspect.unwrap(getattr(modeling, name)))

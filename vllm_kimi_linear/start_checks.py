@@ -1,0 +1,131 @@
+"""What is checked and said when a server starts: the config, the cache dtypes, the implementation in use.
+
+vLLM consults `MODELS_CONFIG_MAP` by architecture while it builds its configuration, before any weight is
+read: the earliest place where the model's config, the parallelism and the cache flags are all known.
+"""
+
+from collections.abc import Container
+from enum import Enum
+from typing import Any
+
+import torch
+import transformers
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.mamba import MambaBackendEnum
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+from kda_kernels import ops
+from vllm_kimi_linear import ARCHITECTURE, __version__, install_check
+from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.hf_config import CheckedConfig
+
+logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
+
+
+def geometry(vllm_config: VllmConfig) -> Geometry:
+    """The model's sizes for this parallelism; raises ConfigError with one sentence if they do not fit."""
+    return Geometry.from_hf(
+        vllm_config.model_config.hf_text_config,
+        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        pipeline_parallel=vllm_config.parallel_config.pipeline_parallel_size,
+    )
+
+
+class StartChecks(VerifyAndUpdateConfig):
+    """Stops the start, in one sentence, of anything we cannot run or would have to ignore."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        sizes = geometry(vllm_config)
+        cache = vllm_config.cache_config
+        if current_platform.is_cpu():
+            check_cpu(sizes)
+        check_cache_dtypes(
+            cache.cache_dtype,
+            cache.mamba_cache_dtype,
+            cache.mamba_ssm_cache_dtype,
+            current_platform.device_type,
+        )
+        check_flags(vllm_config)
+        check_tokenizer(vllm_config.model_config)
+
+
+def check_flags(vllm_config: VllmConfig) -> None:
+    """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
+    unset = "it is not implemented for this model, leave it out"
+    unread = "nothing reads it for this model, leave it out"
+    flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
+        ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
+        ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
+        ("quantization", model.quantization, (None,), unset),
+        ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
+        ("speculative-config method", speculative and speculative.method, (None,), unset),
+        ("kv-transfer-config", vllm_config.kv_transfer_config, (None,), unset),
+        ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
+        ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
+        ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
+        ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
+        ("mamba-backend", vllm_config.mamba_config.backend, (MambaBackendEnum.TRITON,), unread),
+        ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
+        ("kda-decode-backend", extra.get("kda_decode_backend"), (None,), unread),
+        (
+            "disable-hybrid-kv-cache-manager",
+            bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            (False,),
+            "this model keeps two kinds of state, leave it out",
+        ),
+    ]
+    if current_platform.is_cpu():
+        flags += [
+            ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
+            ("cpu-offload-gb", vllm_config.offload_config.uva.cpu_offload_gb, (0,), "this is the CPU, leave it out"),
+            ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
+            ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
+            ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
+            ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
+        ]
+    for name, value, accepted, remedy in flags:
+        if value not in accepted:
+            shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
+            raise ConfigError(f"--{name} is {shown}; {remedy}")
+
+
+def check_tokenizer(model: ModelConfig) -> None:
+    """Raises ConfigError if the checkpoint's tokenizer, often code of its own, does not load; vLLM keeps it."""
+    if model.skip_tokenizer_init:
+        return
+    try:
+        cached_tokenizer_from_config(model)
+    except Exception as error:  # the code is the checkpoint's: it may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"the tokenizer of {model.tokenizer} does not load with transformers {transformers.__version__}; "
+            f"choose one made for that version with --tokenizer or --tokenizer-revision ({reason})"
+        ) from error
+
+
+def report_install() -> None:
+    """Log one sentence for each fault of the installed environment, naming the command that mends it."""
+    for problem in install_check.problems():
+        logger.warning_once("%s", problem)
+
+
+def register() -> None:
+    MODELS_CONFIG_MAP[ARCHITECTURE] = StartChecks
+    _CONFIG_REGISTRY["kimi_linear"] = CheckedConfig
+
+
+def log_implementation(vllm_config: VllmConfig, sizes: Geometry) -> None:
+    """One line: whose implementation serves, with which kernels, and why not faster ones."""
+    name, reason = ops.describe(
+        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim
+    )
+    logger.info_once(
+        "Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason
+    )

@@ -1,0 +1,112 @@
+"""Checkpoint names -> parameters. Every tensor is accounted for: none too many, none missing, none misshapen."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_kimi_linear import memory
+from vllm_kimi_linear.config import Geometry
+
+# Parts of KdaInputProjection and of the packed convolution, in the order they lie there.
+IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
+CONV = ("q_conv1d", "k_conv1d", "v_conv1d")
+GATE_UP = ("gate_proj", "up_proj")
+EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
+
+
+class WeightError(ValueError):
+    """A checkpoint that does not fit its config; the message names the tensor."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one checkpoint tensor goes: a parameter of the model, the shapes it may have, its loader's arguments."""
+
+    parameter: str
+    shapes: tuple[memory.Shape, ...]
+    arguments: tuple[object, ...] = ()
+
+
+def targets(geometry: Geometry) -> dict[str, Target]:
+    """The target of every tensor of the original layout, by checkpoint name."""
+    table = {}
+    for weight in memory.weights(geometry):
+        kda = weight.layer is not None and geometry.layer_kinds[weight.layer] == "kda"
+        parameter, arguments = _parameter(weight.name, kda)
+        shapes: tuple[memory.Shape, ...] = (weight.shape,)
+        if weight.name.endswith("A_log"):
+            shapes += ((geometry.kda_heads,),)
+        table[weight.name] = Target(parameter, shapes, arguments)
+    return table
+
+
+def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
+    """Parameter and loader arguments of one tensor; in a KDA layer the projections are packed."""
+    expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w[123])\.weight", name)
+    if expert:
+        parameter = f"{expert[1]}.routed_experts.{EXPERTS[expert[3]]}"
+        return parameter, (parameter, expert[3], int(expert[2]))
+    stem, _, _ = name.removesuffix(".weight").rpartition(".")
+    part = name.removesuffix(".weight").removeprefix(f"{stem}.")
+    if part in GATE_UP:
+        return f"{stem}.gate_up_proj.weight", (GATE_UP.index(part),)
+    if kda and stem.endswith("self_attn"):
+        if part in IN_PROJ:
+            return f"{stem}.in_proj.weight", (IN_PROJ.index(part),)
+        if part in CONV:
+            return f"{stem}.conv_weight", (CONV.index(part),)
+        if part == "o_norm":
+            return f"{stem}.o_norm_weight", ()
+    return name, ()
+
+
+def load(model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load `weights` into the parameters of `model`; return the names of the parameters written.
+
+    Tensors of pipeline stages held elsewhere are checked and skipped. Raises WeightError, naming the tensor,
+    for one that the config does not call for, one whose shape is wrong, one stored twice, or one that is missing.
+    """
+    table = targets(geometry)
+    parameters = dict(model.named_parameters())
+    missing, loaded = set(table), set()
+    for name, tensor in weights:
+        target = table.get(name)
+        if target is None:
+            raise WeightError(
+                f"checkpoint tensor {name} is not part of this model: "
+                "remove it, or correct the layer lists and sizes in config.json"
+            )
+        if tuple(tensor.shape) not in target.shapes:
+            wanted = " or ".join(str(list(shape)) for shape in target.shapes)
+            raise WeightError(
+                f"checkpoint tensor {name} has shape {list(tensor.shape)} where config.json asks for {wanted}: "
+                "correct the sizes in config.json or use the checkpoint they belong to"
+            )
+        if name not in missing:
+            raise WeightError(f"checkpoint tensor {name} is stored twice: remove one of the two")
+        missing.discard(name)
+        if target.parameter in parameters:  # else another pipeline stage holds its layer
+            _load_one(parameters[target.parameter], tensor, target.arguments)
+            loaded.add(target.parameter)
+    if missing:
+        first, more = min(missing), len(missing) - 1
+        rest = f" and {more} more" if more else ""
+        raise WeightError(
+            f"checkpoint tensor {first}{rest} is missing: the checkpoint is incomplete, "
+            "or config.json describes another model"
+        )
+    return loaded
+
+
+def _load_one(parameter: nn.Parameter, tensor: torch.Tensor, arguments: tuple[object, ...]) -> None:
+    loader = getattr(parameter, "weight_loader", None)
+    if loader is None:
+        parameter.data.copy_(tensor)
+    elif len(arguments) == 3:
+        name, shard, expert = arguments
+        loader(parameter, tensor, name, shard_id=shard, expert_id=expert)
+    else:
+        loader(parameter, tensor, *arguments)
