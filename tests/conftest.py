@@ -16,9 +16,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 FLAGS = (
     "--dtype=float32",
     "--max-model-len=8192",
-    "--kv-cache-memory-bytes=1G",
+    "--kv-cache-memory-bytes=256M",  # small enough that blocks are soon used again
     "--max-num-batched-tokens=1024",
     "--no-enable-prefix-caching",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=kimi_k2",
 )
 MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
 

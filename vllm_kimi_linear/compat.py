@@ -16,18 +16,21 @@ KNOWN_VERSIONS = ("0.32.",)
 
 def apply() -> None:
     """Register our KDA backend and apply the patches this version of vLLM needs. Idempotent."""
-    register_backend(
-        MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True
+    register_backend(MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True)
+    if _is_known():
+        keep_scheduling_on_cpu()
+
+
+def _is_known() -> bool:
+    if vllm_version.startswith(KNOWN_VERSIONS):
+        return True
+    logger.warning_once(
+        "vLLM %s is not one that vllm-kimi-linear knows (%s*): its patches are not applied; "
+        "install a known version if the server misbehaves.",
+        vllm_version,
+        "*, ".join(KNOWN_VERSIONS),
     )
-    if not vllm_version.startswith(KNOWN_VERSIONS):
-        logger.warning_once(
-            "vLLM %s is not one that vllm-kimi-linear knows (%s*): its patches are not applied; "
-            "install a known version if the server misbehaves.",
-            vllm_version,
-            "*, ".join(KNOWN_VERSIONS),
-        )
-        return
-    keep_scheduling_on_cpu()
+    return False
 
 
 def keep_scheduling_on_cpu() -> None:
@@ -68,3 +71,31 @@ def keep_scheduling_on_cpu() -> None:
 
     vars(check_and_update_config)["keeps_kimi_linear"] = True
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def make_pipeline_buffers_on_cpu() -> None:
+    """Give the later stages of a pipeline the buffers they receive hidden states in. Called in the worker. Idempotent.
+
+    Symptom: with --pipeline-parallel-size on a CPU the first request ends the engine with an AssertionError in
+        `sync_and_gather_intermediate_tensors`.
+    Cause: the model runner makes the buffers in its profiling run, which the CPU runner leaves out when nothing
+        is compiled.
+    Upstream: not reported yet.
+    Remove when: the CPU runner makes them itself.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    name = "sync_and_gather_intermediate_tensors"
+    if name in vars(CPUModelRunner) or not _is_known():
+        return
+    original = getattr(CPUModelRunner, name)
+
+    @functools.wraps(original)
+    def sync_and_gather_intermediate_tensors(self, *args, **kwargs):
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    setattr(CPUModelRunner, name, sync_and_gather_intermediate_tensors)

@@ -133,9 +133,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def mix(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
         """Run the kernels on the rows of one step; `out` [T, P] is written, the state updated in place."""
-        conv, recurrent = self.kv_cache
-        state = KdaState(conv=conv, recurrent=recurrent)
-        params = self.kernel_params
+        params, state = self.kernel_params, self.state
         decodes, tokens = metadata.num_decodes, metadata.num_tokens
         if decodes:
             ops.decode(_rows(inputs, 0, decodes), params, state, metadata.decode_slots, out[:decodes])
@@ -161,6 +159,10 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         )
 
     # What vLLM asks of a layer with a recurrent state.
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.state = KdaState(*self.kv_cache)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

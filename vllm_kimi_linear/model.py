@@ -20,9 +20,10 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_kimi_linear import memory, start_checks, weights
+from vllm_kimi_linear import compat, memory, start_checks, weights
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.kda import KimiDeltaAttention
 from vllm_kimi_linear.mla import KimiLatentAttention
@@ -131,6 +132,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         )
         self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        if current_platform.is_cpu() and not get_pp_group().is_first_rank:
+            compat.make_pipeline_buffers_on_cpu()
         start_checks.log_implementation(vllm_config, self.geometry)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

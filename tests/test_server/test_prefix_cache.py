@@ -1,0 +1,121 @@
+"""Prefix caching is exact: what is found in the cache changes no token, whatever was asked before or beside.
+
+Two servers, both with the default block size: one whose chunks hold several blocks, and one whose chunks are
+smaller than a block and whose cache is so small that it evicts and preempts. Every answer is compared with
+transformers'.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.completions import Completions
+from tests.load import mixed
+from tests.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
+from vllm_kimi_linear.launch import Server
+from vllm_kimi_linear.oracle import Oracle
+
+BLOCK = 128  # the default for the demo checkpoint in fp32
+COMMON_FLAGS = (
+    "--dtype=float32",
+    "--max-model-len=4096",
+    "--kv-cache-memory-bytes=1G",
+    "--enable-prefix-caching",
+    "--enable-prompt-tokens-details",
+)
+WIDE = (*COMMON_FLAGS, "--max-num-batched-tokens=1024")
+NARROW = (*COMMON_FLAGS, "--max-num-batched-tokens=64", "--max-num-seqs=32", "--num-gpu-blocks-override=48")
+
+PREFIXES = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK, 1000)
+SUFFIXES = (1, 2, 127)  # after the prefixes of one less than a block these end a prompt on a block's edge, too
+CONVERSATIONS = 3
+TURNS = (BLOCK, 1, 2 * BLOCK - 1, 60, BLOCK + 1)  # new tokens a turn
+TOKENS = 24
+
+
+@pytest.fixture(params=[WIDE, NARROW], ids=["chunks above the block", "chunks below the block"])
+def caching(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_model: Path) -> Completions:
+    return Completions(servers(demo_model, *request.param))
+
+
+@pytest.fixture(scope="session")
+def families(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+    """Prompts of eight shared prefixes, three continuations each."""
+    server = Completions(servers(demo_model, *WIDE))
+    stream = Stream(vocab, seed=7)
+    wanted: list[tuple[Callable[[], list[int]], int]] = []
+    for length in PREFIXES:
+        while oracle.score(prefix := stream.prompt(length), [0]).router_gap <= ROUTER_GAP:
+            pass
+        wanted += [(partial(_continue, prefix, stream, suffix), TOKENS) for suffix in SUFFIXES]
+    return draw_cases(oracle, wanted, partial(server.at_once, cold=True))
+
+
+@pytest.fixture(scope="session")
+def conversations(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[list[Case]]:
+    """Turn by turn, the prompts of conversations: all that was said before, and some new tokens."""
+    server = Completions(servers(demo_model, *WIDE))
+    stream = Stream(vocab, seed=8)
+    said: list[list[int]] = [[] for _ in range(CONVERSATIONS)]
+    turns = []
+    for new in TURNS:
+        wanted = [(partial(_continue, before, stream, new), TOKENS) for before in said]
+        turn = draw_cases(oracle, wanted, partial(server.at_once, cold=True))
+        said = [case.prompt + case.score.answer for case in turn]
+        turns.append(turn)
+    return turns
+
+
+def _continue(prefix: list[int], stream: Stream, new: int) -> list[int]:
+    return prefix + stream.prompt(new)
+
+
+def test_cold_then_hot(families: list[Case], caching: Completions):
+    assert f'block_size="{BLOCK}"' in caching.metrics()
+    cold = caching.at_once((case.asked for case in families), cold=True)
+    check(families, cold)
+    assert all(answer.cached_tokens == 0 for answer in cold)
+    hits = 0
+    for seed in range(4):
+        order = random.Random(seed).sample(families, len(families))
+        answers = caching.at_once(case.asked for case in order)
+        check(order, answers)
+        for case, answer in zip(order, answers, strict=True):
+            assert answer.cached_tokens % BLOCK == 0 and answer.cached_tokens < len(case.prompt)
+            hits += answer.cached_tokens > 0
+    assert hits >= len(families) / 4
+
+
+def test_growing_conversations(conversations: list[list[Case]], caching: Completions):
+    hits = 0
+    for turn in conversations:
+        answers = caching.at_once(case.asked for case in turn)
+        check(turn, answers)
+        hits += sum(answer.cached_tokens > 0 for answer in answers)
+    assert hits > 0
+
+
+def test_random_load(families: list[Case], conversations: list[list[Case]], caching: Completions):
+    """Cancellations, evictions and preemptions included."""
+    before = caching.metric("vllm:prefix_cache_hits_total")
+    cases = families + [case for turn in conversations for case in turn]
+    assert asyncio.run(mixed(caching, cases, requests=80, seed=9, at_once=24)) == []
+    assert caching.metric("vllm:prefix_cache_hits_total") > before
+
+
+@pytest.mark.soak
+def test_random_load_for_long(families: list[Case], conversations: list[list[Case]], caching: Completions):
+    cases = families + [case for turn in conversations for case in turn]
+    for seed in range(20):
+        assert asyncio.run(mixed(caching, cases, requests=400, seed=seed, at_once=32)) == []
+
+
+def test_the_narrow_server_preempts(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+    narrow = Completions(servers(demo_model, *NARROW))
+    before = narrow.metric("vllm:num_preemptions_total")
+    check(families, narrow.at_once(case.asked for case in families))
+    assert narrow.metric("vllm:num_preemptions_total") > before

@@ -1,0 +1,377 @@
+"""What cannot work stops the start with one sentence; what is accepted starts and answers as the reference does.
+
+Run as a program, this file does one of its jobs in a process of its own: it builds vLLM's configuration for a
+list of cases, or lets vLLM's engine answer for a list of checkpoints.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from vllm_kimi_linear.demo import write_checkpoint
+from vllm_kimi_linear.launch import Server
+from vllm_kimi_linear.oracle import Oracle
+
+REMOVED = object()  # a key that the config.json of the case lacks
+
+
+def linear(**changes: Any) -> dict[str, Any]:
+    """Changes inside linear_attn_config of the demo: 8 layers, MLA at 4 and 8."""
+    fields = {
+        "full_attn_layers": [4, 8],
+        "head_dim": 64,
+        "kda_layers": [1, 2, 3, 5, 6, 7],
+        "num_heads": 4,
+        "short_conv_kernel_size": 4,
+    }
+    return {"linear_attn_config": {k: v for k, v in (fields | changes).items() if v is not REMOVED}}
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+# what is wrong -> (changes to config.json, engine arguments, the field and the value that the sentence names)
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "a layer in both lists": (linear(full_attn_layers=[3, 4, 8]), {}, "linear_attn_config", "layer 3"),
+    "a layer in neither list": (linear(full_attn_layers=[8]), {}, "linear_attn_config", "layer 4"),
+    "a layer beyond the last": (linear(full_attn_layers=[4, 8, 9]), {}, "full_attn_layers", "layer 9"),
+    "a layer 0": (linear(kda_layers=[0, 1, 2, 3, 5, 6, 7]), {}, "kda_layers", "layer 0"),
+    "no MLA layer": (
+        linear(full_attn_layers=[], kda_layers=list(range(1, 9))),
+        {},
+        "full_attn_layers",
+        "[]",
+    ),
+    "no linear_attn_config": ({"linear_attn_config": REMOVED}, {}, "linear_attn_config", "missing"),
+    "null linear_attn_config": ({"linear_attn_config": None}, {}, "linear_attn_config", "missing"),
+    "no kda_layers": (linear(kda_layers=REMOVED), {}, "linear_attn_config.kda_layers", "missing"),
+    "null full_attn_layers": (linear(full_attn_layers=None), {}, "full_attn_layers", "missing"),
+    "no KDA head_dim": (linear(head_dim=REMOVED), {}, "linear_attn_config.head_dim", "missing"),
+    "KDA head_dim": (linear(head_dim=48), {}, "linear_attn_config.head_dim", "48"),
+    "convolution taps": (linear(short_conv_kernel_size=9), {}, "short_conv_kernel_size", "9"),
+    "bounded gate": (linear(gate_lower_bound=-5.0), {}, "linear_attn_config.gate_lower_bound", "-5.0"),
+    "heads over TP 3": ({}, {"tensor_parallel_size": 3}, "num_heads", "--tensor-parallel-size 3"),
+    "heads over TP 8": ({}, {"tensor_parallel_size": 8}, "num_heads", "--tensor-parallel-size 8"),
+    "activation": ({"hidden_act": "gelu"}, {}, "hidden_act", "'gelu'"),
+    "router": ({"moe_router_activation_func": "softmax"}, {}, "moe_router_activation_func", "'softmax'"),
+    "unknown router": ({"moe_router_activation_func": "tanh"}, {}, "moe_router_activation_func", "'tanh'"),
+    "query latent": ({"q_lora_rank": 64}, {}, "q_lora_rank", "64"),
+    "latent size on the CPU": ({"kv_lora_rank": 256}, {}, "kv_lora_rank", "256"),
+    "shared key size on the CPU": ({"qk_rope_head_dim": 32}, {}, "qk_rope_head_dim", "32"),
+    "no latent": ({"kv_lora_rank": None}, {}, "kv_lora_rank", "missing"),
+    "no hidden_size": ({"hidden_size": REMOVED}, {}, "hidden_size", "missing"),
+    "hidden_size is a word": ({"hidden_size": "abc"}, {}, "hidden_size", "'abc'"),
+    "no heads": ({"num_attention_heads": 0}, {}, "num_attention_heads", "0"),
+    "no layers": ({"num_hidden_layers": 0}, {}, "num_hidden_layers", "0"),
+    "grouped heads": ({"num_key_value_heads": 2}, {}, "num_key_value_heads", "2"),
+    "more experts chosen than there are": ({"num_experts_per_token": 9}, {}, "num_experts_per_token", "9"),
+    "draft layers": ({"num_nextn_predict_layers": 1}, {}, "num_nextn_predict_layers", "1"),
+    "tied embeddings": ({"tie_word_embeddings": True}, {}, "tie_word_embeddings", "True"),
+    "rotary positions": ({"mla_use_nope": False}, {}, "mla_use_nope", "False"),
+    "MLA output gate": ({"mla_use_output_gate": True}, {}, "mla_use_output_gate", "True"),
+    "quantised checkpoint": ({"quantization_config": GPTQ}, {}, "quantization_config", "gptq"),
+    "overridden field": ({}, {"hf_overrides": {"q_lora_rank": 5}}, "q_lora_rank", "5"),
+    "quantization": ({}, {"quantization": "fp8"}, "--quantization", "fp8"),
+    "float16": ({}, {"dtype": "float16"}, "--dtype", "float16"),
+    "pooling": ({}, {"runner": "pooling"}, "--runner", "pooling"),
+    "KV in fp8": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype", "fp8"),
+    "KV in bfloat16, activations in fp32": (
+        {},
+        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        "--kv-cache-dtype",
+        "bfloat16",
+    ),
+    "state in bfloat16": ({}, {"mamba_ssm_cache_dtype": "bfloat16"}, "--mamba-ssm-cache-dtype", "bfloat16"),
+    "state in float16": ({}, {"mamba_ssm_cache_dtype": "float16"}, "--mamba-ssm-cache-dtype", "float16"),
+    "convolution state in fp32": ({}, {"mamba_cache_dtype": "float32"}, "--mamba-cache-dtype", "float32"),
+    "state blocks": (
+        {},
+        {"mamba_block_size": 64, "enable_prefix_caching": True},
+        "--mamba-block-size",
+        "64",
+    ),
+    "prefix match unit": ({}, {"prefix_match_unit": 64}, "--prefix-match-unit", "64"),
+    "odd block size": ({}, {"block_size": 24}, "--block-size", "24"),
+    "expert parallel": (
+        {},
+        {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+        "--enable-expert-parallel",
+        "True",
+    ),
+    "context parallel": (
+        {},
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "--decode-context-parallel-size",
+        "2",
+    ),
+    "data parallel": ({}, {"data_parallel_size": 2}, "--data-parallel-size", "2"),
+    "more stages than layers": ({}, {"pipeline_parallel_size": 9}, "--pipeline-parallel-size", "9"),
+    "speculation": ({}, {"speculative_config": NGRAM}, "--speculative-config", "ngram"),
+    "KV sharing": ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill", "True"),
+    "KV transfer": ({}, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config", "ExampleConnector"),
+    "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size", "1.0"),
+    "weights offloaded": ({}, {"cpu_offload_gb": 1}, "--cpu-offload-gb", "1"),
+    "one kind of cache": (
+        {},
+        {"disable_hybrid_kv_cache_manager": True},
+        "--disable-hybrid-kv-cache-manager",
+        "True",
+    ),
+    "LoRA": ({}, {"enable_lora": True}, "--enable-lora", "True"),
+    "another attention backend": (
+        {},
+        {"attention_config": {"backend": "CPU_MLA"}},
+        "--attention-backend",
+        "CPU_MLA",
+    ),
+    "another Mamba kernel": ({}, {"mamba_backend": "flashinfer"}, "--mamba-backend", "FLASHINFER"),
+    "another KDA prefill": ({}, {"kda_prefill_backend": "triton"}, "--kda-prefill-backend", "triton"),
+    "another KDA decode": ({}, {"kda_decode_backend": "triton"}, "--kda-decode-backend", "triton"),
+}
+ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "as it is": ({}, {}),
+    "remote code": ({}, {"trust_remote_code": True}),
+    "fp32": ({}, {"dtype": "float32"}),
+    "state in fp32, said": ({}, {"mamba_ssm_cache_dtype": "float32"}),
+    "two ranks": ({}, {"tensor_parallel_size": 2}),
+    "blocks of 32": ({}, {"block_size": 32}),
+    "a million tokens": ({}, {"max_model_len": 1048576}),
+}
+
+
+def build(folder: Path) -> dict[str, list[str]]:
+    """Case -> [class, message] of what building its configuration raises, or [] where it is accepted."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    results: dict[str, list[str]] = {}
+    # vLLM tries twice to read a config.json that it cannot, with a pause between.
+    with mock.patch("time.sleep"):
+        for name, (arguments, model) in json.loads((folder / "cases.json").read_text()).items():
+            try:
+                EngineArgs(model=model, **{"max_model_len": 8192} | arguments).create_engine_config()
+                results[name] = []
+            except Exception as error:
+                results[name] = [type(error).__name__, str(error)]
+    return results
+
+
+def write_model(model: Path, changes: dict[str, Any], folder: Path) -> Path:
+    """The demo checkpoint at `model` with changes to its config.json."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not REMOVED}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("configs")
+    table = {name: row[:2] for name, row in (REFUSED | ACCEPTED).items()}
+    cases = {
+        name: (arguments, str(write_model(demo_model, changes, folder / str(index))))
+        for index, (name, (changes, arguments)) in enumerate(table.items())
+    }
+    return run_here(folder, "build", cases)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(outcomes: dict[str, list[str]], case: str) -> None:
+    field, value = REFUSED[case][2:]
+    assert outcomes[case], "accepted"
+    kind, message = outcomes[case]
+    assert kind == "ConfigError", message
+    assert field in message
+    assert value in message
+    what, _, remedy = message.partition(";")
+    assert what and remedy.strip(), "no remedy"
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted(outcomes: dict[str, list[str]], case: str) -> None:
+    assert outcomes[case] == []
+
+
+# Ends of `vllm serve`, each for one place where a start can stop: reading config.json, building the configuration,
+# loading the tokenizer, loading the weights.
+ENDINGS = {
+    "config.json": "layer 3 in both kda_layers and full_attn_layers; keep it in one",
+    "flag": "--kv-cache-dtype is fp8; on cpu this model takes",
+    "tokenizer": "does not load with transformers",
+    "weights": "checkpoint tensor model.norm.weight is missing",
+}
+
+
+@pytest.fixture(scope="module")
+def endings(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
+    """Exit status and lines of each of ENDINGS, started together to share the cores."""
+    folder = tmp_path_factory.mktemp("endings")
+    starts = {
+        "config.json": (write_model(demo_model, linear(full_attn_layers=[3, 4, 8]), folder / "layers"), []),
+        "flag": (demo_model, ["--kv-cache-dtype=fp8"]),
+        "tokenizer": (write_old_tokenizer(folder / "tokenizer"), ["--trust-remote-code"]),
+        "weights": (write_without(demo_model, "model.norm.weight", folder / "weights"), []),
+    }
+    flags = ["--max-model-len=512", "--kv-cache-memory-bytes=64M"]
+    servers = [
+        Server(model, [*flags, *more], log_path=folder / f"{name}.log") for name, (model, more) in starts.items()
+    ]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for server in servers:
+            log = stack.enter_context(server.log_path.open("wb"))
+            environment = {**os.environ, **server.env, "PYTHONWARNINGS": "ignore"}
+            process = subprocess.Popen(
+                server.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            stack.callback(stop, process)
+            processes.append(process)
+        statuses = [process.wait(300) for process in processes]
+    logs = [server.log.strip().splitlines() for server in servers]
+    return dict(zip(starts, zip(statuses, logs, strict=True), strict=True))
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End the process and whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def write_old_tokenizer(folder: Path) -> Path:
+    """A checkpoint whose tokenizer imports a function that transformers 5 no longer has."""
+    write_checkpoint(folder, layers=4, remote_code=True)
+    code = folder / "tokenization_kimi.py"
+    gone = "from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode"
+    code.write_text(f"{gone}\n{code.read_text()}")
+    return folder
+
+
+def write_without(model: Path, name: str, folder: Path) -> Path:
+    """The checkpoint at `model` without the tensor `name`."""
+    write_model(model, {}, folder)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[name]
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["config.json", "flag", "tokenizer"])
+def test_serve_ends_with_the_sentence(endings: dict[str, tuple[int, list[str]]], ending: str) -> None:
+    status, log = endings[ending]
+    assert status != 0
+    assert "ConfigError: " in log[-1]
+    assert ENDINGS[ending] in log[-1]
+
+
+def test_old_tokenizer_is_named(endings: dict[str, tuple[int, list[str]]]) -> None:
+    last = endings["tokenizer"][1][-1]
+    assert "bytes_to_unicode" in last
+    assert "--tokenizer-revision" in last
+
+
+def test_serve_names_the_missing_tensor(endings: dict[str, tuple[int, list[str]]]) -> None:
+    status, log = endings["weights"]
+    assert status != 0
+    assert any("WeightError: " + ENDINGS["weights"] in line for line in log)
+
+
+# Layouts that are accepted, with what writes them.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "all MLA": {"preset": "all-mla"},
+    "one MLA layer": {"preset": "one-mla"},
+    "dense": {"preset": "dense"},
+    "in shards": {"layers": 4, "shards": 3},
+    "A_log as [H]": {"layers": 4},
+}
+PROMPT = list(range(100, 160))
+
+
+def answer(folder: Path) -> dict[str, list[int]]:
+    """Layout -> 24 greedy tokens from vLLM's engine, one after the other in this process."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    answers = {}
+    for name, model in json.loads((folder / "cases.json").read_text()).items():
+        engine = LLM(
+            model=model,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_batched_tokens=64,
+            kv_cache_memory_bytes=64 << 20,
+            enable_prefix_caching=False,
+        )
+        sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        [output] = engine.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
+        answers[name] = list(output.outputs[0].token_ids)
+        del engine
+        cleanup_dist_env_and_memory()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    paths = {name: folder / str(index) for index, name in enumerate(LAYOUTS)}
+    for name, options in LAYOUTS.items():
+        write_checkpoint(paths[name], **options)
+    file = paths["A_log as [H]"] / "model.safetensors"
+    tensors = {n: t.flatten() if n.endswith("A_log") else t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return paths
+
+
+@pytest.fixture(scope="module")
+def answers(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+    cases = {name: str(path) for name, path in layouts.items()}
+    return run_here(tmp_path_factory.mktemp("answers"), "answer", cases, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_answers_as_the_reference(
+    layouts: dict[str, Path], answers: dict[str, list[int]], layout: str
+) -> None:
+    model = layouts[layout]
+    if layout == "A_log as [H]":  # the same values as in the usual shape, the only one the reference reads
+        file = model / "model.safetensors"
+        tensors = {n: t.view(1, 1, -1, 1) if n.endswith("A_log") else t for n, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert len(answers[layout]) == 24
+    score = Oracle(model).score(PROMPT, answers[layout])
+    assert score.agrees
+
+
+def run_here(folder: Path, job: str, cases: Any, **environment: str) -> Any:
+    """Run this file's function `job` on `cases`, in a process of its own."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    process = subprocess.run(
+        [sys.executable, __file__, job, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[2])
+    results = {"build": build, "answer": answer}[sys.argv[1]](target)
+    (target / "results.json").write_text(json.dumps(results))
