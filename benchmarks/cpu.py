@@ -23,6 +23,7 @@ from pathlib import Path
 
 from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.launch import DEFAULT_ENV
 
 PREFILLS = (512, 4096)
 DECODES = (1, 16)
@@ -167,6 +168,48 @@ def measure_start(model: Path) -> dict[str, float]:
     return marks
 
 
+def measure_profile(model: Path) -> dict[str, float]:
+    """Milliseconds of self time by operation in a decode step of one sequence, bf16, by vLLM's torch profiler."""
+    import tempfile
+
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = LLM(
+            str(model),
+            dtype="bfloat16",
+            max_model_len=8192,
+            kv_cache_memory_bytes=1 << 30,
+            enable_prefix_caching=False,
+            profiler_config={
+                "profiler": "torch",
+                "torch_profiler_dir": folder,
+                "torch_profiler_with_stack": False,
+            },
+        )
+        vocab = geometry_of(model).vocab_size
+        asked = [{"prompt_token_ids": token_ids(DECODE_PROMPT, vocab, 0)}]
+        params = SamplingParams(temperature=0, max_tokens=1 + DECODE_TOKENS, ignore_eos=True)
+        engine.generate(asked, params, use_tqdm=False)
+        engine.start_profile()
+        engine.generate(asked, params, use_tqdm=False)
+        engine.stop_profile()
+        (report,) = Path(folder).glob("*rank0*.txt")
+        return _self_times(report.read_text(), steps=1 + DECODE_TOKENS)
+
+
+def _self_times(report: str, steps: int) -> dict[str, float]:
+    """The twelve operations with the most self time in torch's table, in ms a step."""
+    scale = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+    times = {}
+    for line in report.splitlines():
+        row = re.match(r"\s*(\S.*?)\s+[\d.]+%\s+([\d.]+)(us|ms|s)\s+[\d.]+%", line)
+        if row:
+            times[row[1]] = float(row[2]) * scale[row[3]] / steps
+    most = sorted(times, key=lambda name: times[name], reverse=True)[:12]
+    return {name: times[name] for name in most}
+
+
 def measure_llama(binary: Path, gguf: Path) -> dict[str, float]:
     """Tokens a second of llama.cpp's own benchmark, where a binary and a converted model are given."""
     result = {}
@@ -236,6 +279,14 @@ def table(results: dict[str, dict[str, float]], geometry: Geometry, command: str
                 f"{ours[row] / theirs[row]:.1f}x | {target} | {floor:.0f} |"
             )
         lines.append("")
+    lines += [
+        "Where a decode step of one sequence goes, bf16 (vLLM's torch profiler, self time; the rest is smaller):",
+        "",
+        "| operation | ms a step |",
+        "| --- | --- |",
+        *(f"| `{name}` | {spent:.2f} |" for name, spent in results["profile"].items()),
+        "",
+    ]
     lines += ["Seconds from `vllm serve` (demo checkpoint) until:", "", "| reached | after |", "| --- | --- |"]
     lines += [f"| {phase} | {seconds:.1f} s |" for phase, seconds in results["start"].items()]
     return "\n".join(lines) + "\n"
@@ -272,6 +323,7 @@ def main() -> None:
             "ours": lambda dtype: measure_ours(args.model, dtype),
             "transformers": lambda dtype: measure_transformers(args.model, dtype),
             "start": lambda: measure_start(small),
+            "profile": lambda: measure_profile(args.model),
         }
         print(json.dumps(measures[what](*rest)))
         return
@@ -280,12 +332,15 @@ def main() -> None:
     if not (small / "config.json").exists():
         demo.write_checkpoint(small)
     results = {}
-    jobs = ["floor", "start", *(f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers"))]
+    jobs = ["floor", "start", "profile", *(f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers"))]
     for job in jobs:
         print(f"{job} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--model", str(args.model), "--only", *job.split()]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results[job] = json.loads(done.stdout.strip().splitlines()[-1])
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**DEFAULT_ENV, **os.environ}
+        )
+        # vLLM logs to standard output, also after the result.
+        results[job] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
         print(f"  {results[job]}", file=sys.stderr, flush=True)
     if args.llama_bench and args.gguf:
         results["llama.cpp"] = measure_llama(args.llama_bench, args.gguf)

@@ -51,25 +51,29 @@ class OneDnnExperts(CPUUnquantizedExperts):
         apply_router_weight_on_input: bool,
     ) -> None:
         """hidden_states [T, hidden], topk_weights and topk_ids [T, k] -> output [T, hidden]."""
+        tokens, choices = topk_ids.shape
         chosen = topk_ids.flatten().long()
         if expert_map is not None:
             chosen = expert_map[chosen].long()
         order = chosen.argsort(stable=True)
-        rows = order // topk_ids.shape[1]
-        weights = topk_weights.flatten()[order].float().unsqueeze(-1)
+        inputs = hidden_states[order // choices]
+        answers = torch.zeros_like(inputs)
         experts, counts = chosen[order].unique_consecutive(return_counts=True)
-        total = torch.zeros(output.shape, dtype=torch.float32)
         first = 0
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            mine = slice(first, first + count)
+            rows = slice(first, first + count)
             first += count
             if expert < 0:  # another rank's
                 continue
-            gate_up = _custom_ops.onednn_mm(self.gate_up[expert], hidden_states[rows[mine]], None)
+            gate_up = _custom_ops.onednn_mm(self.gate_up[expert], inputs[rows], None)
             hidden = gate_up.new_empty(count, gate_up.shape[1] // 2)
             torch.ops._C.silu_and_mul(hidden, gate_up)
-            down = _custom_ops.onednn_mm(self.down[expert], hidden, None)
-            total.index_add_(0, rows[mine], down.float() * weights[mine])
+            answers[rows] = _custom_ops.onednn_mm(self.down[expert], hidden, None)
+        # Back to the order of the tokens, and summed over their choices.
+        place = order.argsort().view(tokens, choices)
+        total = torch.zeros(output.shape, dtype=torch.float32)
+        for choice in range(choices):
+            total += answers[place[:, choice]].float() * topk_weights[:, choice, None]
         output.copy_(total)
 
 
