@@ -1,6 +1,7 @@
 """Every patch of vLLM, each with its symptom, its cause, and when it goes away."""
 
 import functools
+import time
 from collections.abc import Callable
 
 from vllm.logger import init_logger
@@ -12,6 +13,7 @@ from vllm_kimi_linear import ARCHITECTURE
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 KNOWN_VERSIONS = ("0.32.",)
+POLL_SECONDS = 1e-4
 
 
 def apply() -> None:
@@ -19,6 +21,7 @@ def apply() -> None:
     register_backend(MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True)
     if _is_known():
         keep_scheduling_on_cpu()
+        sleep_between_polls_on_cpu()
 
 
 def _is_known() -> bool:
@@ -71,6 +74,22 @@ def keep_scheduling_on_cpu() -> None:
 
     vars(check_and_update_config)["keeps_kimi_linear"] = True
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def sleep_between_polls_on_cpu() -> None:
+    """Leave the cores to the threads that compute while a process waits for another's message.
+
+    Symptom: on a machine of few cores decoding is a third slower than its matrix products.
+    Cause: a reader of the shared-memory queue polls without a pause for a second after each message, so that in
+        steady decoding the engine's process takes a core from the worker's threads all the time.
+    Upstream: vllm-project/vllm#52848 and #52814 make the wait configurable; #52916 would make it adaptive.
+    Remove when: one of these has landed; set its variable in its place.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        shm_broadcast.sched_yield = functools.partial(time.sleep, POLL_SECONDS)
 
 
 def make_pipeline_buffers_on_cpu() -> None:
