@@ -11,7 +11,7 @@ from vllm_kimi_linear import compat
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="on a GPU machine polling takes no core from the work")
 def test_waiting_processes_leave_the_cores(monkeypatch):
-    naps = []
+    naps: list[float] = []
     compat.apply()
     monkeypatch.setattr(time, "sleep", naps.append)
     compat.apply()  # takes the replaced sleep
