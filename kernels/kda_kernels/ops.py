@@ -1,6 +1,6 @@
 """The entry points. Each call goes to the fastest backend that can serve it; `describe` says which and why.
 
-A backend is a module with `decode` and `prefill` of the signatures below, and
+A backend is a module with `decode`, `prefill` and `verify` of the signatures below, and
 `supports(dtype, head_dim, state_dtype) -> (ok, reason)`; importing it may raise ImportError with the reason.
 KDA_KERNELS_BACKEND=reference in the environment turns the fast backends off.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kda_kernels import reference
-from kda_kernels.types import KdaInputs, KdaParams, KdaState
+from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
 
 BACKEND_VARIABLE = "KDA_KERNELS_BACKEND"
 _FAST_BACKENDS = {"cpu": "kda_kernels.cpu", "cuda": "kda_kernels.cuda"}
@@ -38,6 +38,7 @@ def prefill(
     slots: Tensor,
     resume: Tensor,
     out: Tensor,
+    exports: Exports | None = None,
 ) -> None:
     """Runs of tokens of N sequences, one after another in the rows: docs/kda.md sections 2 to 5.
 
@@ -45,8 +46,31 @@ def prefill(
     slots:      int32 [N], as in `decode`.
     resume:     bool [N]; True goes on from the slot's state, False starts from zeros without reading it.
     out:        [T, P], as in `decode`.
+    exports:    states to store along the way.
     """
-    _select(inputs, params, state).prefill(inputs, params, state, cu_seqlens, slots, resume, out)
+    _select(inputs, params, state).prefill(inputs, params, state, cu_seqlens, slots, resume, out, exports)
+
+
+def verify(
+    inputs: KdaInputs,
+    params: KdaParams,
+    state: KdaState,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    out: Tensor,
+) -> None:
+    """`decode` of up to K tokens a sequence, of which a later step may accept only the first few.
+
+    cu_seqlens: int32 [N+1]; sequence n has rows cu_seqlens[n] to cu_seqlens[n+1], 0 to K of them; first 0. Rows at
+                and beyond the last are padding: zeros.
+    slots:      int32 [N, K]; the state after token i (from 0) of sequence n is stored in slots[n, i]. No slot above 0
+                may occur twice. A sequence whose slots[n, 0] is <= 0 gives zeros and touches no state.
+    accepted:   int32 [N], 1 to K; sequence n goes on from the state in slots[n, accepted[n]-1], left there by the
+                step before. Neither it nor the slots are read for a sequence without tokens.
+    out:        [T, P], as in `decode`: to each token what `decode`, one token a call, would give.
+    """
+    _select(inputs, params, state).verify(inputs, params, state, cu_seqlens, slots, accepted, out)
 
 
 def describe(

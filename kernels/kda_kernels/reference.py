@@ -4,11 +4,24 @@ All functions take any floating-point dtype and compute in fp32, or in fp64 if t
 Shapes: T rows, H heads, K key channels, V value channels; states are V-first, [..., V, K].
 """
 
+from dataclasses import fields
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kda_kernels.types import KdaInputs, KdaParams, KdaState, check_call, check_sequences, check_values
+from kda_kernels.types import (
+    Exports,
+    KdaInputs,
+    KdaParams,
+    KdaState,
+    check_call,
+    check_sequences,
+    check_step_values,
+    check_steps,
+    check_values,
+)
 
 CHUNK = 64
 SUB_BLOCK = 16
@@ -150,30 +163,75 @@ def prefill(
     slots: Tensor,
     resume: Tensor,
     out: Tensor,
+    exports: Exports | None = None,
 ) -> None:
     """Runs of tokens of N sequences; arguments as `kda_kernels.ops.prefill`."""
-    check_call(inputs, params, state, slots, out, check_sequences(cu_seqlens, slots, resume))
-    dtype, heads = _compute_dtype(state), (params.heads, params.head_dim)
-    weight, norm_weight = params.conv_weight.to(dtype), params.norm_weight.to(dtype)
+    check_call(inputs, params, state, slots, out, check_sequences(cu_seqlens, slots, resume, exports))
     bounds = cu_seqlens.tolist()
-    check_values(bounds, slots.tolist(), inputs.qkv.shape[0], state.conv.shape[0])
-    for start, end, slot, go_on in zip(bounds, bounds[1:], slots.tolist(), resume.tolist(), strict=False):
-        rows = slice(start, end)
+    check_values(bounds, slots.tolist(), inputs.qkv.shape[0], state.conv.shape[0], exports)
+    wanted = [] if exports is None else list(zip(exports.after.tolist(), exports.slots.tolist(), strict=True))
+    dtype = _compute_dtype(state)
+    for (start, end), slot, go_on in zip(pairwise(bounds), slots.tolist(), resume.tolist(), strict=True):
         if slot <= 0:
-            out[rows] = 0
+            out[start:end] = 0
             continue
-        conv, recurrent = state.conv[slot], state.recurrent[slot]
-        history = conv.to(dtype) if go_on else torch.zeros_like(conv, dtype=dtype)
-        before = recurrent.to(dtype) if go_on else torch.zeros_like(recurrent, dtype=dtype)
-        mixed, history = causal_conv(inputs.qkv[rows].to(dtype), weight, history)
-        forget, beta = inputs.forget[rows].to(dtype), inputs.beta[rows].to(dtype)
-        q, k, v, g, beta = _operands(mixed, forget, beta, params)
-        form = recurrence if end - start < SUB_BLOCK else chunked
-        o, after = form(q, k, v, g, beta, before)
-        gate = inputs.gate[rows].to(dtype).unflatten(1, heads)
-        out[rows] = gated_norm(o, gate, norm_weight, params.norm_eps).flatten(1).to(out.dtype)
-        conv.copy_(history)
-        recurrent.copy_(after)
+        conv, recurrent = state.conv[slot].to(dtype), state.recurrent[slot].to(dtype)
+        if not go_on:
+            conv, recurrent = torch.zeros_like(conv), torch.zeros_like(recurrent)
+        stops = {after for after, target in wanted if target > 0 and start < after < end}
+        for begin, stop in pairwise([start, *sorted(stops), end]):
+            rows = slice(begin, stop)
+            conv, recurrent = _run(_rows(inputs, rows), params, conv, recurrent, out[rows])
+            targets = [target for after, target in wanted if after == stop and target > 0 and start < stop]
+            for target in [*targets, *([slot] if stop == end else [])]:
+                state.conv[target] = conv.to(state.conv.dtype)
+                state.recurrent[target] = recurrent.to(state.recurrent.dtype)
+
+
+def verify(
+    inputs: KdaInputs,
+    params: KdaParams,
+    state: KdaState,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    out: Tensor,
+) -> None:
+    """Up to K tokens of N sequences, as so many calls of `decode`; arguments as `kda_kernels.ops.verify`."""
+    sequences, steps = check_steps(cu_seqlens, slots, accepted)
+    check_call(inputs, params, state, slots.view(-1), out, sequences * steps)
+    bounds, table = cu_seqlens.tolist(), slots.tolist()
+    check_step_values(bounds, table, accepted.tolist(), inputs.qkv.shape[0], state.conv.shape[0])
+    out[bounds[-1] :] = 0
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        if table[n][0] <= 0:
+            out[start:end] = 0
+            continue
+        before = table[n][int(accepted[n]) - 1] if start < end else 0
+        for row, target in zip(range(start, end), table[n], strict=False):
+            if target != before:
+                state.conv[target], state.recurrent[target] = state.conv[before], state.recurrent[before]
+            rows, slot = slice(row, row + 1), slots.new_tensor([target])
+            decode(_rows(inputs, rows), params, state, slot, out[rows])
+            before = target
+
+
+def _rows(inputs: KdaInputs, rows: slice) -> KdaInputs:
+    return KdaInputs(*(getattr(inputs, field.name)[rows] for field in fields(inputs)))
+
+
+def _run(
+    inputs: KdaInputs, params: KdaParams, conv: Tensor, recurrent: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sections 2 to 5 for rows of one sequence, from the given states; returns the states after them."""
+    dtype, heads = recurrent.dtype, (params.heads, params.head_dim)
+    mixed, conv = causal_conv(inputs.qkv.to(dtype), params.conv_weight.to(dtype), conv)
+    q, k, v, g, beta = _operands(mixed, inputs.forget.to(dtype), inputs.beta.to(dtype), params)
+    form = recurrence if out.shape[0] < SUB_BLOCK else chunked
+    o, recurrent = form(q, k, v, g, beta, recurrent)
+    gate = inputs.gate.to(dtype).unflatten(1, heads)
+    out.copy_(gated_norm(o, gate, params.norm_weight.to(dtype), params.norm_eps).flatten(1))
+    return conv, recurrent
 
 
 def _compute_dtype(state: KdaState) -> torch.dtype:

@@ -132,6 +132,35 @@ class KdaState:
             raise ValueError(f"state.recurrent has strides {recurrent.stride()}; a slot must be contiguous.")
 
 
+@dataclass(frozen=True, eq=False)
+class Exports:
+    """States to keep from within a prefill, as a prefix cache does: E of them, in any order.
+
+    after: int32 [E]; the state, of convolution and recurrence, after the first after[e] of the call's rows ...
+    slots: int32 [E]; ... is stored in slots[e] as well, one that the call uses for nothing else; <= 0: nowhere.
+
+    after[e] lies behind a row of a sequence: 64 rows or a multiple from the sequence's start, or at its end (the
+    backends `cpu` and `reference` take any row). What lies in a null sequence is not stored.
+    """
+
+    after: Tensor
+    slots: Tensor
+
+    def __post_init__(self) -> None:
+        after, slots = self.after, self.slots
+        for name, tensor in (("after", after), ("slots", slots)):
+            if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(
+                    f"exports.{name} is {tensor.dtype} {list(tensor.shape)}; it must be contiguous int32 of one "
+                    "dimension."
+                )
+        if after.shape != slots.shape or after.device != slots.device:
+            raise ValueError(
+                f"exports.after is {list(after.shape)} on {after.device}, exports.slots {list(slots.shape)} on "
+                f"{slots.device}; they must agree."
+            )
+
+
 def check_call(
     inputs: KdaInputs, params: KdaParams, state: KdaState, slots: Tensor, out: Tensor, sequences: int
 ) -> None:
@@ -170,8 +199,79 @@ def check_call(
         )
 
 
-def check_sequences(cu_seqlens: Tensor, slots: Tensor, resume: Tensor) -> int:
+def check_sequences(cu_seqlens: Tensor, slots: Tensor, resume: Tensor, exports: Exports | None) -> int:
     """Check the dtypes and shapes of prefill's sequence table; returns the number of sequences N."""
+    sequences = _check_bounds(cu_seqlens)
+    if resume.dtype != torch.bool or resume.shape != (sequences,) or not resume.is_contiguous():
+        raise ValueError(
+            f"resume is {resume.dtype} {list(resume.shape)}; it must be contiguous bool with one entry for "
+            f"each of {sequences} sequences."
+        )
+    _check_devices(cu_seqlens=cu_seqlens, slots=slots, resume=resume)
+    if exports is not None:
+        _check_devices(slots=slots, exports=exports.slots)
+    return sequences
+
+
+def check_steps(cu_seqlens: Tensor, slots: Tensor, accepted: Tensor) -> tuple[int, int]:
+    """Check the dtypes and shapes of verify's sequence table; returns the number of sequences N and K."""
+    sequences = _check_bounds(cu_seqlens)
+    steps = slots.shape[1] if slots.dim() == 2 else 0
+    if slots.dtype != torch.int32 or slots.shape != (sequences, steps) or steps < 1 or not slots.is_contiguous():
+        raise ValueError(
+            f"slots is {slots.dtype} {list(slots.shape)}; it must be contiguous int32 with a row of 1 or more "
+            f"entries for each of {sequences} sequences."
+        )
+    if accepted.dtype != torch.int32 or accepted.shape != (sequences,) or not accepted.is_contiguous():
+        raise ValueError(
+            f"accepted is {accepted.dtype} {list(accepted.shape)}; it must be contiguous int32 with one entry for "
+            f"each of {sequences} sequences."
+        )
+    _check_devices(cu_seqlens=cu_seqlens, slots=slots, accepted=accepted)
+    return sequences, steps
+
+
+def check_values(
+    bounds: list[int], slots: list[int], rows: int, available: int, exports: Exports | None = None
+) -> None:
+    """Check the contents of a sequence table: `bounds` as cu_seqlens over `rows` rows, `available` slots."""
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {rows}, the rows.")
+    _check_rising(bounds)
+    seen: set[int] = set()
+    _use_slots("slots", slots, available, seen)
+    if exports is None:
+        return
+    _use_slots("exports.slots", exports.slots.tolist(), available, seen)
+    for row, slot in zip(exports.after.tolist(), exports.slots.tolist(), strict=True):
+        if slot > 0 and not 0 < row <= rows:
+            raise ValueError(f"exports.after holds {row}; it must lie between 1 and {rows}, the rows.")
+
+
+def check_step_values(
+    bounds: list[int], slots: list[list[int]], accepted: list[int], rows: int, available: int
+) -> None:
+    """Check the contents of verify's sequence table; arguments as `check_values`."""
+    if bounds[0] != 0 or bounds[-1] > rows:
+        raise ValueError(
+            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to at most {rows}, the rows."
+        )
+    _check_rising(bounds)
+    seen: set[int] = set()
+    for (start, end), steps, count in zip(pairwise(bounds), slots, accepted, strict=True):
+        if start == end or steps[0] <= 0:
+            continue
+        if end - start > len(steps):
+            raise ValueError(f"cu_seqlens gives a sequence {end - start} tokens; slots has {len(steps)} for each.")
+        if not 0 < count <= len(steps):
+            raise ValueError(f"accepted holds {count}; it must lie between 1 and {len(steps)}, the slots each has.")
+        used = steps[: end - start] if count <= end - start else [*steps[: end - start], steps[count - 1]]
+        if min(used) <= 0:
+            raise ValueError(f"slots holds {min(used)} beside {steps[0]}; a sequence needs a slot for each token.")
+        _use_slots("slots", used, available, seen)
+
+
+def _check_bounds(cu_seqlens: Tensor) -> int:
     sequences = cu_seqlens.numel() - 1
     ok = cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.is_contiguous()
     if not ok or sequences < 0:
@@ -179,30 +279,26 @@ def check_sequences(cu_seqlens: Tensor, slots: Tensor, resume: Tensor) -> int:
             f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; it must be contiguous int32 of one "
             "dimension, 0 first and the number of rows last."
         )
-    if resume.dtype != torch.bool or resume.shape != (sequences,) or not resume.is_contiguous():
-        raise ValueError(
-            f"resume is {resume.dtype} {list(resume.shape)}; it must be contiguous bool with one entry for "
-            f"each of {sequences} sequences."
-        )
-    if not cu_seqlens.device == slots.device == resume.device:
-        raise ValueError(
-            f"cu_seqlens is on {cu_seqlens.device}, slots on {slots.device}, resume on {resume.device}; "
-            "they must agree."
-        )
     return sequences
 
 
-def check_values(bounds: list[int], slots: list[int], rows: int, available: int) -> None:
-    """Check the contents of a sequence table: `bounds` as cu_seqlens over `rows` rows, `available` slots."""
-    if bounds[0] != 0 or bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {rows}, the rows.")
+def _check_devices(**tensors: Tensor) -> None:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"{places}; they must agree.")
+
+
+def _check_rising(bounds: list[int]) -> None:
     for start, end in pairwise(bounds):
         if start > end:
             raise ValueError(f"cu_seqlens falls from {start} to {end}; it must not fall.")
-    seen = set()
+
+
+def _use_slots(name: str, slots: list[int], available: int, seen: set[int]) -> None:
+    """Add to `seen` what `slots` uses; none may be used twice."""
     for slot in slots:
         if slot >= available:
-            raise ValueError(f"slots holds {slot}; the state has slots 0 to {available - 1}.")
+            raise ValueError(f"{name} holds {slot}; the state has slots 0 to {available - 1}.")
         if slot > 0 and slot in seen:
-            raise ValueError(f"slots holds {slot} twice; each sequence needs its own slot.")
+            raise ValueError(f"{name} holds {slot} twice; each state needs its own slot.")
         seen.add(slot)

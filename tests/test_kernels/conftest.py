@@ -1,6 +1,7 @@
 """Problems for the KDA kernels and an oracle that shares no code with them."""
 
 import copy
+import os
 from dataclasses import dataclass, fields
 from types import ModuleType
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from kda_kernels import reference
-from kda_kernels.types import KdaInputs, KdaParams, KdaState
+from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
+
+# What runs here: within Triton's interpreter (test_cuda_interpreter.py) the kernels for GPUs, else those for the CPU.
+BACKENDS = ["cuda"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpu"]
 
 
 @dataclass
@@ -25,8 +29,9 @@ class Problem:
     def clone(self) -> "Problem":
         return copy.deepcopy(self)  # keeps strides: tensors are copied with their storage
 
-    def prefill(self, backend: ModuleType) -> "Problem":
-        backend.prefill(self.inputs, self.params, self.state, self.cu_seqlens, self.slots, self.resume, self.out)
+    def prefill(self, backend: ModuleType, *exports: Exports) -> "Problem":
+        rows = (self.cu_seqlens, self.slots, self.resume)
+        backend.prefill(self.inputs, self.params, self.state, *rows, self.out, *exports)
         return self
 
     def decode(self, backend: ModuleType) -> "Problem":
@@ -61,11 +66,13 @@ def make_problem(
     slots: list[int] | None = None,
     resume: list[bool] | bool = False,
     strided: bool = False,
+    spare: int = 3,
     seed: int = 0,
 ) -> Problem:
     """Random rows at trained scale: decays from 'forgets at once' to 'hardly ever', slots out of order.
 
     strided: rows and slots are views with gaps, filled with NaN. Slots that are not resumed hold NaN too.
+    spare: slots of the state beside one a sequence.
     """
     make = torch.Generator().manual_seed(seed)
     rows, width, count = sum(lengths), heads * dim, len(lengths)
@@ -81,7 +88,7 @@ def make_problem(
 
     def paged(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel()
-        store = torch.full((count + 3, size + gap), torch.nan, dtype=dtype)
+        store = torch.full((count + spare, size + gap), torch.nan, dtype=dtype)
         return store[:, :size].unflatten(1, shape)
 
     inputs = KdaInputs(rows_of(3 * width), rows_of(width), rows_of(heads), rows_of(width))
@@ -156,7 +163,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def load_backend(name: str) -> ModuleType:
     if name == "reference":
         return reference
-    return pytest.importorskip("kda_kernels.cpu", exc_type=ImportError)
+    return pytest.importorskip(f"kda_kernels.{name}", exc_type=ImportError)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -183,6 +190,6 @@ def relative_error_fixture():
     return relative_error
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     return load_backend(request.param)

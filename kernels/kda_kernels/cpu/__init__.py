@@ -1,4 +1,4 @@
-"""KDA on the CPU: one C function does a whole step of a layer, prefill and decode alike.
+"""KDA on the CPU: one C function does a whole step of a layer, prefill, decode and verify alike.
 
 Each head runs through its sequence token by token with its state in registers (docs/kda.md section 4), so a
 result depends on nothing but its own sequence: the same bits for any split into chunks, any batch and any
@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from kda_kernels.cpu.library import load
-from kda_kernels.types import KdaInputs, KdaParams, KdaState, check_call, check_sequences, check_values
+from kda_kernels.types import (
+    Exports,
+    KdaInputs,
+    KdaParams,
+    KdaState,
+    check_call,
+    check_sequences,
+    check_step_values,
+    check_steps,
+    check_values,
+)
 
 _ISA_NAMES = {1: "baseline instructions", 2: "AVX2", 3: "AVX-512"}
-_CALL = struct.Struct("=33qd")  # struct kda_call of kda.h
+_CALL = struct.Struct("=38qd")  # struct kda_call of kda.h
 _MAX_DIM, _MAX_TAPS = 256, 8  # as in kda.h
+_NO_MEMORY = "the C kernels could not allocate a few bytes for each state slot."
 _library = load(_CALL.size)
 _isa = _library.kda_best_isa()
 
@@ -37,7 +48,10 @@ def supports(dtype: torch.dtype, head_dim: int, state_dtype: torch.dtype) -> tup
 def decode(inputs: KdaInputs, params: KdaParams, state: KdaState, slots: Tensor, out: Tensor) -> None:
     """One token for each of T sequences; arguments as `kda_kernels.ops.decode`."""
     check_call(inputs, params, state, slots, out, inputs.qkv.shape[0])
-    _run(inputs, params, state, slots, out, None, None)
+    if _run(inputs, params, state, slots, out):
+        count = inputs.qkv.shape[0]
+        check_values(list(range(count + 1)), slots.tolist(), count, state.conv.shape[0])
+        raise MemoryError(_NO_MEMORY)
 
 
 def prefill(
@@ -48,10 +62,32 @@ def prefill(
     slots: Tensor,
     resume: Tensor,
     out: Tensor,
+    exports: Exports | None = None,
 ) -> None:
     """Runs of tokens of N sequences; arguments as `kda_kernels.ops.prefill`."""
-    check_call(inputs, params, state, slots, out, check_sequences(cu_seqlens, slots, resume))
-    _run(inputs, params, state, slots, out, cu_seqlens, resume)
+    check_call(inputs, params, state, slots, out, check_sequences(cu_seqlens, slots, resume, exports))
+    if _run(inputs, params, state, slots, out, cu_seqlens=cu_seqlens, resume=resume, exports=exports):
+        check_values(cu_seqlens.tolist(), slots.tolist(), inputs.qkv.shape[0], state.conv.shape[0], exports)
+        raise MemoryError(_NO_MEMORY)
+
+
+def verify(
+    inputs: KdaInputs,
+    params: KdaParams,
+    state: KdaState,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    out: Tensor,
+) -> None:
+    """Up to K tokens of N sequences; arguments as `kda_kernels.ops.verify`."""
+    sequences, steps = check_steps(cu_seqlens, slots, accepted)
+    check_call(inputs, params, state, slots.view(-1), out, sequences * steps)
+    if sequences and _run(inputs, params, state, slots, out, cu_seqlens=cu_seqlens, accepted=accepted):
+        bounds, table = cu_seqlens.tolist(), slots.tolist()
+        check_step_values(bounds, table, accepted.tolist(), inputs.qkv.shape[0], state.conv.shape[0])
+        raise MemoryError(_NO_MEMORY)
+    out[int(cu_seqlens[-1]) :] = 0
 
 
 def _run(
@@ -60,9 +96,12 @@ def _run(
     state: KdaState,
     slots: Tensor,
     out: Tensor,
-    cu_seqlens: Tensor | None,
-    resume: Tensor | None,
-) -> None:
+    cu_seqlens: Tensor | None = None,
+    resume: Tensor | None = None,
+    accepted: Tensor | None = None,
+    exports: Exports | None = None,
+) -> int:
+    """0, or, if the tables are not sound, 1 with nothing done."""
     qkv, forget, beta, gate = inputs.qkv, inputs.forget, inputs.beta, inputs.gate
     conv, recurrent, conv_weight = state.conv, state.recurrent, params.conv_weight
     norm_weight, a_log, dt_bias = params.norm_weight, params.a_log, params.dt_bias
@@ -73,20 +112,17 @@ def _run(
         conv_weight, norm_weight = conv_weight.float(), norm_weight.float()
     if params.taps > _MAX_TAPS:
         raise ValueError(f"conv_weight has {params.taps} taps; the C kernels take up to {_MAX_TAPS}.")
+    after, targets = (exports.after, exports.slots) if exports is not None else (None, None)
     call = _CALL.pack(
         *(x.data_ptr() for x in (qkv, forget, beta, gate, out)),
         *(x.stride(0) for x in (qkv, forget, beta, gate, out)),
         *(x.data_ptr() for x in (conv_weight, norm_weight, a_log, dt_bias, conv, recurrent)),
         *(conv.stride(0), conv.stride(1), recurrent.stride(0)),
-        slots.data_ptr(),
-        cu_seqlens.data_ptr() if cu_seqlens is not None else 0,
-        resume.data_ptr() if resume is not None else 0,
+        *(0 if x is None else x.data_ptr() for x in (slots, cu_seqlens, resume, accepted, after, targets)),
+        *(0 if after is None else after.shape[0], 1 if accepted is None else slots.shape[1]),
         *(qkv.shape[0], slots.shape[0], conv.shape[0], params.heads, params.head_dim, params.taps),
         *(qkv.dtype == narrow, conv_weight.dtype == narrow, norm_weight.dtype == narrow),
         *(torch.get_num_threads(), _isa),
         params.norm_eps,
     )
-    if _library.kda_run(call):
-        bounds = list(range(slots.shape[0] + 1)) if cu_seqlens is None else cu_seqlens.tolist()
-        check_values(bounds, slots.tolist(), qkv.shape[0], conv.shape[0])
-        raise MemoryError("the C kernels could not allocate a few bytes for each state slot.")
+    return int(_library.kda_run(call))

@@ -61,24 +61,41 @@ int64_t kda_best_isa(void) {
 #endif
 }
 
+/* Whether a slot is none of the state's, or above 0 and taken already; takes it. */
+static int taken(const kda_call *c, uint8_t *seen, int32_t slot) {
+    if (slot >= c->state_slots) return 1;
+    if (slot <= 0) return 0;
+    const int bad = seen[slot / 8] >> (slot % 8) & 1;
+    seen[slot / 8] |= (uint8_t)(1 << (slot % 8));
+    return bad;
+}
+
+/* The slots of sequence n in verify: one for each token, and the one that it goes on from. */
+static int bad_steps(const kda_call *c, uint8_t *seen, int64_t n) {
+    const int32_t *slots = c->slots + n * c->steps, tokens = c->bounds[n + 1] - c->bounds[n], from = c->accepted[n];
+    if (!tokens || slots[0] <= 0) return 0;
+    if (tokens > c->steps || from < 1 || from > c->steps) return 1;
+    int bad = 0;
+    for (int i = 0; i < tokens || i < from; i++)
+        if (i < tokens || i == from - 1) bad |= slots[i] <= 0 || taken(c, seen, slots[i]);
+    return bad;
+}
+
 /* 0 if the tables are sound; __init__.py then finds the sentence for what is not. */
 static int check(const kda_call *c) {
     if (c->bounds) {
-        if (c->bounds[0] != 0 || c->bounds[c->sequences] != c->rows) return 1;
+        const int32_t last = c->bounds[c->sequences];
+        if (c->bounds[0] != 0 || (c->accepted ? last > c->rows : last != c->rows)) return 1;
         for (int64_t n = 0; n < c->sequences; n++)
             if (c->bounds[n] > c->bounds[n + 1]) return 1;
     }
-    for (int64_t n = 0; n < c->sequences; n++)
-        if (c->slots[n] >= c->state_slots) return 1;
-    if (c->sequences < 2) return 0;
     uint8_t *seen = calloc((size_t)c->state_slots / 8 + 1, 1);
     if (!seen) return 1;
     int bad = 0;
-    for (int64_t n = 0; n < c->sequences; n++) {
-        const int32_t slot = c->slots[n];
-        if (slot <= 0) continue;
-        bad |= seen[slot / 8] >> (slot % 8) & 1;
-        seen[slot / 8] |= (uint8_t)(1 << (slot % 8));
+    for (int64_t n = 0; n < c->sequences; n++) bad |= c->accepted ? bad_steps(c, seen, n) : taken(c, seen, c->slots[n]);
+    for (int64_t e = 0; e < c->exports; e++) {
+        bad |= taken(c, seen, c->export_slots[e]);
+        bad |= c->export_slots[e] > 0 && (c->export_after[e] < 1 || c->export_after[e] > c->rows);
     }
     free(seen);
     return bad;

@@ -7,7 +7,7 @@
 
 enum { MAX_DIM = 256, MAX_TAPS = 8, BLOCK = 16 };
 
-/* One call of decode or prefill; every field is 8 bytes wide, in the order in which __init__.py packs them.
+/* One call of decode, prefill or verify; every field is 8 bytes wide, in the order in which __init__.py packs them.
  * Pointers are to the first element; strides count elements. Flags ending in _bf16: else fp32. */
 typedef struct {
     const char *qkv, *forget, *beta, *gate;
@@ -18,9 +18,12 @@ typedef struct {
     char *conv;
     float *recurrent;
     int64_t conv_slot_stride, conv_row_stride, recurrent_slot_stride;
-    const int32_t *slots;
-    const int32_t *bounds; /* cu_seqlens, or null in decode: one row for each sequence */
-    const uint8_t *resume; /* null in decode: always resume */
+    const int32_t *slots;    /* [sequences][steps] */
+    const int32_t *bounds;   /* cu_seqlens, or null in decode: one row for each sequence */
+    const uint8_t *resume;   /* null but in prefill: always resume */
+    const int32_t *accepted; /* null but in verify */
+    const int32_t *export_after, *export_slots;
+    int64_t exports, steps; /* steps: slots of a sequence, 1 but in verify */
     int64_t rows, sequences, state_slots, heads, dim, taps;
     int64_t rows_bf16, conv_weight_bf16, norm_weight_bf16;
     int64_t threads, isa;

@@ -146,23 +146,25 @@ INLINE void KDA(normalise)(float *x, float scale, int n, int dim) {
 
 /* ---- section 4: the recurrence ---- */
 
-/* n tokens through the state S [dim][dim] of one head; v [n][dim] is replaced by o.
+/* n tokens through the state of one head, read from `from` [dim][dim], left in S, which may be the same;
+ * v [n][dim] is replaced by o.
  *
  * With k' = alpha k and q' = alpha q both products with the state can use S before its decay:
  *   e = beta (v - S k'),  S = alpha S + e k,  o = S q' + e (k.q),
  * so that the second product and the decay fill the time in which the first is summed up. */
-INLINE void KDA(scan)(float *S, const float *q, const float *k, const float *decayed_k, const float *alpha,
-                      const float *beta, const float *kq, float *v, int n, int dim) {
+INLINE void KDA(scan)(const float *from, float *S, const float *q, const float *k, const float *decayed_k,
+                      const float *alpha, const float *beta, const float *kq, float *v, int n, int dim) {
     enum { ROWS = 2 };
     vec s[ROWS][MAX_DIM / WIDTH];
     const int width = dim / WIDTH;
     for (int row = 0; row < dim; row += ROWS) {
-        float *state = S + (int64_t)row * dim;
+        const float *before = from + (int64_t)row * dim;
+        float *after = S + (int64_t)row * dim;
         /* In decode the state comes from memory and the sums wait for it: ask early, for the second cache. */
-        for (int i = 0; i < ROWS * dim; i += 16) __builtin_prefetch(state + 64 * dim + i, 0, 2);
+        for (int i = 0; i < ROWS * dim; i += 16) __builtin_prefetch(before + 64 * dim + i, 0, 2);
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int i = 0; i < width; i++) s[r][i] = KDA(load)(state + r * dim + i * WIDTH);
+            for (int i = 0; i < width; i++) s[r][i] = KDA(load)(before + r * dim + i * WIDTH);
         for (int t = 0; t < n; t++) {
             const int64_t at = (int64_t)t * dim;
             float *vt = v + at + row;
@@ -191,7 +193,7 @@ INLINE void KDA(scan)(float *S, const float *q, const float *k, const float *dec
         }
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int i = 0; i < width; i++) KDA(store)(state + r * dim + i * WIDTH, s[r][i]);
+            for (int i = 0; i < width; i++) KDA(store)(after + r * dim + i * WIDTH, s[r][i]);
     }
 }
 
@@ -203,19 +205,47 @@ INLINE void KDA(prefetch)(const char *base, int64_t i, int dim, int is_bf16) {
 
 /* ---- one head of one sequence, block by block ---- */
 
+INLINE float *KDA(state_of)(const kda_call *c, int64_t slot, int64_t head, int dim) {
+    return c->recurrent + slot * c->recurrent_slot_stride + head * dim * dim;
+}
+
+/* The first taps-1 rows of each part's window are the state of the convolution: store them in a slot. */
+INLINE void KDA(keep_window)(const kda_call *c, float window[3][(MAX_TAPS - 1 + BLOCK) * MAX_DIM], int64_t slot,
+                             int64_t head, int dim, int taps, int bf16) {
+    char *conv = c->conv + slot * c->conv_slot_stride * (bf16 ? 2 : 4);
+    for (int part = 0; part < 3; part++)
+        for (int row = 0; row < taps - 1; row++)
+            for (int i = 0; i < dim; i += WIDTH)
+                KDA(write)(conv, row * c->conv_row_stride + (part * c->heads + head) * dim + i,
+                           KDA(load)(window[part] + row * dim + i), bf16);
+}
+
+/* n, or fewer tokens if a state is to be exported between at and at + n. */
+INLINE int KDA(until_export)(const kda_call *c, int64_t at, int n) {
+    for (int64_t e = 0; e < c->exports; e++)
+        if (c->export_slots[e] > 0 && c->export_after[e] > at && c->export_after[e] < at + n)
+            n = (int)(c->export_after[e] - at);
+    return n;
+}
+
 INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim, int taps, int bf16) {
     const int64_t start = c->bounds ? c->bounds[sequence] : sequence;
     const int64_t end = c->bounds ? c->bounds[sequence + 1] : sequence + 1;
-    const int64_t slot = c->slots[sequence], width = c->heads * dim, first = head * dim;
+    const int32_t *slots = c->slots + sequence * c->steps;
+    const int64_t width = c->heads * dim, first = head * dim;
     const size_t size = bf16 ? 2 : 4;
-    if (slot <= 0) {
+    if (slots[0] <= 0) {
         for (int64_t t = start; t < end; t++)
             __builtin_memset(c->out + (t * c->out_stride + first) * size, 0, dim * size);
         return;
     }
+    if (c->accepted && start == end) return;
     const int resume = c->resume ? c->resume[sequence] : 1, past = taps - 1;
-    float *S = c->recurrent + slot * c->recurrent_slot_stride + head * dim * dim;
-    char *conv = c->conv + slot * c->conv_slot_stride * size;
+    int64_t slot = slots[0];
+    const int64_t source = c->accepted ? slots[c->accepted[sequence] - 1] : slot;
+    float *S = KDA(state_of)(c, slot, head, dim);
+    const float *from = KDA(state_of)(c, source, head, dim);
+    const char *conv = c->conv + source * c->conv_slot_stride * size;
 
     float window[3][(MAX_TAPS - 1 + BLOCK) * MAX_DIM] __attribute__((aligned(64)));
     float weight[3][MAX_TAPS * MAX_DIM] __attribute__((aligned(64)));
@@ -236,8 +266,14 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
     const vec rate = -KDA(exp)(KDA(splat)(c->a_log[head]));
     const float scale = 1.0f / __builtin_sqrtf((float)dim), eps = (float)c->norm_eps;
 
-    for (int64_t at = start; at < end; at += BLOCK) {
-        const int n = end - at < BLOCK ? (int)(end - at) : BLOCK;
+    int n;
+    for (int64_t at = start; at < end; at += n) {
+        n = KDA(until_export)(c, at, end - at < BLOCK ? (int)(end - at) : BLOCK);
+        if (c->accepted) { /* a slot for each token */
+            n = 1;
+            slot = slots[at - start];
+            S = KDA(state_of)(c, slot, head, dim);
+        }
         for (int part = 0; part < 3; part++) {
             float *fresh = window[part] + past * dim;
             for (int t = 0; t < n; t++)
@@ -270,7 +306,7 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
             kq[t] = KDA(sum)(product)[0];
             beta[t] = KDA(sigmoid)(KDA(splat)(KDA(read_one)(c->beta, (at + t) * c->beta_stride + head, bf16)))[0];
         }
-        KDA(scan)(S, qkv[0], qkv[1], decayed_k, alpha, beta, kq, qkv[2], n, dim);
+        KDA(scan)(from, S, qkv[0], qkv[1], decayed_k, alpha, beta, kq, qkv[2], n, dim);
         for (int t = 0; t < n; t++) { /* section 5 */
             const float *o = qkv[2] + t * dim;
             vec square = {0};
@@ -283,12 +319,15 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
                            bf16);
             }
         }
+        from = S;
+        if (c->accepted) KDA(keep_window)(c, window, slot, head, dim, taps, bf16);
+        for (int64_t e = 0; e < c->exports; e++)
+            if (c->export_after[e] == at + n && c->export_slots[e] > 0) {
+                __builtin_memcpy(KDA(state_of)(c, c->export_slots[e], head, dim), S, sizeof(float) * dim * dim);
+                KDA(keep_window)(c, window, c->export_slots[e], head, dim, taps, bf16);
+            }
     }
-    for (int part = 0; part < 3; part++)
-        for (int row = 0; row < past; row++)
-            for (int i = 0; i < dim; i += WIDTH)
-                KDA(write)(conv, row * c->conv_row_stride + part * width + first + i,
-                           KDA(load)(window[part] + row * dim + i), bf16);
+    if (!c->accepted) KDA(keep_window)(c, window, slot, head, dim, taps, bf16);
 }
 
 /* Common shapes get code of their own; the last line serves the rest. */

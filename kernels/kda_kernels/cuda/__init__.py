@@ -1,0 +1,28 @@
+"""KDA on NVIDIA GPUs, in Triton: decode (and verify) in one launch, prefill in chunks on the tensor cores.
+
+Neither synchronises with the host, so neither checks the values of the tables, only dtypes and shapes.
+"""
+
+import torch
+
+try:
+    import triton  # noqa: F401 - here for the message alone
+except ImportError as error:
+    raise ImportError("the GPU kernels need Triton, which comes with PyTorch's CUDA builds") from error
+
+from kda_kernels.cuda.decode import decode
+from kda_kernels.cuda.prefill import prefill
+from kda_kernels.cuda.verify import verify
+
+__all__ = ["decode", "prefill", "supports", "verify"]
+
+
+def supports(dtype: torch.dtype, head_dim: int, state_dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether these kernels can serve, and the reason."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False, f"the Triton kernels take float32 and bfloat16 rows, not {dtype}"
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        return False, f"the Triton kernels keep the state in float32 or bfloat16, not {state_dtype}"
+    if head_dim not in (64, 128):
+        return False, f"the Triton kernels take head sizes 64 and 128, not {head_dim}"
+    return True, "Triton kernels"

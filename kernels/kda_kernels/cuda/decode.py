@@ -1,0 +1,209 @@
+"""Decode: one token for each sequence, from the packed projections to the gated output in one launch.
+
+One program serves one (row, head): it reads the head's state once, tile by tile, into registers, and writes it
+back in place; nothing else of size is moved. The K
+axis of the tile is a pair (OUTER, INNER): a row's INNER keys sit in neighbouring lanes, the OUTER ones in
+registers of one thread, so that the two sums over K are mostly additions within a thread.
+
+| argument          | dtype, shape                     | meaning                                           |
+| ----------------- | -------------------------------- | ------------------------------------------------- |
+| qkv               | activation [T, 3P], row stride   | q, k, v before the convolution                    |
+| forget, gate      | activation [T, P], row stride    | before dt_bias; before the sigmoid                |
+| beta              | activation [T, H], row stride    | before the sigmoid                                |
+| conv              | activation [slots, taps-1, 3P]   | read and shifted by one row, in place             |
+| recurrent         | fp32 or bf16 [slots, H, V, K]    | read and written in place                         |
+| slots             | int32 [T]                        | <= 0: the row's output is zero, nothing is touched |
+| out               | activation [T, P], row stride    | norm(o) * sigmoid(gate)                           |
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kda_kernels.cuda.elementwise import INTERPRETED, LOG2E, sigmoid, silu, softplus
+from kda_kernels.types import KdaInputs, KdaParams, KdaState, check_call
+
+# Where the V axis of a state tile stands: Triton 3.6 spreads a warp's lanes over the first axis before the
+# second, later versions over the second; OUTER belongs in the one that lanes take last.
+MANY = 192
+VALUES_AT = 0 if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6) else 1
+
+
+def decode(inputs: KdaInputs, params: KdaParams, state: KdaState, slots: Tensor, out: Tensor) -> None:
+    """One token for each of T sequences; arguments as `kda_kernels.ops.decode`.
+
+    One launch, no allocation, no synchronisation: safe to capture in a CUDA graph. The values of `slots` are
+    not checked: a slot beyond the state or used twice is the caller's error.
+    """
+    rows, heads, dim, taps = inputs.qkv.shape[0], params.heads, params.head_dim, params.taps
+    check_call(inputs, params, state, slots, out, rows)
+    if rows == 0:
+        return
+    _decode[(heads, rows)](
+        *(inputs.qkv, inputs.forget, inputs.beta, inputs.gate),
+        *(params.conv_weight, params.a_log, params.dt_bias, params.norm_weight),
+        *(state.conv, state.recurrent, slots, out),
+        *(inputs.qkv.stride(0), inputs.forget.stride(0), inputs.beta.stride(0), inputs.gate.stride(0)),
+        *(state.conv.stride(0), state.conv.stride(1), state.recurrent.stride(0), out.stride(0)),
+        params.norm_eps,
+        heads,
+        D=dim,
+        TAPS=taps,
+        VALUES_AT=VALUES_AT,
+        **_launch(rows * heads, dim, state.recurrent.dtype.itemsize < 4),
+    )
+
+
+def _launch(programs: int, dim: int, narrow: bool, registers: int = 128) -> dict[str, int | bool]:
+    """Tile of BV value rows and launch options, for a number of (row, head) programs.
+
+    Few programs: the whole state in the registers of one, whose loads are then all in flight at once. Many:
+    tiles so small that several programs fit on a multiprocessor, and load while others compute and store.
+    """
+    # Launched early, while the kernel before still runs (programmatic dependent launch): the start is hidden.
+    early = not INTERPRETED.value
+    options: dict[str, int | bool] = {"PDL": early, "launch_pdl": early}
+    if programs <= MANY or dim < 128:
+        return options | {"BV": dim, "INNER": min(dim, 32), "num_warps": max(1, min(4, dim * dim // 2048))}
+    if narrow:
+        return options | {"BV": 16, "INNER": 128, "num_warps": 4}
+    return options | {"BV": 32, "INNER": 64, "num_warps": 4, "maxnreg": registers}
+
+
+@triton.jit
+def _input(qkv, conv, at, qkv_stride, conv_tap, TAPS: tl.constexpr):
+    """Where input `at` of a sequence begins, counted from the oldest that `conv` holds; qkv: its first new row."""
+    return tl.where(at < TAPS - 1, conv + at * conv_tap, qkv + (at - (TAPS - 1)) * qkv_stride)
+
+
+@triton.jit
+def _convolve(qkv, conv, weight, step, qkv_stride, conv_tap, D: tl.constexpr, TAPS: tl.constexpr):
+    """[D] convolution with SiLU of the inputs that end with new row `step`, fp32. Each thread loads its channels."""
+    channel = tl.arange(0, D)
+    y = tl.zeros([D], tl.float32)
+    for tap in tl.static_range(TAPS):
+        x = tl.load(_input(qkv, conv, tap + step, qkv_stride, conv_tap, TAPS) + channel)
+        y += x.to(tl.float32) * tl.load(weight + channel * TAPS + tap).to(tl.float32)
+    return silu(y)
+
+
+@triton.jit
+def _keep(qkv, conv, kept, step, qkv_stride, conv_tap, D: tl.constexpr, TAPS: tl.constexpr):
+    """Store in `kept`, which may be `conv`, the inputs that end with new row `step`, without the oldest."""
+    channel = tl.arange(0, D)
+    for tap in tl.static_range(1, TAPS):
+        x = tl.load(_input(qkv, conv, tap + step, qkv_stride, conv_tap, TAPS) + channel)
+        tl.store(kept + (tap - 1) * conv_tap + channel, x)
+
+
+@triton.jit
+def _add_each(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _gates(forget, beta, gate, dt_bias, a_log, norm_weight, D: tl.constexpr, BV: tl.constexpr):
+    """alpha [D] and beta of a token and head, and [TILES, BV] what its normalised output is multiplied by."""
+    place = tl.arange(0, D // BV)[:, None] * BV + tl.arange(0, BV)[None, :]
+    channel = tl.arange(0, D)
+    z = tl.load(forget + channel).to(tl.float32)
+    z += tl.load(dt_bias + channel).to(tl.float32)
+    rate = tl.exp2(tl.load(a_log).to(tl.float32) * LOG2E) * LOG2E
+    alpha = tl.exp2(-rate * softplus(z))
+    b = sigmoid(tl.load(beta).to(tl.float32))
+    scale = sigmoid(tl.load(gate + place).to(tl.float32))
+    return alpha, b, scale * tl.load(norm_weight + place).to(tl.float32)
+
+
+@triton.jit
+def _cells(D: tl.constexpr, INNER: tl.constexpr, BV: tl.constexpr, VALUES_AT: tl.constexpr):
+    """Offsets of the first tile within the state of a head."""
+    key = tl.arange(0, D // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    return tl.expand_dims(tl.expand_dims(tl.arange(0, BV) * D, 1), 1 - VALUES_AT) + tl.expand_dims(key, VALUES_AT)
+
+
+@triton.jit
+def _advance(
+    tile, source, target, q, k, v, alpha, b,
+    D: tl.constexpr, INNER: tl.constexpr, BV: tl.constexpr, VALUES_AT: tl.constexpr,
+):  # fmt: skip
+    """One token through the state of a head (docs/kda.md section 4), from cells at `source` to cells at `target`.
+
+    q, k, v: after the convolution; tile: the first one of `source`. Returns o [TILES, BV] and the last new tile.
+    """
+    OUTER: tl.constexpr = D // INNER
+    KEYS_AT: tl.constexpr = 1 - VALUES_AT
+    TILES: tl.constexpr = D // BV
+    qq, kk, qk = tl.reduce((q * q, k * k, q * k), 0, _add_each)
+    q_scale, k_scale = tl.rsqrt(qq + 1e-6) * (D**-0.5), tl.rsqrt(kk + 1e-6)
+    q *= q_scale
+    k *= k_scale
+    qk *= q_scale * k_scale
+    q_row = tl.expand_dims(tl.reshape(q, (OUTER, INNER)), VALUES_AT)
+    k_row = tl.expand_dims(tl.reshape(k, (OUTER, INNER)), VALUES_AT)
+    decay = tl.expand_dims(tl.reshape(alpha, (OUTER, INNER)), VALUES_AT)
+    v_tiles = tl.reshape(v, (TILES, BV))
+    o = tl.zeros([TILES, BV], tl.float32)
+    for i in range(TILES):
+        S = tile.to(tl.float32) * decay
+        if i + 1 < TILES:  # the next tile is on its way before this one is stored
+            tile = tl.load(source + BV * D)
+        here = tl.arange(0, TILES)[:, None] == i
+        # Both sums are over the decayed state S', before the write: S^T q = S'^T q + beta e (k . q).
+        predicted = tl.sum(tl.sum(S * k_row, KEYS_AT), 1)
+        seen = tl.sum(tl.sum(S * q_row, KEYS_AT), 1)
+        error = b * (tl.sum(tl.where(here, v_tiles, 0.0), 0) - predicted)
+        S += tl.expand_dims(tl.expand_dims(error, 1), KEYS_AT) * k_row
+        written = S.to(target.dtype.element_ty)
+        tl.store(target, written)
+        o += tl.where(here, (seen + error * qk)[None, :], 0.0)
+        source += BV * D
+        target += BV * D
+        if TILES == 1:
+            tile = written
+    return o, tile
+
+
+@triton.jit
+def _finish(o, scale, out, norm_eps, D: tl.constexpr, BV: tl.constexpr):
+    """The gated norm (docs/kda.md section 5) of o [TILES, BV]."""
+    o *= tl.rsqrt(tl.sum(tl.sum(o * o, 1), 0) / D + norm_eps) * scale
+    place = tl.arange(0, D // BV)[:, None] * BV + tl.arange(0, BV)[None, :]
+    tl.store(out + place, o.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _decode(
+    qkv, forget, beta, gate, conv_weight, a_log, dt_bias, norm_weight, conv, recurrent, slots, out,
+    qkv_stride, forget_stride, beta_stride, gate_stride, conv_slot, conv_tap, recurrent_slot, out_stride,
+    norm_eps, heads,
+    D: tl.constexpr, INNER: tl.constexpr, TAPS: tl.constexpr, VALUES_AT: tl.constexpr, BV: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    P, first = heads * D, head * D
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot <= 0:
+        tl.store(out + row * out_stride + first + tl.arange(0, D), tl.zeros([D], out.dtype.element_ty))
+        return
+
+    # The first tile of the state: everything below until its first use hides behind these loads.
+    cell = recurrent + slot * recurrent_slot + first * D + _cells(D, INNER, BV, VALUES_AT)
+    tile = tl.load(cell)
+    qkv += row * qkv_stride + first
+    conv += slot * conv_slot + first
+    weight = conv_weight + first * TAPS
+    q = _convolve(qkv, conv, weight, 0, qkv_stride, conv_tap, D, TAPS)
+    k = _convolve(qkv + P, conv + P, weight + P * TAPS, 0, qkv_stride, conv_tap, D, TAPS)
+    v = _convolve(qkv + 2 * P, conv + 2 * P, weight + 2 * P * TAPS, 0, qkv_stride, conv_tap, D, TAPS)
+    alpha, b, scale = _gates(
+        forget + row * forget_stride + first, beta + row * beta_stride + head, gate + row * gate_stride + first,
+        dt_bias + first, a_log + head, norm_weight, D, BV,
+    )  # fmt: skip
+    for part in tl.static_range(3):
+        _keep(qkv + part * P, conv + part * P, conv + part * P, 0, qkv_stride, conv_tap, D, TAPS)
+    o, tile = _advance(tile, cell, cell, q, k, v, alpha, b, D, INNER, BV, VALUES_AT)
+    _finish(o, scale, out + row * out_stride + first, norm_eps, D, BV)
