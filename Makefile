@@ -11,7 +11,8 @@ endif
 DEVICE ?=
 DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
-DEMO_ARGS := --dtype float32 --max-model-len 32768 --kv-cache-memory-bytes 256M
+DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
+DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M
 MODEL ?= $(DEMO_MODEL)
 ARGS ?=
 

@@ -153,10 +153,11 @@ def check_cache_dtypes(
     accepted by name. `mamba_cache_dtype` is the convolution state's, `mamba_ssm_cache_dtype` the recurrent one's.
     """
     same = {"auto", model_dtype}
+    state = {"auto", "float32"} | ({"bfloat16"} if device == "cuda" else set())
     allowed = {
         "kv-cache-dtype": (kv_cache_dtype, same),
         "mamba-cache-dtype": (mamba_cache_dtype, same),
-        "mamba-ssm-cache-dtype": (mamba_ssm_cache_dtype, {"auto", "float32"}),
+        "mamba-ssm-cache-dtype": (mamba_ssm_cache_dtype, state),
     }
     for flag, (value, choices) in allowed.items():
         if value not in choices:

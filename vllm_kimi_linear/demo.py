@@ -53,7 +53,7 @@ DEMO: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "num_shared_experts": 1,
     "q_lora_rank": None,
-    "qk_nope_head_dim": 64,
+    "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "rms_norm_eps": 1e-05,
     "rope_scaling": None,
@@ -63,7 +63,7 @@ DEMO: dict[str, Any] = {
     "topk_group": 1,
     "use_cache": True,
     "use_grouped_topk": True,
-    "v_head_dim": 64,
+    "v_head_dim": 128,
     "vocab_size": 1024,
     "linear_attn_config": {"head_dim": 64, "num_heads": 4, "short_conv_kernel_size": 4},
 }

@@ -4,7 +4,8 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import CacheConfig, ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import divide, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -29,19 +31,26 @@ class KdaInputProjection(MergedColumnParallelLinear):
 
     q, k, v and beta are split over the tensor-parallel ranks by heads; the two low-rank inputs f_a and g_a
     are needed whole by every rank, so their weights are repeated once a rank before they are split.
-    The parts stand in the order of `weights.IN_PROJ`.
+    The parts stand in the order of `weights.IN_PROJ`. Where they leave a row that does not end on 16 bytes (4
+    heads), zeros are appended: GEMMs and kernels then read whole vectors.
     """
 
     REPLICATED = (4, 5)  # f_a and g_a
+    ROW_MULTIPLE = 8  # elements
 
     def __init__(self, geometry: Geometry, quant_config: QuantizationConfig | None, prefix: str) -> None:
         ranks = get_tensor_model_parallel_world_size()
         width, rank = geometry.kda_size, geometry.kda_head_dim
         sizes = [width, width, width, geometry.kda_heads, rank * ranks, rank * ranks]
+        padding = -sum(sizes) // ranks % self.ROW_MULTIPLE
+        if padding:
+            sizes.append(padding * ranks)
         super().__init__(
             geometry.hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix
         )
         self.local_sizes = [divide(size, ranks) for size in sizes]
+        if padding and quant_config is None:
+            self.weight.data[-padding:].zero_()
 
     def weight_loader(self, param, loaded_weight, loaded_shard_id=None):
         super().weight_loader(param, self._whole(loaded_weight, loaded_shard_id), loaded_shard_id)
@@ -68,11 +77,17 @@ def _load_conv(param: nn.Parameter, loaded_weight: torch.Tensor, shard: int) -> 
     param.data.narrow(0, shard * rows, rows).copy_(part)
 
 
+def state_dtypes(model: ModelConfig, cache: CacheConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of the convolution's state and of the recurrent one, which is fp32 unless --mamba-ssm-cache-dtype says bf16."""
+    return model.dtype, torch.bfloat16 if cache.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
+
+
 class KimiDeltaAttention(nn.Module, MambaBase):
     """One KDA layer of one tensor-parallel rank (docs/kda.md sections 1 to 5).
 
     Its state lives in vLLM's paged cache, one block a sequence: the last taps-1 projections
-    [taps-1, 3P] in the activation dtype, then the recurrent state [H, V, K] in fp32.
+    [taps-1, 3P] in the activation dtype, then the recurrent state [H, V, K] in fp32 or as asked.
+    With drafted tokens it has one block more for each, of the same make.
     """
 
     def __init__(
@@ -99,6 +114,11 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.g_b_proj = ColumnParallelLinear(
             head_dim, width, bias=False, quant_config=quant_config, prefix=f"{prefix}.g_b_proj"
         )
+        self.gates_b: torch.Tensor | None = None
+        if quant_config is None and not current_platform.is_cpu():
+            # One batched GEMM serves both, so their weights lie one behind the other: [2, P, D].
+            self.gates_b = torch.stack((self.f_b_proj.weight.data, self.g_b_proj.weight.data))
+            self.f_b_proj.weight.data, self.g_b_proj.weight.data = self.gates_b
         self.o_proj = RowParallelLinear(
             width, geometry.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
@@ -122,31 +142,60 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         """hidden_states [T, hidden_size] after the input norm -> [T, hidden_size]."""
         projected, _ = self.in_proj(hidden_states)
         widths = self.in_proj.local_sizes
-        qkv, beta, forget_low, gate_low = projected.split(
-            [sum(widths[:3]), widths[3], widths[4], widths[5]], dim=-1
-        )
-        forget, _ = self.f_b_proj(forget_low)
-        gate, _ = self.g_b_proj(gate_low)
+        qkv, beta, low, *_ = projected.split([sum(widths[:3]), widths[3], sum(widths[4:6]), *widths[6:]], dim=-1)
+        forget, gate = self._gates(low)
         out = torch.empty_like(gate)
         torch.ops.vllm.kimi_delta_attention(qkv, forget, beta, gate, out, self.prefix)
         return self.o_proj(out)[0]
 
+    def _gates(self, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """low [T, 2D], f_a(x) | g_a(x) -> forget and gate, [T, P] each."""
+        if self.gates_b is not None:
+            forget, gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
+        else:
+            forget_low, gate_low = low.chunk(2, dim=-1)
+            forget, gate = self.f_b_proj(forget_low)[0], self.g_b_proj(gate_low)[0]
+        return forget, gate
+
     def mix(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
         """Run the kernels on the rows of one step; `out` [T, P] is written, the state updated in place."""
-        params, state = self.kernel_params, self.state
-        decodes, tokens = metadata.num_decodes, metadata.num_tokens
-        if decodes:
-            ops.decode(_rows(inputs, 0, decodes), params, state, metadata.decode_slots, out[:decodes])
-        if metadata.num_prefills:
-            ops.prefill(
-                _rows(inputs, decodes, tokens),
-                params,
-                state,
-                metadata.prefill_cu_seqlens,
-                metadata.prefill_slots,
-                metadata.prefill_resume,
-                out[decodes:tokens],
+        first, tokens = metadata.continuing_tokens, metadata.num_tokens
+        out[tokens:].zero_()  # rows that pad a CUDA graph go on through the other layers
+        if metadata.order is not None:
+            inputs, mixed, out = _rows(inputs, metadata.order.rows), out, torch.empty_like(out[:tokens])
+        if metadata.drafts is not None and first:
+            ops.verify(
+                _rows(inputs, slice(first)),
+                self.kernel_params,
+                self.state,
+                metadata.drafts.cu_seqlens,
+                metadata.continuing_slots,
+                metadata.drafts.accepted,
+                out[:first],
             )
+        elif first:
+            slots = metadata.continuing_slots[:, 0]
+            ops.decode(_rows(inputs, slice(first)), self.kernel_params, self.state, slots, out[:first])
+        if metadata.prefills is not None:
+            ops.prefill(
+                _rows(inputs, slice(first, tokens)),
+                self.kernel_params,
+                self.state,
+                metadata.prefills.cu_seqlens,
+                metadata.prefill_slots,
+                metadata.prefills.resume,
+                out[first:tokens],
+            )
+        if metadata.order is not None:
+            mixed[metadata.order.rows] = out
+
+    def rehearse(self, inputs: KdaInputs, out: torch.Tensor) -> None:
+        """A prefill of all rows on the null slot: it takes the memory, and compiles the kernels, of a real one."""
+        shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
+        state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
+        nobody = torch.zeros(2, dtype=torch.int32, device=out.device)
+        cu_seqlens = torch.tensor([0, len(out)], dtype=torch.int32, device=out.device)
+        ops.prefill(inputs, self.kernel_params, state, cu_seqlens, nobody[:1], nobody[:1] > 0, out)
 
     @cached_property
     def kernel_params(self) -> KdaParams:
@@ -172,14 +221,14 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return memory.kda_state_shapes(self.geometry)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return (self.model_config.dtype, torch.float32)
+        return state_dtypes(self.model_config, self.cache_config)
 
 
-def _rows(inputs: KdaInputs, first: int, last: int) -> KdaInputs:
-    rows = slice(first, last)
+def _rows(inputs: KdaInputs, rows: slice | torch.Tensor) -> KdaInputs:
     return KdaInputs(inputs.qkv[rows], inputs.forget[rows], inputs.beta[rows], inputs.gate[rows])
 
 
+@eager_break_during_capture
 def _kimi_delta_attention(
     qkv: torch.Tensor,
     forget: torch.Tensor,
@@ -190,12 +239,13 @@ def _kimi_delta_attention(
 ) -> None:
     """The KDA core as one opaque operation, so that compilation and graph capture see no data-dependent code."""
     context = get_forward_context()
-    if context.attn_metadata is None:
-        out.zero_()  # vLLM's profiling run: memory is measured, there is no cache yet
-        return
     layer = context.no_compile_layers[layer_name]
-    metadata = context.attn_metadata[layer_name]
-    layer.mix(KdaInputs(qkv=qkv, forget=forget, beta=beta, gate=gate), out, metadata)
+    inputs = KdaInputs(qkv=qkv, forget=forget, beta=beta, gate=gate)
+    metadata = (context.attn_metadata or {}).get(layer_name)
+    if metadata is None:  # vLLM measures the memory that a step takes, or warms up
+        layer.rehearse(inputs, out)
+    else:
+        layer.mix(inputs, out, metadata)
 
 
 def _kimi_delta_attention_fake(

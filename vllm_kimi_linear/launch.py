@@ -61,8 +61,9 @@ class Server:
 
     @property
     def command(self) -> list[str]:
-        program = Path(sys.executable).with_name("vllm")
-        return [str(program), "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        script = Path(sys.executable).with_name("vllm")  # missing where packages lie beside an interpreter
+        program = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        return [*program, "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
 
     @property
     def log(self) -> str:

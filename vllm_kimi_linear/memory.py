@@ -105,14 +105,14 @@ def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None 
     return total
 
 
-def kda_state_shapes(geometry: Geometry, *, speculative: int = 0) -> tuple[Shape, Shape]:
+def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
     """Shapes of the two states of one KDA layer and sequence on one rank.
 
-    The convolution's is [taps - 1 (+ draft tokens), 3P], oldest row first, channels q|k|v, in the activations'
-    dtype; the recurrence's is [H, V, K], fp32 unless asked otherwise.
+    The convolution's is [taps - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
+    recurrence's is [H, V, K], fp32 unless asked otherwise.
     """
     g, ranks = geometry, geometry.tensor_parallel
-    conv = (g.conv_taps - 1 + speculative, 3 * g.kda_size // ranks)
+    conv = (g.conv_taps - 1, 3 * g.kda_size // ranks)
     return conv, (g.kda_heads // ranks, g.kda_head_dim, g.kda_head_dim)
 
 
@@ -172,12 +172,13 @@ def plan(
 ) -> Plan:
     """The cache that vLLM makes of `kv_bytes` of memory on one rank.
 
-    `activation_dtype` is also the latent KV's and the convolution state's. `alignment`, in tokens, is the
+    `activation_dtype` is also the latent KV's and the convolution state's. `speculative` is the number of drafted
+    tokens a step, each of which has a state of its own. `alignment`, in tokens, is the
     largest of --block-size, the attention kernel's block and, for MLA, 128.
     """
     kda = sum(layers is None or i in layers for i in geometry.kda_layers)
     mla = sum(layers is None or i in layers for i in geometry.mla_layers)
-    conv, recurrent = kda_state_shapes(geometry, speculative=speculative)
+    conv, recurrent = kda_state_shapes(geometry)
     state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
     latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
     block_tokens = alignment * (ceil(state_bytes / (alignment * latent_bytes)) if kda else 1)
@@ -195,6 +196,6 @@ def plan(
         group_layers=group_layers,
         kda_groups=ceil(kda / group_layers),
         mla_groups=ceil(mla / group_layers),
-        state_pages=2 if prefix_caching else 1,
+        state_pages=(2 if prefix_caching else 1) + speculative,
         num_blocks=kv_bytes // (group_layers * page_bytes),
     )

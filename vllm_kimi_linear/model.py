@@ -8,10 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFunc,
-    MambaStateCopyFuncCalculator,
-)
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
 from vllm.model_executor.models.utils import (
@@ -25,7 +22,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_kimi_linear import compat, memory, start_checks, weights
 from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.kda import KimiDeltaAttention
+from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
 
@@ -134,7 +131,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cpu() and not get_pp_group().is_first_rank:
             compat.make_pipeline_buffers_on_cpu()
-        start_checks.log_implementation(vllm_config, self.geometry)
+        _, state = state_dtypes(vllm_config.model_config, vllm_config.cache_config)
+        start_checks.log_implementation(vllm_config, self.geometry, state)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -163,8 +161,9 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return (vllm_config.model_config.dtype, torch.float32)
+        return state_dtypes(vllm_config.model_config, vllm_config.cache_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
-        return MambaStateCopyFuncCalculator.kda_state_copy_func()
+        # Every token of a verified draft has a block with both states, so both are copied whole.
+        return get_temporal_copy_spec, get_temporal_copy_spec

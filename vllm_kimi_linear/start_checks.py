@@ -65,7 +65,7 @@ def check_flags(vllm_config: VllmConfig) -> None:
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
         ("quantization", model.quantization, (None,), unset),
         ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
-        ("speculative-config method", speculative and speculative.method, (None,), unset),
+        ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
         ("kv-transfer-config", vllm_config.kv_transfer_config, (None,), unset),
         ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
         ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
@@ -90,6 +90,14 @@ def check_flags(vllm_config: VllmConfig) -> None:
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
         ]
+    if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
+        # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
+        raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")
+    if speculative and cache.enable_prefix_caching:
+        # vLLM keeps the states of drafts at block boundaries with a Triton kernel, which a CPU lacks; untried on a GPU.
+        raise ConfigError(
+            f"--speculative-config method is {speculative.method} with prefix caching; add --no-enable-prefix-caching"
+        )
     for name, value, accepted, remedy in flags:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
@@ -121,10 +129,10 @@ def register() -> None:
     _CONFIG_REGISTRY["kimi_linear"] = CheckedConfig
 
 
-def log_implementation(vllm_config: VllmConfig, sizes: Geometry) -> None:
+def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
     """One line: whose implementation serves, with which kernels, and why not faster ones."""
     name, reason = ops.describe(
-        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim
+        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state
     )
     logger.info_once(
         "Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason

@@ -1,4 +1,8 @@
-"""The demo: serve the demo checkpoint, ask it through the OpenAI client, check the answer and the memory plan."""
+"""The demo: serve the demo checkpoint, ask it through the OpenAI client, check the answer and the memory plan.
+
+On a CPU it runs in fp32, and every token must be the reference's. On a GPU, where vLLM's latent attention has no
+fp32, it runs in bf16: most tokens must be, and all whose lead over the second best is larger than bf16 can overturn.
+"""
 
 import contextlib
 import json
@@ -9,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openai import OpenAI
 
@@ -16,8 +21,11 @@ from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server, StartError
 
+if TYPE_CHECKING:
+    from vllm_kimi_linear.oracle import Score
+
 KV_BYTES = 256 << 20
-FLAGS = ("--dtype=float32", "--max-model-len=32768", f"--kv-cache-memory-bytes={KV_BYTES}")
+FLAGS = ("--max-model-len=32768", f"--kv-cache-memory-bytes={KV_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,10 @@ class Answer:
 def run(folder: Path, prompt: str, tokens: int) -> int:
     """Print the whole demo; returns 0 only if every token agrees with transformers and the plan holds."""
     model = folder / "model"
+    dtype = "bfloat16" if _has_gpu() else "float32"
     with _step(f"Writing a small random checkpoint to {model}"):
         demo.write_checkpoint(model)
-    server = Server(model, FLAGS, log_path=folder / "server.log")
+    server = Server(model, (f"--dtype={dtype}", *FLAGS), log_path=folder / "server.log")
     try:
         with _step("Starting vllm serve") as ticking:
             server.start(waiting=ticking)
@@ -53,11 +62,22 @@ def run(folder: Path, prompt: str, tokens: int) -> int:
         server.stop()
 
     print(f"\n\n{answer.tokens_per_second:.0f} tokens/s, first token after {answer.seconds_to_first:.2f} s")
-    planned = _print_memory(model, blocks)
+    planned = _print_memory(model, dtype, blocks)
     with _step("Asking the transformers reference in fp32"):
-        agreeing = _agreement(model, answer)
-    print(f"{agreeing} of {len(answer.token_ids)} tokens agree with the transformers reference")
-    return 0 if planned and agreeing == len(answer.token_ids) else 1
+        score = _score(model, answer)
+    agreeing = sum(a == b for a, b in zip(score.argmax, score.answer, strict=True))
+    print(f"{agreeing} of {tokens} tokens agree with the transformers reference")
+    if dtype == "float32":
+        return 0 if planned and agreeing == tokens else 1
+    wrong = score.clearly_wrong()
+    print(f"{wrong} differ where the reference's choice leads by over {score.clear_lead}, more than bf16 overturns")
+    return 0 if planned and not wrong and agreeing > tokens / 2 else 1
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _ask(server: Server, prompt: str, tokens: int) -> Answer:
@@ -95,10 +115,10 @@ def _allocated_blocks(server: Server) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _print_memory(model: Path, blocks: int) -> bool:
+def _print_memory(model: Path, dtype: str, blocks: int) -> bool:
     """State and cache bytes from memory.py; False if its plan is not what the engine allocated."""
     geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=KV_BYTES)
+    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=KV_BYTES)
     print(
         f"KDA state {plan.kda_state_bytes_per_sequence / 2**20:.2f} MiB a sequence, whatever its length; "
         f"MLA cache {plan.mla_bytes_per_token} bytes a token"
@@ -107,12 +127,11 @@ def _print_memory(model: Path, blocks: int) -> bool:
     return plan.num_blocks == blocks
 
 
-def _agreement(model: Path, answer: Answer) -> int:
-    """How many tokens of the answer are the reference's own greedy choice."""
+def _score(model: Path, answer: Answer) -> "Score":
+    """What the reference says of the answer."""
     from vllm_kimi_linear.oracle import Oracle
 
-    score = Oracle(model).score(answer.prompt_ids, answer.token_ids)
-    return sum(a == b for a, b in zip(score.argmax, score.answer, strict=True))
+    return Oracle(model).score(answer.prompt_ids, answer.token_ids)
 
 
 @contextlib.contextmanager

@@ -245,6 +245,7 @@ def test_latents_that_the_cpu_kernel_cannot_hold(field: str, value: int, needed:
         ("auto", "auto", "float32", "cpu"),
         ("bfloat16", "bfloat16", "auto", "cpu", "bfloat16"),
         ("auto", "auto", "float32", "cuda"),
+        ("auto", "auto", "bfloat16", "cuda"),
     ],
 )
 def test_cache_dtypes_accepted(dtypes: tuple[str, ...]):
@@ -259,7 +260,7 @@ def test_cache_dtypes_accepted(dtypes: tuple[str, ...]):
         (("bfloat16", "auto", "auto", "cpu", "float32"), "--kv-cache-dtype is bfloat16; .* auto or float32"),
         (("auto", "float16", "auto", "cpu"), "--mamba-cache-dtype is float16; on cpu this model takes auto"),
         (("auto", "auto", "bfloat16", "cpu"), "--mamba-ssm-cache-dtype is bfloat16; .* auto or float32"),
-        (("auto", "auto", "bfloat16", "cuda"), "--mamba-ssm-cache-dtype is bfloat16; .* auto or float32"),
+        (("auto", "auto", "float16", "cuda"), "--mamba-ssm-cache-dtype is float16; .* auto or bfloat16 or float32"),
     ],
 )
 def test_cache_dtypes_refused(dtypes: tuple[str, ...], sentence: str):

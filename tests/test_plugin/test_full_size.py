@@ -48,6 +48,17 @@ def build(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("backend", ["FLASHINFER_CUTLASS", "FLASHINFER_TRTLLM", "TRITON"])
+def test_experts_of_eight_ranks_are_not_padded(backend: str):
+    """An eighth of an expert is 128 wide, which every kernel that vLLM may choose on an NVIDIA GPU takes as it is."""
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    config = json.loads(CONFIG.read_text())
+    sizes = config["hidden_size"], config["moe_intermediate_size"] // 8
+    chosen = unquantized.UnquantizedMoeBackend[backend]
+    assert unquantized.unquantized_round_up_hidden_size_and_intermediate_size(chosen, *sizes) == sizes
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("full")

@@ -37,7 +37,7 @@ def linear(**changes: Any) -> dict[str, Any]:
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+NGRAM = {"method": "ngram_gpu", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 # what is wrong -> (changes to config.json, engine arguments, the field and the value that the sentence names)
@@ -116,7 +116,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "data parallel": ({}, {"data_parallel_size": 2}, "--data-parallel-size", "2"),
     "more stages than layers": ({}, {"pipeline_parallel_size": 9}, "--pipeline-parallel-size", "9"),
-    "speculation": ({}, {"speculative_config": NGRAM}, "--speculative-config", "ngram"),
+    "speculation with prefix caching": (
+        {},
+        {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True},
+        "--speculative-config",
+        "prefix caching",
+    ),
+    "speculation": ({}, {"speculative_config": NGRAM}, "--speculative-config", "ngram_gpu"),
     "KV sharing": ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill", "True"),
     "KV transfer": ({}, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config", "ExampleConnector"),
     "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size", "1.0"),
