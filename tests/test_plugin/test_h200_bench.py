@@ -1,0 +1,44 @@
+"""The arithmetic of the whole-server benchmark: its floors and the models it serves."""
+
+import json
+
+import pytest
+
+from benchmarks import h200
+from benchmarks.load import Reply, percentile, steady_tpot
+from vllm_kimi_linear.config import Geometry
+
+BASE = json.loads(h200.CONFIG.read_text())
+WHOLE = Geometry.from_config(BASE)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "context", "milliseconds"),
+    [(1, 4096, 1.32), (1, 131072, 1.53), (1, 1 << 20, 3.07), (8, 4096, 5.28), (8, 131072, 6.99), (32, 131072, 20.8)],
+)
+def test_floor_of_a_decode_step(sequences: int, context: int, milliseconds: float):
+    """Against figures worked out by hand."""
+    assert h200.tpot_floor(WHOLE, sequences, context) * 1e3 == pytest.approx(milliseconds, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", h200.RUNS)
+def test_every_run_has_a_valid_config_and_known_rows(name: str):
+    run = h200.RUNS[name]
+    geometry = Geometry.from_config(h200.model_config(run, BASE))
+    assert geometry.num_layers == run.layers
+    assert (len(geometry.kda_layers) == 0) == run.attention_only
+    assert {row.split()[0] for row in run.rows} <= {"ttft", "tpot", "poisson", "million"}
+
+
+def test_steady_tpot_counts_only_while_all_decode():
+    early = Reply(asked=0.0, times=[1.0, 2.0, 3.0, 4.0, 5.0], counts=[1] * 5)
+    late = Reply(asked=0.0, times=[3.0, 3.5, 4.0], counts=[1, 1, 2])
+    assert steady_tpot([early]) == 1.0
+    assert steady_tpot([early, late]) == pytest.approx((1.0 + 1 / 3) / 2)
+    assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
+
+
+def test_a_table_shows_what_was_measured_and_what_was_not():
+    kept = {"start": 60.0, "flags": "--dtype=bfloat16", "rows": {"tpot 1 4K": {"tpot": 0.002}}}
+    text = h200.table({"machine": "one GPU", "ours": kept, "vLLM": {**kept, "rows": {}}})
+    assert "| tpot 1 4K: tpot | 2.00 | - | 1.32 |" in text
