@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 from vllm.version import __version__ as vllm_version
 
-from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear import ARCHITECTURE, snapshots
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -20,6 +20,8 @@ def apply() -> None:
     """Register our KDA backend and apply the patches this version of vLLM needs. Idempotent."""
     register_backend(MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True)
     if _is_known():
+        snapshots.register()
+        end_chunks_at_blocks()
         keep_scheduling_on_cpu()
         sleep_between_polls_on_cpu()
 
@@ -74,6 +76,51 @@ def keep_scheduling_on_cpu() -> None:
 
     vars(check_and_update_config)["keeps_kimi_linear"] = True
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def end_chunks_at_blocks() -> None:
+    """End the chunks of a prompt on the blocks of the KDA layers, and nowhere else for the sake of the prefix cache.
+
+    Symptom: warm prefix hits give wrong tokens where another group of layers has smaller blocks; and a prompt is
+        read in extra steps that end at its last block boundary and where it was seen to leave a shared prefix.
+    Cause: `Scheduler._mamba_block_aligned_split` cuts by the smallest block size of all groups, and knows no layer
+        that writes states inside a chunk but at one place. Ours writes them wherever its manager put a block.
+    Upstream: vllm-project/vllm#54076 concerns the block size.
+    Remove when: the scheduler cuts by the group's own block size and lets a layer say where it keeps states.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original: Callable = Scheduler._mamba_block_aligned_split
+    if getattr(original, "keeps_kimi_linear", False):
+        return
+
+    @functools.wraps(original)
+    def split(self, request, num_new_tokens, num_new_local_computed_tokens=0, num_external_computed_tokens=0):
+        managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, snapshots.KdaManager)
+        ]
+        if not managers:
+            return original(
+                self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+            )
+        start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+        if start >= prefill_end:
+            return num_new_tokens
+        # A request that replays this one recomputes its last token; another leaves it at the junction seen before.
+        for manager in managers:
+            manager.expect_reuse(request.request_id, (request.num_tokens - 1, request.shared_prefix_boundary))
+        block, end = managers[0].block_size, start + num_new_tokens
+        if start % block:  # a block larger than a step: go on to its end
+            return min(end, (start // block + 1) * block) - start
+        if end < prefill_end and end // block * block > start:
+            end = end // block * block
+        return end - start
+
+    vars(split)["keeps_kimi_linear"] = True
+    Scheduler._mamba_block_aligned_split = split
 
 
 def sleep_between_polls_on_cpu() -> None:

@@ -18,12 +18,14 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import ops
 from kda_kernels.types import KdaInputs, KdaParams, KdaState
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.metadata import KdaMetadata
+from vllm_kimi_linear.snapshots import KdaSpec
 
 
 class KdaInputProjection(MergedColumnParallelLinear):
@@ -185,6 +187,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
                 metadata.prefill_slots,
                 metadata.prefills.resume,
                 out[first:tokens],
+                metadata.exports,
             )
         if metadata.order is not None:
             mixed[metadata.order.rows] = out
@@ -208,6 +211,10 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         )
 
     # What vLLM asks of a layer with a recurrent state.
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = super().get_kv_cache_spec(vllm_config)
+        return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         super().bind_kv_cache(kv_cache)

@@ -7,6 +7,7 @@ A CUDA graph of a decode step replays with the addresses it was captured with: w
 buffers of the builder, filled up with null slots to the size of the graph.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
@@ -22,6 +23,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+
+from kda_kernels.types import Exports
 
 
 def _context_lens(common: CommonAttentionMetadata) -> torch.Tensor:
@@ -74,6 +77,10 @@ class Drafts:
 class Prefills:
     cu_seqlens: torch.Tensor  # [prefills + 1] int32, counted from the first prefill row
     resume: torch.Tensor  # [prefills] bool: go on from the slot's state, else start from zero
+    # Block boundaries inside the prompts: prefill rows before each, and where its block, if it has one, is named.
+    rows_before: torch.Tensor  # [boundaries] int32
+    boundary_requests: torch.Tensor  # [boundaries] int64, rows of the block table
+    boundary_columns: torch.Tensor  # [boundaries] int64
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class KdaMetadata:
     continuing_tokens: int
     continuing_slots: torch.Tensor  # [continuing, K] int32
     prefill_slots: torch.Tensor  # [prefills] int32
+    exports: Exports | None  # states to be kept at block boundaries
     drafts: Drafts | None
     prefills: Prefills | None
     order: Order | None
@@ -113,6 +121,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.draft_tokens = vllm_config.num_speculative_tokens
+        self.keeps_snapshots = vllm_config.cache_config.mamba_cache_mode == "align"
         requests = vllm_config.scheduler_config.max_num_seqs
         self.slots = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.zeros(requests + 1, dtype=torch.int32, device=device)
@@ -150,7 +159,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         self, metadata: KdaMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> KdaMetadata:
         """The metadata of another group of KDA layers, which differs in its slots alone."""
-        return self._with_slots(metadata, self._group_slots(blk_table, None))
+        return self._with_slots(metadata, self._group_slots(blk_table, None), blk_table)
 
     def _build(
         self, common: CommonAttentionMetadata, continuing: list[bool], accepted: torch.Tensor | None
@@ -166,11 +175,8 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             order = Order(self._to_device(ranked, torch.int64), self._to_device(list(rows), torch.int64))
         if count < requests:
             contexts = _context_lens(common).tolist()
-            rows_after = accumulate((lengths[request] for request in ranked[count:]), initial=0)
-            prefills = Prefills(
-                cu_seqlens=self._to_device(list(rows_after), torch.int32),
-                resume=self._to_device([contexts[request] > 0 for request in ranked[count:]], torch.bool),
-            )
+            sizes = [(request, contexts[request], lengths[request]) for request in ranked[count:]]
+            prefills = self._prefills(sizes)
             tokens = sum(lengths[request] for request in ranked[:count])
         else:
             count, tokens = common.num_reqs, common.num_actual_tokens
@@ -181,11 +187,30 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             continuing_tokens=tokens,
             continuing_slots=self.slots,
             prefill_slots=self.slots,
+            exports=None,
             drafts=self._drafts(common, accepted, order, count) if self.draft_tokens else None,
             prefills=prefills,
             order=order,
         )
-        return self._with_slots(metadata, self._group_slots(common.block_table_tensor, common.seq_lens))
+        slots = self._group_slots(common.block_table_tensor, common.seq_lens)
+        return self._with_slots(metadata, slots, common.block_table_tensor)
+
+    def _prefills(self, sizes: list[tuple[int, int, int]]) -> Prefills:
+        """`sizes`: (request, tokens before this step, tokens in it) of each."""
+        block = self.kv_cache_spec.block_size if self.keeps_snapshots else sys.maxsize
+        boundaries, row = [], 0
+        for request, context, length in sizes:
+            inside = range(context // block + 1, -(-(context + length) // block))
+            boundaries += [(row + end * block - context, request, end - 1) for end in inside]
+            row += length
+        rows_before, requests, columns = zip(*boundaries, strict=True) if boundaries else ((), (), ())
+        return Prefills(
+            cu_seqlens=self._to_device([0, *accumulate(length for _, _, length in sizes)], torch.int32),
+            resume=self._to_device([context > 0 for _, context, _ in sizes], torch.bool),
+            rows_before=self._to_device(list(rows_before), torch.int32),
+            boundary_requests=self._to_device(list(requests), torch.int64),
+            boundary_columns=self._to_device(list(columns), torch.int64),
+        )
 
     def _drafts(
         self, common: CommonAttentionMetadata, accepted: torch.Tensor | None, order: Order | None, count: int
@@ -210,17 +235,22 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         mode = self.vllm_config.cache_config.mamba_cache_mode
         return mamba_get_block_table_tensor(block_table, seq_lens, self.kv_cache_spec, mode)
 
-    def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor) -> KdaMetadata:
+    def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor, block_table: torch.Tensor) -> KdaMetadata:
         slots = slots[: metadata.num_requests, : self.slots.shape[1]]
         if metadata.order is not None:
             slots = slots[metadata.order.requests]
         continuing = self.slots[: metadata.continuing]
         continuing[: metadata.num_requests].copy_(slots[: metadata.continuing])
         continuing[metadata.num_requests :].zero_()
+        exports, prefills = None, metadata.prefills
+        if prefills is not None and len(prefills.rows_before):
+            blocks = block_table[prefills.boundary_requests, prefills.boundary_columns]
+            exports = Exports(prefills.rows_before, blocks.to(torch.int32))
         return replace(
             metadata,
             continuing_slots=continuing,
             prefill_slots=slots[metadata.continuing :, 0].contiguous(),
+            exports=exports,
         )
 
     def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:

@@ -117,5 +117,18 @@ def test_random_load_for_long(families: list[Case], conversations: list[list[Cas
 def test_the_narrow_server_preempts(families: list[Case], servers: Callable[..., Server], demo_model: Path):
     narrow = Completions(servers(demo_model, *NARROW))
     before = narrow.metric("vllm:num_preemptions_total")
-    check(families, narrow.at_once(case.asked for case in families))
+    check(families, narrow.at_once((case.asked for case in families), cold=True))
     assert narrow.metric("vllm:num_preemptions_total") > before
+
+
+def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Server], demo_model: Path):
+    """The second request reuses all but a block or a tenth of what it shares, the third all but a block."""
+    server = Completions(servers(demo_model, *WIDE))
+    stream = Stream(vocab, seed=10)
+    for shared in (BLOCK + 1, 500, 1300, 1999, 3000):
+        document = stream.prompt(3300)
+        questions = [document, *(document[:shared] + stream.prompt(40) for _ in range(3))]
+        found = [server.one_by_one([(question, 2)])[0].cached_tokens for question in questions]
+        assert found[0] == 0
+        assert found[1] >= shared - max(BLOCK, shared / 10) - 1, f"second of {shared}: {found}"
+        assert found[2] > shared - BLOCK - 1 and found[3] > shared - BLOCK - 1, f"third of {shared}: {found}"
