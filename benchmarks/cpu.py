@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from vllm_kimi_linear import demo, memory
@@ -67,7 +68,7 @@ def measure_floor() -> dict[str, float]:
         weight = torch.randn(4 * size, size, dtype=getattr(torch, dtype))
         rows = torch.randn(2048, size, dtype=weight.dtype)
         packed = _custom_ops.create_onednn_mm(weight.t(), 1)
-        seconds = median_seconds(lambda p=packed, r=rows: _custom_ops.onednn_mm(p, r, None), 5)
+        seconds = median_seconds(partial(_custom_ops.onednn_mm, packed, rows, None), 5)
         result[dtype] = 2 * rows.shape[0] * weight.numel() / seconds / 1e9
     return result
 
@@ -125,10 +126,10 @@ def measure(generate: Callable[[int, int, int], None], repeats: int) -> dict[str
     result = {}
     generate(1, 64, 4)
     for length in PREFILLS:
-        result[f"prefill {length}"] = length / median_seconds(lambda n=length: generate(1, n, 1), repeats)
+        result[f"prefill {length}"] = length / median_seconds(partial(generate, 1, length, 1), repeats)
     for sequences in DECODES:
-        first = median_seconds(lambda n=sequences: generate(n, DECODE_PROMPT, 1), repeats)
-        whole = median_seconds(lambda n=sequences: generate(n, DECODE_PROMPT, 1 + DECODE_TOKENS), repeats)
+        first = median_seconds(partial(generate, sequences, DECODE_PROMPT, 1), repeats)
+        whole = median_seconds(partial(generate, sequences, DECODE_PROMPT, 1 + DECODE_TOKENS), repeats)
         result[f"decode {sequences}"] = sequences * DECODE_TOKENS / (whole - first)
     return result
 

@@ -165,18 +165,18 @@ def serve(name: str, run: Run, args: argparse.Namespace, results: dict[str, Any]
         server = Server(folder, flags, log_path=log, env=dict(run.env))
         begun = time.perf_counter()
         with_start = server.start(timeout=600)
-        kept = {"start": time.perf_counter() - begun, "flags": " ".join(flags), "rows": {}}
-        results[name] = kept
+        rows_kept: dict[str, Any] = {}
+        results[name] = {"start": time.perf_counter() - begun, "flags": " ".join(flags), "rows": rows_kept}
         try:
             rows = Rows(Load(with_start.url, server.model, config["vocab_size"]), args.scale)
             for row in run.rows:
                 if args.rows and row not in args.rows:
                     continue
                 try:
-                    kept["rows"][row] = rows.measure(row)
+                    rows_kept[row] = rows.measure(row)
                 except (RuntimeError, OSError) as error:
-                    kept["rows"][row] = {"error": " ".join(str(error).split())[:300]}
-                print(name, row, kept["rows"][row], flush=True)
+                    rows_kept[row] = {"error": " ".join(str(error).split())[:300]}
+                print(name, row, rows_kept[row], flush=True)
                 save(args, results)
         finally:
             server.stop()
