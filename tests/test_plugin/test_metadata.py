@@ -6,22 +6,23 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_kimi_linear.metadata import KdaMetadata, KdaMetadataBuilder
 
 MOST = 8
 
 
-def builder(draft_tokens: int = 0) -> KdaMetadataBuilder:
+def builder(draft_tokens: int = 0, block: int = 0) -> KdaMetadataBuilder:
     speculative = SimpleNamespace(num_speculative_tokens=draft_tokens, parallel_drafting=False)
     config: Any = SimpleNamespace(
         num_speculative_tokens=draft_tokens,
         speculative_config=speculative if draft_tokens else None,
         scheduler_config=SimpleNamespace(max_num_seqs=MOST),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        cache_config=SimpleNamespace(mamba_cache_mode="none"),
+        cache_config=SimpleNamespace(mamba_cache_mode="align" if block else "none"),
     )
-    spec: Any = SimpleNamespace(num_speculative_blocks=draft_tokens)
+    spec: Any = MambaSpec(block_size=block or 1, shapes=(), dtypes=(), num_speculative_blocks=draft_tokens)
     return KdaMetadataBuilder(spec, [], config, torch.device("cpu"))
 
 
@@ -127,6 +128,20 @@ def test_another_group_differs_in_its_slots_alone():
     assert moved.continuing_slots[:, 0].tolist() == [15, 25]
     assert moved.prefill_slots.tolist() == [35]
     assert moved.prefills is metadata.prefills
+
+
+def test_states_inside_a_chunk_go_to_the_blocks_of_its_columns():
+    """Blocks of 16; a chunk that ends on an edge, one over an edge, one between two."""
+    common = step([16, 30, 8], [0, 16, 4], columns=4)
+    common.block_table_tensor[1, 1] = 0  # no block there: nothing is kept
+    metadata = builder(block=16).build(0, common)
+    assert metadata.exports is not None
+    assert metadata.exports.after.tolist() == [32]
+    assert metadata.exports.slots.tolist() == [0]
+    common.block_table_tensor[1, 1] = 7
+    kept = builder(block=16).build(0, common).exports
+    assert kept is not None and kept.slots.tolist() == [7]
+    assert builder().build(0, common).exports is None  # without prefix caching
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])
