@@ -1,14 +1,17 @@
 """Every patch of vLLM, each with its symptom, its cause, and when it goes away."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.version import __version__ as vllm_version
 
-from vllm_kimi_linear import ARCHITECTURE, snapshots
+from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -22,6 +25,7 @@ def apply() -> None:
     if _is_known():
         snapshots.register()
         end_chunks_at_blocks()
+        say_what_fits()
         keep_scheduling_on_cpu()
         sleep_between_polls_on_cpu()
 
@@ -121,6 +125,33 @@ def end_chunks_at_blocks() -> None:
 
     vars(split)["keeps_kimi_linear"] = True
     Scheduler._mamba_block_aligned_split = split
+
+
+def say_what_fits() -> None:
+    """Log how many sequences fit, and what each takes, where vLLM logs a number of tokens.
+
+    Symptom: "KV cache size: 16,273,515 tokens" for a cache of which most is one state a sequence (vllm#28228).
+    Cause: `update_kv_cache_capacity` multiplies the number of sequences of the full length by that length.
+    Upstream: vllm-project/vllm#28228.
+    Remove when: vLLM says how many sequences fit and what a token and a sequence take.
+    """
+    engine: Any = sys.modules.get("vllm.v1.engine.core")  # present in the engine's process alone, which logs
+    if engine is None or hasattr(engine.update_kv_cache_capacity, "keeps_kimi_linear"):
+        return
+    original: Callable = engine.update_kv_cache_capacity
+
+    @functools.wraps(original)
+    def update_kv_cache_capacity(vllm_config, kv_cache_config):
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        if model.architecture != ARCHITECTURE or parallel.pipeline_parallel_size > 1:
+            return original(vllm_config, kv_cache_config)
+        cache = vllm_config.cache_config
+        cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency = get_kv_cache_capacity(vllm_config, kv_cache_config)
+        plan = start_checks.plan(vllm_config, kv_cache_config.num_blocks)
+        logger.info("Kimi Linear: %s", plan.describe(model.max_model_len))
+
+    vars(update_kv_cache_capacity)["keeps_kimi_linear"] = True
+    engine.update_kv_cache_capacity = update_kv_cache_capacity
 
 
 def sleep_between_polls_on_cpu() -> None:

@@ -12,6 +12,8 @@ from vllm_kimi_linear.config import Geometry
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+MIB, GIB = 1 << 20, 1 << 30
+
 Shape = tuple[int, ...]
 
 
@@ -157,6 +159,17 @@ class Plan:
     def sequences(self, context: int) -> int:
         """How many sequences of `context` tokens fit at once."""
         return max(0, self.num_blocks - 1) // self.blocks_per_sequence(context)
+
+    def describe(self, context: int) -> str:
+        """What fits, in a person's words."""
+        fitting, each = self.sequences(context), self.bytes_per_sequence(context)
+        total = self.num_blocks * self.group_layers * self.page_bytes
+        return (
+            f"the cache of {total / GIB:.2f} GiB a rank holds {fitting:,} sequence{'' if fitting == 1 else 's'} of "
+            f"{context:,} tokens at once, {each / GIB:.3f} GiB each: {self.kda_state_bytes_per_sequence / MIB:.2f} MiB "
+            f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache, and what "
+            f"blocks of {self.block_tokens:,} tokens leave over"
+        )
 
 
 def plan(

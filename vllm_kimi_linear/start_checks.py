@@ -5,6 +5,7 @@ read: the earliest place where the model's config, the parallelism and the cache
 """
 
 from collections.abc import Container
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from kda_kernels import ops
-from vllm_kimi_linear import ARCHITECTURE, __version__, install_check
+from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory
 from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
 from vllm_kimi_linear.hf_config import CheckedConfig
 
@@ -33,6 +34,21 @@ def geometry(vllm_config: VllmConfig) -> Geometry:
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         pipeline_parallel=vllm_config.parallel_config.pipeline_parallel_size,
     )
+
+
+def plan(vllm_config: VllmConfig, num_blocks: int) -> memory.Plan:
+    """What the allocated blocks of one rank hold, of a whole model (no pipeline)."""
+    cache = vllm_config.cache_config
+    planned = memory.plan(
+        geometry(vllm_config),
+        activation_dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+        kv_bytes=0,
+        state_dtype="bfloat16" if cache.mamba_ssm_cache_dtype == "bfloat16" else "float32",
+        alignment=cache.block_size,
+        speculative=vllm_config.num_speculative_tokens,
+        prefix_caching=bool(cache.enable_prefix_caching),
+    )
+    return replace(planned, num_blocks=num_blocks)
 
 
 class StartChecks(VerifyAndUpdateConfig):

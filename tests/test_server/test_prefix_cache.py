@@ -6,6 +6,7 @@ transformers'.
 """
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,8 @@ import pytest
 from tests.completions import Completions
 from tests.load import mixed
 from tests.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
+from vllm_kimi_linear import memory
+from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.oracle import Oracle
 
@@ -132,3 +135,13 @@ def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Ser
         assert found[0] == 0
         assert found[1] >= shared - max(BLOCK, shared / 10) - 1, f"second of {shared}: {found}"
         assert found[2] > shared - BLOCK - 1 and found[3] > shared - BLOCK - 1, f"third of {shared}: {found}"
+
+
+def test_the_log_says_what_fits(servers: Callable[..., Server], demo_model: Path):
+    """In sequences, as planned before the start, and not in a number of tokens."""
+    geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
+    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=1 << 30, prefix_caching=True)
+    log = servers(demo_model, *WIDE).log
+    assert f"Kimi Linear: {plan.describe(4096)}" in log
+    assert f"{plan.sequences(4096)} sequences of 4,096 tokens" in log
+    assert "KV cache size" not in log
