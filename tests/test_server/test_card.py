@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tests.conftest import FLAGS
@@ -96,16 +97,15 @@ def test_card_command(client: Any, snapshot: Path) -> None:
     """It comes up offline under the card's name and context, and chats as the reference does.
 
     The command leaves the dtype to the config, bfloat16, in which transformers itself takes other tokens than in
-    fp32, too: one in twenty on this checkpoint (7,680 tokens of random text). What bf16 costs, `test_bfloat16.py`
-    bounds; here most tokens must be right.
+    fp32, too. It is the measure here, on the same text; what bf16 costs is bounded closely by `test_bfloat16.py`.
     """
     [model] = client.models.list().data
     assert model.id == REPOSITORY
     assert model.max_model_len == CONTEXT
     assert (json.loads((snapshot / "config.json").read_text()))["auto_map"]
     tokenizer = AutoTokenizer.from_pretrained(snapshot, trust_remote_code=True)
-    oracle = Oracle(snapshot)
-    same = total = 0
+    oracle, rough = Oracle(snapshot), Oracle(snapshot, torch.bfloat16)
+    same = rough_same = total = 0
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -123,8 +123,11 @@ def test_card_command(client: Any, snapshot: Path) -> None:
         assert choice.message.content == tokenizer.decode(tokens, skip_special_tokens=True)
         score = oracle.score(prompt, tokens)
         same += sum(map(int.__eq__, tokens, score.argmax))
+        rough_same += sum(map(int.__eq__, rough.score(prompt, tokens).argmax, score.argmax))
         total += 24
-    assert same / total > 0.7
+    # Few tokens make a rough ratio: 11 and 6 others of 72 were seen.
+    others, rough_others = total - same, total - rough_same
+    assert others <= 2 * rough_others + 6, f"{others} of {total} tokens are others, {rough_others} in transformers bf16"
 
 
 def test_card_example(servers: Callable[..., Server], demo_model: Path) -> None:

@@ -38,6 +38,7 @@ SUFFIXES = (1, 2, 127)  # after the prefixes of one less than a block these end 
 CONVERSATIONS = 3
 TURNS = (BLOCK, 1, 2 * BLOCK - 1, 60, BLOCK + 1)  # new tokens a turn
 TOKENS = 24
+GROWING = (24, BLOCK - 28, 60)  # requests, length of each prompt, of each answer: all soon want a second block
 
 
 @pytest.fixture(params=[WIDE, NARROW], ids=["chunks above the block", "chunks below the block"])
@@ -117,10 +118,16 @@ def test_random_load_for_long(families: list[Case], conversations: list[list[Cas
         assert asyncio.run(mixed(caching, cases, requests=300, seed=seed, at_once=32)) == []
 
 
-def test_the_narrow_server_preempts(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+def test_preempted_requests_are_computed_again(
+    oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path
+):
+    """As many requests are admitted as fit with one block each; no schedule lets them all have a second."""
     narrow = Completions(servers(demo_model, *NARROW))
+    count, length, tokens = GROWING
+    stream = Stream(vocab, seed=12)
+    growing = draw_cases(oracle, [(partial(stream.prompt, length), tokens)] * count, narrow.at_once)
     before = narrow.metric("vllm:num_preemptions_total")
-    check(families, narrow.at_once((case.asked for case in families), cold=True))
+    check(growing, narrow.at_once((case.asked for case in growing), cold=True))
     assert narrow.metric("vllm:num_preemptions_total") > before
 
 
