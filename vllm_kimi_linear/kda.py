@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import ops
 from kda_kernels.types import KdaInputs, KdaParams, KdaState
-from vllm_kimi_linear import memory
+from vllm_kimi_linear import memory, start_checks
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.metadata import KdaMetadata
 from vllm_kimi_linear.snapshots import KdaSpec
@@ -214,7 +214,8 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len)
+        plan = start_checks.plan(vllm_config, 0)
+        return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len, plan)
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         super().bind_kv_cache(kv_cache)

@@ -6,7 +6,7 @@ a pipeline stage.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, floor, prod
 
 from vllm_kimi_linear.config import Geometry
 
@@ -118,13 +118,16 @@ def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
     return conv, (g.kda_heads // ranks, g.kda_head_dim, g.kda_head_dim)
 
 
+KERNEL_BLOCK = 16  # tokens: attention kernels read blocks of so many, or of a multiple
+USUAL_BLOCK = 256  # tokens: of about so many are the blocks that `plan` chooses
+
+
 @dataclass(frozen=True)
 class Plan:
     """How vLLM pages the cache of one rank.
 
-    All layers have pages of one size. A block of tokens is the smallest, in multiples of the alignment, whose
-    MLA page holds a KDA state; the state is padded to that page. The layers are dealt into groups of one kind
-    and equal length, and a block id stands for one page in each layer of a group.
+    There is one pool of blocks, all of one size in bytes. A block holds the latents of `block_tokens` tokens in every
+    MLA layer, or a state of each layer of a group of KDA layers, as many as fit.
     """
 
     kda_layers: int
@@ -132,11 +135,10 @@ class Plan:
     state_bytes: int  # both states of one KDA layer and sequence, before padding
     latent_bytes: int  # one token in one MLA layer; every tensor-parallel rank holds all of it
     block_tokens: int
-    page_bytes: int
-    group_layers: int
+    block_bytes: int  # a multiple of KERNEL_BLOCK tokens' latents in one layer
     kda_groups: int
     mla_groups: int
-    state_pages: int  # resident per KDA layer and sequence
+    state_pages: int  # blocks per KDA group and sequence: the running state, and one before it for a step or two
     num_blocks: int  # the null block included
 
     @property
@@ -148,13 +150,18 @@ class Plan:
     def mla_bytes_per_token(self) -> int:
         return self.mla_layers * self.latent_bytes
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """A state of every KDA layer, kept for the prefix cache."""
+        return self.kda_groups * self.block_bytes
+
     def blocks_per_sequence(self, context: int) -> int:
         """Blocks that a sequence of `context` tokens takes."""
         return self.mla_groups * ceil(context / self.block_tokens) + self.kda_groups * self.state_pages
 
     def bytes_per_sequence(self, context: int) -> int:
         """Memory that a sequence of `context` tokens takes, padding included."""
-        return self.blocks_per_sequence(context) * self.group_layers * self.page_bytes
+        return self.blocks_per_sequence(context) * self.block_bytes
 
     def sequences(self, context: int) -> int:
         """How many sequences of `context` tokens fit at once."""
@@ -163,9 +170,9 @@ class Plan:
     def describe(self, context: int) -> str:
         """What fits, in a person's words."""
         fitting, each = self.sequences(context), self.bytes_per_sequence(context)
-        total = self.num_blocks * self.group_layers * self.page_bytes
         return (
-            f"the cache of {total / GIB:.2f} GiB a rank holds {fitting:,} sequence{'' if fitting == 1 else 's'} of "
+            f"the cache of {self.num_blocks * self.block_bytes / GIB:.2f} GiB a rank holds {fitting:,} "
+            f"sequence{'' if fitting == 1 else 's'} of "
             f"{context:,} tokens at once, {each / GIB:.3f} GiB each: {self.kda_state_bytes_per_sequence / MIB:.2f} MiB "
             f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache, and what "
             f"blocks of {self.block_tokens:,} tokens leave over"
@@ -178,37 +185,50 @@ def plan(
     activation_dtype: str,
     kv_bytes: int,
     state_dtype: str = "float32",
-    alignment: int = 128,
+    block_tokens: int | None = None,
     speculative: int = 0,
     prefix_caching: bool = False,
     layers: Collection[int] | None = None,
 ) -> Plan:
     """The cache that vLLM makes of `kv_bytes` of memory on one rank.
 
-    `activation_dtype` is also the latent KV's and the convolution state's. `speculative` is the number of drafted
-    tokens a step, each of which has a state of its own. `alignment`, in tokens, is the
-    largest of --block-size, the attention kernel's block and, for MLA, 128.
+    `activation_dtype` is also the latents' and the convolution state's. `block_tokens`, a multiple of 16, is
+    --block-size, or None to choose. `speculative` is the number of drafted tokens a step, each of which has a state
+    of its own.
     """
-    kda = sum(layers is None or i in layers for i in geometry.kda_layers)
-    mla = sum(layers is None or i in layers for i in geometry.mla_layers)
     conv, recurrent = kda_state_shapes(geometry)
     state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
     latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
-    block_tokens = alignment * (ceil(state_bytes / (alignment * latent_bytes)) if kda else 1)
-    # As many layers to a group as the rarer kind has, or all of a kind where both are nearly as frequent.
-    few, many = sorted((kda, mla))
-    group_layers = many if few == 0 or many < 1.5 * few else few
-    page_bytes = block_tokens * latent_bytes
+    kda, mla = len(geometry.kda_layers), len(geometry.mla_layers)
+    if block_tokens is None:
+        block_tokens = _block_tokens(kda, state_bytes, mla * latent_bytes)
+    groups = ceil(kda / max(1, block_tokens * mla * latent_bytes // state_bytes)) if kda else 0
+    # The groups are those of the whole model; a pipeline stage has its own layers of each.
+    mla_here = sum(layers is None or i in layers for i in geometry.mla_layers)
+    kda_here = [layers is None or i in layers for i in geometry.kda_layers]
+    widest = max((sum(kda_here[group::groups]) for group in range(groups)), default=0)
+    kernel_block = KERNEL_BLOCK * latent_bytes
+    block_bytes = max(mla_here * block_tokens // KERNEL_BLOCK, ceil(widest * state_bytes / kernel_block)) * kernel_block
     return Plan(
-        kda_layers=kda,
-        mla_layers=mla,
+        kda_layers=sum(kda_here),
+        mla_layers=mla_here,
         state_bytes=state_bytes,
         latent_bytes=latent_bytes,
         block_tokens=block_tokens,
-        page_bytes=page_bytes,
-        group_layers=group_layers,
-        kda_groups=ceil(kda / group_layers),
-        mla_groups=ceil(mla / group_layers),
+        block_bytes=block_bytes,
+        kda_groups=groups,
+        mla_groups=1 if mla else 0,
         state_pages=(2 if prefix_caching else 1) + speculative,
-        num_blocks=kv_bytes // (group_layers * page_bytes),
+        num_blocks=kv_bytes // block_bytes,
     )
+
+
+def _block_tokens(kda_layers: int, state_bytes: int, token_bytes: int) -> int:
+    """A multiple of 16 near 256, or smaller, whose latents, `token_bytes` a token, some number of states fills."""
+    if not kda_layers:
+        return KERNEL_BLOCK
+    groups = ceil(kda_layers / max(1, round(USUAL_BLOCK * token_bytes / state_bytes)))
+    states = ceil(kda_layers / groups)
+    kernel_blocks = states * state_bytes / (token_bytes * KERNEL_BLOCK)
+    # One state may be wider than the latents beside it; several must fit between them.
+    return KERNEL_BLOCK * (max(1, floor(kernel_blocks)) if states == 1 else ceil(kernel_blocks))

@@ -23,8 +23,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kda_kernels.types import Exports
+from vllm_kimi_linear.state_check import StateCheck
 
 
 def _context_lens(common: CommonAttentionMetadata) -> torch.Tensor:
@@ -122,6 +124,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.draft_tokens = vllm_config.num_speculative_tokens
         self.keeps_snapshots = vllm_config.cache_config.mamba_cache_mode == "align"
+        self.check: StateCheck | None = None
+        if vllm_config.additional_config.get("check_states") and not self.draft_tokens:
+            self.check = StateCheck(kv_cache_spec.block_size if self.keeps_snapshots else 0)
         requests = vllm_config.scheduler_config.max_num_seqs
         self.slots = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.zeros(requests + 1, dtype=torch.int32, device=device)
@@ -167,6 +172,8 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         starts = common.query_start_loc_cpu.tolist()
         lengths = [end - start for start, end in pairwise(starts)]
         requests = sum(length > 0 for length in lengths)  # empty ones, at the end, pad a graph
+        if self.check:
+            self.check.step(common.block_table_tensor.tolist(), _context_lens(common).tolist(), lengths[:requests])
         ranked = sorted(range(requests), key=lambda request: not continuing[request])
         count = sum(continuing[:requests])
         order, prefills = None, None
@@ -271,3 +278,8 @@ class KdaBackend(AttentionBackend):
     @classmethod
     def is_ssm(cls) -> bool:
         return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Whole blocks one behind the other, so that a block can be latents or states (`memory.Plan`)."""
+        return (KVCacheLayout.BLHNC,)

@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_kimi_linear import compat, memory, start_checks, weights
+from vllm_kimi_linear import compat, start_checks, weights
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
@@ -153,15 +153,16 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def load_weights(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return weights.load(self, self.geometry, checkpoint)
 
-    # The recurrent state, as vLLM plans its memory before any layer exists.
+    # vLLM makes the blocks so large that each MLA layer's part holds a whole state of these; our layers say their own
+    # (`kda.py`), and share a block among themselves (`memory.Plan`).
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return memory.kda_state_shapes(start_checks.geometry(vllm_config))
+        return ()
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return state_dtypes(vllm_config.model_config, vllm_config.cache_config)
+        return ()
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:

@@ -44,7 +44,7 @@ def plan(vllm_config: VllmConfig, num_blocks: int) -> memory.Plan:
         activation_dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
         kv_bytes=0,
         state_dtype="bfloat16" if cache.mamba_ssm_cache_dtype == "bfloat16" else "float32",
-        alignment=cache.block_size,
+        block_tokens=cache.block_size if cache.user_specified_block_size else None,
         speculative=vllm_config.num_speculative_tokens,
         prefix_caching=bool(cache.enable_prefix_caching),
     )
@@ -68,6 +68,10 @@ class StartChecks(VerifyAndUpdateConfig):
         )
         check_flags(vllm_config)
         check_tokenizer(vllm_config.model_config)
+        if sizes.kda_layers:
+            # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.
+            cache.block_size = plan(vllm_config, 0).block_tokens
+            cache.user_specified_block_size = True
 
 
 def check_flags(vllm_config: VllmConfig) -> None:
@@ -86,6 +90,7 @@ def check_flags(vllm_config: VllmConfig) -> None:
         ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
         ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
+        ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
         ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
         ("mamba-backend", vllm_config.mamba_config.backend, (MambaBackendEnum.TRITON,), unread),
         ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
@@ -99,7 +104,6 @@ def check_flags(vllm_config: VllmConfig) -> None:
     ]
     if current_platform.is_cpu():
         flags += [
-            ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
             ("cpu-offload-gb", vllm_config.offload_config.uva.cpu_offload_gb, (0,), "this is the CPU, leave it out"),
             ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),

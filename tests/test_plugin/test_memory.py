@@ -1,8 +1,10 @@
 """Bytes of weights, state and cache, against published figures, a real checkpoint and vLLM's own planning."""
 
 import json
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,18 +36,39 @@ def test_the_48b_state_and_cache():
     assert plan_48b(state_dtype="bfloat16").kda_state_bytes_per_sequence == 20 * MIB + 20 * 72 * 1024
 
 
-@pytest.mark.parametrize(("ranks", "tokens"), [(1, 1920), (2, 1024), (4, 512), (8, 256)])
-def test_the_48b_block_size(ranks: int, tokens: int):
-    plan = plan_48b(ranks)
-    assert plan.block_tokens == tokens
+@pytest.mark.parametrize(
+    ("ranks", "state", "tokens", "groups"),
+    [
+        (1, "float32", 256, 20),
+        (2, "float32", 272, 10),
+        (4, "float32", 272, 5),
+        (8, "float32", 240, 3),
+        (1, "bfloat16", 288, 10),
+        (8, "bfloat16", 176, 2),
+    ],
+)
+def test_the_48b_block(ranks: int, state: str, tokens: int, groups: int):
+    plan = plan_48b(ranks, state_dtype=state)
+    assert (plan.block_tokens, plan.kda_groups, plan.mla_groups) == (tokens, groups, 1)
     assert plan.mla_bytes_per_token == 8064  # on every rank
-    assert plan.kda_state_bytes_per_sequence * ranks == plan_48b().kda_state_bytes_per_sequence
-    assert (plan.group_layers, plan.kda_groups, plan.mla_groups) == (7, 3, 1)
+    assert plan.kda_state_bytes_per_sequence * ranks == plan_48b(state_dtype=state).kda_state_bytes_per_sequence
 
 
-def test_the_block_size_is_a_multiple_of_the_alignment():
-    assert plan_48b(alignment=256).block_tokens == 2048
-    assert plan_48b(alignment=4096).block_tokens == 4096
+def test_little_is_wasted():
+    """Of what a sequence of 4,096 tokens holds while it decodes, at most a twentieth on one rank."""
+    plan = plan_48b()
+    needed = plan.kda_state_bytes_per_sequence + 4096 * plan.mla_bytes_per_token
+    assert needed < plan.bytes_per_sequence(4096) < 1.05 * needed
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 272, 1088, 1920])
+def test_a_block_size_of_ones_own(tokens: int):
+    plan = plan_48b(block_tokens=tokens)
+    assert plan.block_tokens == tokens
+    assert plan.kda_groups == {16: 20, 256: 20, 272: 20, 1088: 5, 1920: 3}[tokens]
+    # The states in a block are no wider than it, and attention kernels find a block after whole blocks of theirs.
+    assert -(-20 // plan.kda_groups) * plan.state_bytes <= plan.block_bytes
+    assert plan.block_bytes % (memory.KERNEL_BLOCK * plan.latent_bytes) == 0
 
 
 def test_every_draft_token_has_a_state():
@@ -55,15 +78,16 @@ def test_every_draft_token_has_a_state():
 
 def test_sequences_that_fit():
     plan = plan_48b()
-    page = 1920 * 1152
-    assert plan.num_blocks == 30 * GIB // (7 * page)
-    assert plan.blocks_per_sequence(1) == 1 + 3
-    assert plan.blocks_per_sequence(1920) == 1 + 3
-    assert plan.blocks_per_sequence(1921) == 2 + 3
-    assert plan.bytes_per_sequence(1921) == 5 * 7 * page
-    assert plan.sequences(1921) == (plan.num_blocks - 1) // 5
+    block = 118 * 16 * 1152  # the smallest multiple of 16 tokens in one layer that holds a state
+    assert plan.num_blocks == 30 * GIB // block
+    assert plan.blocks_per_sequence(1) == 1 + 20
+    assert plan.blocks_per_sequence(256) == 1 + 20
+    assert plan.blocks_per_sequence(257) == 2 + 20
+    assert plan.bytes_per_sequence(257) == 22 * block
+    assert plan.sequences(257) == (plan.num_blocks - 1) // 22
     assert plan_48b(kv_bytes=0).sequences(1) == 0
-    assert plan_48b(prefix_caching=True).blocks_per_sequence(1921) == 2 + 6
+    assert plan_48b(prefix_caching=True).blocks_per_sequence(257) == 2 + 40
+    assert plan.snapshot_bytes == 20 * block
 
 
 def test_a_pipeline_stage():
@@ -79,7 +103,7 @@ def test_a_pipeline_stage():
 
 def test_no_kda_layers_no_state():
     plan = memory.plan(
-        Geometry.from_config(demo.demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB, alignment=16
+        Geometry.from_config(demo.demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB
     )
     assert (plan.kda_state_bytes_per_sequence, plan.kda_groups, plan.mla_groups) == (0, 0, 1)
     assert plan.block_tokens == 16
@@ -125,37 +149,64 @@ def test_weights_of_a_rank():
     assert 2 * half - whole == copied > 0
 
 
+def stages(geometry: Geometry, count: int) -> list[range]:
+    ends = [geometry.num_layers * i // count for i in range(count + 1)]
+    return [range(*pair) for pair in pairwise(ends)]
+
+
 @pytest.mark.parametrize("preset", ["48b", *demo.PRESETS])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_vllm_plans_the_same(preset: str, ranks: int, dtype: str):
-    """Shapes, pages and groups, from vLLM's own cache specifications."""
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(("dtype", "state"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("tokens", [None, 1888])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_vllm_plans_the_same(preset: str, ranks: int, dtype: str, state: str, tokens: int | None, pipeline: int):
+    """Groups, bytes of a block and number of blocks, from vLLM's own planning of our layers' specifications."""
     import torch
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
-    from vllm.v1.kv_cache_interface import MambaSpec, MLAAttentionSpec
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, MLAAttentionSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    from vllm_kimi_linear.snapshots import KdaSpec
 
     config = CONFIG_48B if preset == "48b" else demo.demo_config(preset)
     geometry = Geometry.from_config(config, tensor_parallel=ranks)
-    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=GIB)
+    if not geometry.kda_layers:
+        pytest.skip("vLLM chooses the block of a model without recurrent states")
+    options: dict[str, Any] = {"activation_dtype": dtype, "state_dtype": state, "block_tokens": tokens}
+    plan = memory.plan(geometry, kv_bytes=GIB, **options)
     mla = MLAAttentionSpec(block_size=plan.block_tokens, num_kv_heads=1, head_size=576, dtype=getattr(torch, dtype))
-    assert mla.page_size_bytes == plan.page_bytes
-    specs: dict = {f"mla.{i}": mla for i in geometry.mla_layers}
-    if geometry.kda_layers:
-        shapes = MambaStateShapeCalculator.kda_state_shape(
-            ranks, geometry.kda_heads, geometry.kda_head_dim, conv_kernel_size=geometry.conv_taps
-        )
-        assert shapes == memory.kda_state_shapes(geometry)
-        state = MambaSpec(
-            shapes=shapes,
-            dtypes=(getattr(torch, dtype), torch.float32),
-            block_size=plan.block_tokens,
-            page_size_padded=plan.page_bytes,
-        )
-        assert state.state_content_size_bytes == plan.state_bytes <= plan.page_bytes
-        assert plan.state_bytes > plan.page_bytes - 128 * plan.latent_bytes  # no smaller block would do
-        specs |= {f"kda.{i}": state for i in geometry.kda_layers}
-    groups = _get_kv_cache_groups_uniform_page_size(specs)
-    assert max(len(group.layer_names) for group in groups) == plan.group_layers
-    assert sum(isinstance(group.kv_cache_spec, MambaSpec) for group in groups) == plan.kda_groups
-    assert len(groups) == plan.kda_groups + plan.mla_groups
+    assert mla.page_size_bytes == plan.block_tokens * plan.latent_bytes
+    shapes = MambaStateShapeCalculator.kda_state_shape(
+        ranks, geometry.kda_heads, geometry.kda_head_dim, conv_kernel_size=geometry.conv_taps
+    )
+    assert shapes == memory.kda_state_shapes(geometry)
+    dtypes = (getattr(torch, dtype), getattr(torch, state))
+    bare = MambaSpec(shapes=shapes, dtypes=dtypes, block_size=plan.block_tokens)
+    assert bare.state_content_size_bytes == plan.state_bytes
+    kda = KdaSpec.of(bare, 1 << 20, plan)
+    settings = SimpleNamespace(
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
+            num_gpu_blocks_override=None,
+            prefix_cache_retention_interval=0,
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        speculative_config=None,
+        model_config=None,
+    )
+    vllm_config: Any = settings
+    layers: dict[str, KVCacheSpec] = {
+        f"{i}": kda if kind == "kda" else mla for i, kind in enumerate(geometry.layer_kinds)
+    }
+    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, layers)
+    kinds = [layers[group.layer_names[0]] for group in groups]
+    assert (kinds.count(kda), kinds.count(mla)) == (plan.kda_groups, plan.mla_groups)
+    for stage in stages(geometry, pipeline):
+        here = memory.plan(geometry, kv_bytes=GIB, layers=stage, **options)
+        layers_here = {name: layers[name] for name in map(str, stage)}
+        own = kv_cache_utils._project_kv_cache_groups_to_worker(groups, layers_here)
+        made = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, own, GIB)
+        assert made.num_blocks == here.num_blocks
+        assert {tensor.block_stride for tensor in made.kv_cache_tensors} == {here.block_bytes}

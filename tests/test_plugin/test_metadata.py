@@ -20,6 +20,7 @@ def builder(draft_tokens: int = 0, block: int = 0) -> KdaMetadataBuilder:
         speculative_config=speculative if draft_tokens else None,
         scheduler_config=SimpleNamespace(max_num_seqs=MOST),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        additional_config={},
         cache_config=SimpleNamespace(mamba_cache_mode="align" if block else "none"),
     )
     spec: Any = MambaSpec(block_size=block or 1, shapes=(), dtypes=(), num_speculative_blocks=draft_tokens)

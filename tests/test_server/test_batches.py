@@ -23,7 +23,7 @@ NARROW_FLAGS = (
     "--kv-cache-memory-bytes=1G",
     f"--max-num-batched-tokens={CHUNK}",
     "--max-num-seqs=32",
-    "--num-gpu-blocks-override=40",  # one sequence of the full length needs 35
+    "--num-gpu-blocks-override=40",  # one sequence of the full length needs 38
     "--no-enable-prefix-caching",
 )
 

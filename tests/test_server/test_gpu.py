@@ -28,7 +28,7 @@ WAYS = {
         "--enforce-eager",
         "--max-num-batched-tokens=64",
         "--max-num-seqs=32",
-        "--num-gpu-blocks-override=40",  # one sequence of the full length needs 35
+        "--num-gpu-blocks-override=40",  # one sequence of the full length needs 23
         "--no-enable-prefix-caching",
     ),
     "drafts": (NGRAM, "--no-enable-prefix-caching"),

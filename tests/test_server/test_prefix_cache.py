@@ -1,8 +1,8 @@
 """Prefix caching is exact: what is found in the cache changes no token, whatever was asked before or beside.
 
-Two servers, both with the default block size: one whose chunks hold several blocks, and one whose chunks are
-smaller than a block and whose cache is so small that it evicts and preempts. Every answer is compared with
-transformers'.
+Two servers. One has the default block size, which holds the states of all KDA layers, and chunks of several blocks.
+The other has a block for each layer's state, as a large model has, chunks of a few blocks that end anywhere, and a
+cache so small that it evicts and preempts. Every answer is compared with transformers'.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.oracle import Oracle
 
-BLOCK = 128  # the default for the demo checkpoint in fp32
+BLOCK, SMALL_BLOCK = 112, 16  # the default for the demo checkpoint in fp32, and one that is narrower than a state
 COMMON_FLAGS = (
     "--dtype=float32",
     "--max-model-len=4096",
@@ -31,17 +31,24 @@ COMMON_FLAGS = (
     "--enable-prompt-tokens-details",
 )
 WIDE = (*COMMON_FLAGS, "--max-num-batched-tokens=1024")
-NARROW = (*COMMON_FLAGS, "--max-num-batched-tokens=64", "--max-num-seqs=32", "--num-gpu-blocks-override=48")
+NARROW = (
+    *COMMON_FLAGS,
+    "--max-num-batched-tokens=72",
+    "--max-num-seqs=32",
+    f"--block-size={SMALL_BLOCK}",
+    "--num-gpu-blocks-override=300",
+    '--additional-config={"check_states": true}',
+)
 
 PREFIXES = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK, 1000)
-SUFFIXES = (1, 2, 127)  # after the prefixes of one less than a block these end a prompt on a block's edge, too
+SUFFIXES = (1, 2, BLOCK - 1)  # after the prefixes of one less than a block these end a prompt on a block's edge, too
 CONVERSATIONS = 3
 TURNS = (BLOCK, 1, 2 * BLOCK - 1, 60, BLOCK + 1)  # new tokens a turn
 TOKENS = 24
-GROWING = (24, BLOCK - 28, 60)  # requests, length of each prompt, of each answer: all soon want a second block
+GROWING = (24, 100, 60)  # requests, length of each prompt, of each answer: 23 fit at first, 18 at the end
 
 
-@pytest.fixture(params=[WIDE, NARROW], ids=["chunks above the block", "chunks below the block"])
+@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
 def caching(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_model: Path) -> Completions:
     return Completions(servers(demo_model, *request.param))
 
@@ -79,7 +86,8 @@ def _continue(prefix: list[int], stream: Stream, new: int) -> list[int]:
 
 
 def test_cold_then_hot(families: list[Case], caching: Completions):
-    assert f'block_size="{BLOCK}"' in caching.metrics()
+    block = SMALL_BLOCK if f"--block-size={SMALL_BLOCK}" in caching.server.flags else BLOCK
+    assert f'block_size="{block}"' in caching.metrics()
     cold = caching.at_once((case.asked for case in families), cold=True)
     check(families, cold)
     assert all(answer.cached_tokens == 0 for answer in cold)
@@ -89,7 +97,7 @@ def test_cold_then_hot(families: list[Case], caching: Completions):
         answers = caching.at_once(case.asked for case in order)
         check(order, answers)
         for case, answer in zip(order, answers, strict=True):
-            assert answer.cached_tokens % BLOCK == 0 and answer.cached_tokens < len(case.prompt)
+            assert answer.cached_tokens % block == 0 and answer.cached_tokens < len(case.prompt)
             hits += answer.cached_tokens > 0
     assert hits >= len(families) / 4
 
@@ -121,7 +129,7 @@ def test_random_load_for_long(families: list[Case], conversations: list[list[Cas
 def test_preempted_requests_are_computed_again(
     oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path
 ):
-    """As many requests are admitted as fit with one block each; no schedule lets them all have a second."""
+    """As many requests are admitted as fit with their prompts; no schedule lets them all have their answers."""
     narrow = Completions(servers(demo_model, *NARROW))
     count, length, tokens = GROWING
     stream = Stream(vocab, seed=12)
@@ -129,6 +137,20 @@ def test_preempted_requests_are_computed_again(
     before = narrow.metric("vllm:num_preemptions_total")
     check(growing, narrow.at_once((case.asked for case in growing), cold=True))
     assert narrow.metric("vllm:num_preemptions_total") > before
+
+
+def test_the_metrics_tell_snapshots(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+    """Held and evicted ones; what is evicted was held, and a small cache does evict."""
+    wide, narrow = (Completions(servers(demo_model, *flags)) for flags in (WIDE, NARROW))
+    fresh = families[0].prompt[: BLOCK + 1] + families[-1].prompt[: 3 * BLOCK]
+    before = wide.metric("kimi_linear_snapshots_held")
+    wide.one_by_one([(fresh, 1)])
+    assert wide.metric("kimi_linear_snapshots_held") - before in (3, 4)  # after one block, or the first is known
+    evicted = narrow.metric("kimi_linear_snapshots_evicted_total")
+    for case in families[-3:]:
+        narrow.at_once([case.asked], cold=True)
+    assert narrow.metric("kimi_linear_snapshots_evicted_total") > evicted
+    assert 0 < narrow.metric("kimi_linear_snapshots_held") * 6 < 300
 
 
 def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Server], demo_model: Path):

@@ -59,12 +59,25 @@ class LatentMetadata:
     prefill: tuple[LatentPrefill, ...]
 
 
-def split_block_table(block_table: torch.Tensor, factor: int) -> torch.Tensor:
-    """[n, blocks] of manager blocks -> [n, blocks * factor] of kernel blocks, `factor` to each."""
-    if factor == 1:
-        return block_table
-    pieces = torch.arange(factor, dtype=block_table.dtype)
-    return (block_table.unsqueeze(-1) * factor + pieces).flatten(1)
+def kernel_blocks_apart(cache: torch.Tensor) -> int:
+    """How many kernel blocks lie between the starts of two blocks of a layer's cache [blocks, tokens, width].
+
+    The other layers' parts of a block are among them; its size is a multiple of a kernel block (`memory.Plan`).
+    """
+    return cache.stride(0) // (KERNEL_BLOCK * cache.shape[2])
+
+
+def as_kernel_blocks(cache: torch.Tensor) -> torch.Tensor:
+    """A view [kernel blocks, KERNEL_BLOCK, width] of all between the layer's first entry and its last."""
+    blocks, tokens, width = cache.shape
+    count = (blocks - 1) * kernel_blocks_apart(cache) + tokens // KERNEL_BLOCK
+    return cache.as_strided((count, KERNEL_BLOCK, width), (KERNEL_BLOCK * width, width, 1))
+
+
+def split_block_table(block_table: torch.Tensor, tokens: int, apart: int) -> torch.Tensor:
+    """[n, blocks] of blocks of so many tokens -> [n, kernel blocks] of kernel blocks, numbered as in that view."""
+    pieces = torch.arange(tokens // KERNEL_BLOCK, dtype=block_table.dtype)
+    return (block_table.unsqueeze(-1) * apart + pieces).flatten(1)
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -76,6 +89,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
 
     def build(
         self,
@@ -89,9 +103,10 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         decode = None
         if decodes:
             used = -(-int(common.seq_lens[:decodes].max()) // self.block_size)
+            blocks = common.block_table_tensor[:decodes, :used]
             decode = LatentDecode(
                 block_table=split_block_table(
-                    common.block_table_tensor[:decodes, :used], self.block_size // KERNEL_BLOCK
+                    blocks, self.block_size, kernel_blocks_apart(self.layer.kv_cache)
                 ).to(torch.int32),
                 seq_lens=common.seq_lens[:decodes].to(torch.int32),
             )
@@ -214,14 +229,8 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         assert decode is not None
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q.contiguous()
         out = query.new_zeros(query.shape[0], self.num_heads, self.latent_dim)
-        _custom_ops.mla_decode_kvcache_cpu(
-            out,
-            query,
-            kv_c_and_k_pe_cache.view(-1, KERNEL_BLOCK, self.head_size),
-            self.scale,
-            decode.block_table,
-            decode.seq_lens,
-        )
+        cache = as_kernel_blocks(kv_c_and_k_pe_cache)
+        _custom_ops.mla_decode_kvcache_cpu(out, query, cache, self.scale, decode.block_table, decode.seq_lens)
         return out, None
 
     def forward_mha(
