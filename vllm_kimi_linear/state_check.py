@@ -1,0 +1,36 @@
+"""A check for those who change how states are kept: a state that is read at a position was written at that position.
+
+`--additional-config '{"check_states": true}'` turns it on. It follows one group of KDA layers through the steps of a
+worker and ends the engine at the first state that holds other tokens than the request that goes on from it, be it a
+request's own or one found in the prefix cache. It costs a copy of the block table each step.
+"""
+
+from collections.abc import Sequence
+
+
+class StateCheck:
+    """`block` is the number of tokens between two columns of the block table, or 0 if it has one column."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.tokens: dict[int, int] = {}  # block -> tokens that its state holds
+
+    def step(self, table: Sequence[Sequence[int]], contexts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Request i goes on from contexts[i] tokens with lengths[i] more; raises RuntimeError if its state does not."""
+        for request, (row, context, length) in enumerate(zip(table, contexts, lengths, strict=False)):
+            if context and length and (held := self.tokens.get(source := row[self._column(context)])) != context:
+                raise RuntimeError(
+                    f"check_states: request {request} of this step goes on from {context} tokens, and the state in its "
+                    f"block {source} holds {held}; the prefix cache or the scheduler is wrong"
+                )
+        for row, context, length in zip(table, contexts, lengths, strict=False):
+            end = context + length
+            if length:
+                self.tokens[row[self._column(end)]] = end
+            if self.block:
+                for boundary in range(context // self.block + 1, (end - 1) // self.block + 1):
+                    if row[boundary - 1]:  # else no state is kept there
+                        self.tokens[row[boundary - 1]] = boundary * self.block
+
+    def _column(self, tokens: int) -> int:
+        return (tokens - 1) // self.block if self.block else 0
