@@ -122,7 +122,7 @@ print(json.dumps({
 
 def test_script_of_the_wheel_is_the_command_line(bare_python: Path) -> None:
     script = (bare_python.parent / "kimi-linear").read_text()
-    assert "from vllm_kimi_linear.cli import main" in script
+    assert "from kimi_server.cli import main" in script
 
 
 def test_alias_is_metadata_alone(clean_copy: Path, tmp_path: Path) -> None:

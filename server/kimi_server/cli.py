@@ -1,0 +1,45 @@
+"""The `kimi-linear` command: one function a subcommand, which imports what it needs when it is asked for."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_kimi_linear import __version__
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def demo(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument(
+        "--dir", type=Path, default=Path(".demo"), help="where the checkpoint and the log are kept (default: .demo)"
+    )
+    parser.add_argument("--prompt", default="What do you remember of a very long document?")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
+
+    def run(args: argparse.Namespace) -> int:
+        from vllm_kimi_linear import tour
+
+        return tour.run(args.dir, args.prompt, args.tokens)
+
+    return run
+
+
+# Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
+    "demo": ("serve a small random checkpoint, ask it something, compare with transformers", demo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="kimi-linear", description="Kimi Linear on vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (text, prepare) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name in argv[:1]:
+            command.set_defaults(run=prepare(command))
+    args = parser.parse_args(argv)
+    return args.run(args)
