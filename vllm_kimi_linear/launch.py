@@ -33,6 +33,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def vllm_program() -> list[str]:
+    """The `vllm` command of this environment."""
+    script = Path(sys.executable).with_name("vllm")  # missing where packages lie beside an interpreter
+    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
 class Server:
     """`vllm serve MODEL *flags` on a free loopback port; a context manager that stops it and its children.
 
@@ -61,9 +67,7 @@ class Server:
 
     @property
     def command(self) -> list[str]:
-        script = Path(sys.executable).with_name("vllm")  # missing where packages lie beside an interpreter
-        program = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-        return [*program, "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
+        return [*vllm_program(), "serve", self.model, "--host", "127.0.0.1", "--port", str(self.port), *self.flags]
 
     @property
     def log(self) -> str:

@@ -25,15 +25,29 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def plan(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server import plan_command
+
+    return plan_command.plan(parser)
+
+
+def serve(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server import plan_command
+
+    return plan_command.serve(parser)
+
+
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "demo": ("serve a small random checkpoint, ask it something, compare with transformers", demo),
+    "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
+    "serve": ("plan, and start vLLM with the plan", serve),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="kimi-linear", description="Kimi Linear on vLLM.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -41,5 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name in argv[:1]:
             command.set_defaults(run=prepare(command))
-    args = parser.parse_args(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut], argparse.Namespace(further=argv[cut + 1 :]))
+    if args.further and args.command != "serve":
+        parser.error(f"nothing may follow -- after {args.command}; remove {' '.join(args.further)}")
     return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

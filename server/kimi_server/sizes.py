@@ -1,0 +1,27 @@
+"""Numbers as people write them: 128K tokens, 80G of memory. K, M and G are powers of 1024."""
+
+import re
+
+from vllm_kimi_linear.config import ConfigError
+
+FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse(flag: str, text: str, example: str) -> int:
+    """A whole number from 1, with a factor or none; raises ConfigError naming the flag."""
+    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper(), re.ASCII)
+    if not found or not int(found[1]):
+        raise ConfigError(f"{flag} is {text!r}; give a whole number from 1, such as {example}")
+    return int(found[1]) * FACTORS[found[2]]
+
+
+def tokens(count: int) -> str:
+    """1048576 -> 1M, 131072 -> 128K, 5000 -> 5,000."""
+    for letter in "MK":
+        if count % FACTORS[letter] == 0:
+            return f"{count // FACTORS[letter]}{letter}"
+    return f"{count:,}"
+
+
+def gib(size: float) -> str:
+    return f"{size / FACTORS['G']:.2f} GiB"
