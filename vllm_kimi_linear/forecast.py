@@ -4,6 +4,7 @@ Standard library only. Weights and cache are exact: the tests compare them with 
 Activations are an estimate, and the runtime an allowance; on a GPU vLLM measures both and sizes the cache itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -109,6 +110,15 @@ class Forecast:
     def _held(self, context: int) -> int:
         """Tokens of a sequence whose latents this rank holds."""
         return ceil(context / self.context_parallel)
+
+
+def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
+    """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def forecast(

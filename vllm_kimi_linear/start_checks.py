@@ -22,6 +22,7 @@ from vllm.transformers_utils.config import _CONFIG_REGISTRY
 from kda_kernels import ops
 from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory
 from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.hf_config import CheckedConfig
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
@@ -49,6 +50,21 @@ def plan(vllm_config: VllmConfig, num_blocks: int) -> memory.Plan:
         prefix_caching=bool(cache.enable_prefix_caching),
     )
     return replace(planned, num_blocks=num_blocks)
+
+
+def what_is_short(vllm_config: VllmConfig, cache_bytes: int) -> str:
+    """Why a cache of so many bytes a rank cannot hold one sequence of --max-model-len, with the numbers."""
+    length = vllm_config.model_config.max_model_len
+    block = plan(vllm_config, 0).block_bytes
+    held = plan(vllm_config, cache_bytes // block)
+    needed = held.bytes_per_sequence(length) + block  # vLLM keeps one block for itself
+    longest = longest_context(length, lambda context: held.sequences(context) > 0)
+    remedy = f"--max-model-len {longest} fits, or give" if longest else "give"
+    return (
+        f"--max-model-len is {length}; a sequence of that length takes {needed / memory.MIB:,.1f} MiB of cache a rank "
+        f"and {max(cache_bytes, 0) / memory.MIB:,.1f} MiB are there, {(needed - cache_bytes) / memory.MIB:,.1f} short: "
+        f"{remedy} more with --gpu-memory-utilization or --kv-cache-memory-bytes"
+    )
 
 
 class StartChecks(VerifyAndUpdateConfig):

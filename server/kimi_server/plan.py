@@ -10,7 +10,7 @@ from typing import Any
 from kimi_server.gpus import Machine
 from kimi_server.sizes import gib
 from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
-from vllm_kimi_linear.forecast import Forecast, forecast
+from vllm_kimi_linear.forecast import Forecast, forecast, longest_context
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
 # Tokens of one step, and sequences that run at once: what the plan counts with and the server is told.
@@ -88,7 +88,10 @@ def choose(request: Request, machine: Machine) -> Choice:
     if request.dtype not in DTYPES[machine.device]:
         remedy = " or ".join(DTYPES[machine.device])
         raise ConfigError(f"--dtype is {request.dtype}; on {machine.device} this model is served in {remedy}")
-    check_cache_dtypes(request.kv_cache_dtype, "auto", request.state_dtype, machine.device)
+    try:
+        check_cache_dtypes(request.kv_cache_dtype, "auto", request.state_dtype, machine.device)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--mamba-ssm-cache-dtype", "--state-dtype")) from None
     _check_context(request, Geometry.from_config(request.config))
     choice = Choice(request, machine, _layouts(request, machine))
     if choice.best.sequences(request.context) < request.concurrency:
@@ -158,7 +161,8 @@ def _what_is_short(choice: Choice) -> str:
             f"{gib(held.memory)}, and is {short} short with the cache; give more or larger GPUs, or more memory"
         )
     remedies = [f"--concurrency {fitting}"] if (fitting := best.sequences(request.context)) else []
-    remedies += [f"--context {longest}"] if (longest := _longest_context(best, request)) else []
+    longest = longest_context(request.context, lambda context: best.sequences(context) >= request.concurrency)
+    remedies += [f"--context {longest}"] if longest else []
     if (spread := best_spread(choice)) and spread.sequences(request.context) >= request.concurrency:
         remedies += [f"--decode-context-parallel {spread.tensor_parallel}, untried with this model"]
     needed = gib(held.cache_bytes(choice.per_server, request.context))
@@ -166,15 +170,6 @@ def _what_is_short(choice: Choice) -> str:
         f"{asked}: each rank of {best.describe()} needs {needed} of cache, has {gib(held.cache)}, "
         f"and is {short} short; choose {', or '.join([*remedies, 'more memory'])}"
     )
-
-
-def _longest_context(layout: Layout, request: Request) -> int:
-    """The longest context of which the asked sequences fit; 0 if no length does."""
-    low, high = 0, request.context
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if layout.sequences(middle) >= request.concurrency else (low, middle - 1)
-    return low
 
 
 def best_spread(choice: Choice) -> Layout | None:

@@ -35,7 +35,7 @@ def settings(choice: Choice) -> list[Setting]:
         Setting("enable-prefix-caching", True, "a second question to a long document starts where it ends"),
     ]
     if device == "cuda":
-        chosen.append(Setting("gpu-memory-utilization", GPU_SHARE, "the share planned with; vLLM measures what is left"))
+        chosen.append(Setting("gpu-memory-utilization", GPU_SHARE, "the planned share; vLLM measures what it leaves"))
     else:
         cache = layout.forecast.cache
         chosen.append(Setting("kv-cache-memory-bytes", cache, "a rank's cache; else vLLM takes most of the memory"))
