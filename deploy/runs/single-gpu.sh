@@ -1,0 +1,7 @@
+#!/bin/sh
+# One GPU that holds the whole model, such as an H200: plan for two documents of 1M tokens and serve, in one step.
+#   deploy/runs/single-gpu.sh [--print]
+. "$(dirname "$0")/run.inc"
+
+# What follows -- is for vLLM. The published checkpoint's tokenizer is code of its own, hence --trust-remote-code.
+run kimi-linear serve "$MODEL" --context 1M --concurrency 2 --out "$OUT/serve.yaml" -- --trust-remote-code
