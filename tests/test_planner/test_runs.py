@@ -12,7 +12,7 @@ import pytest
 from kimi_server.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-RUNS = {
+RUNS: dict[str, list[tuple[str, ...]]] = {
     "single-gpu.sh": [()],
     "million-tokens.sh": [()],
     "two-replicas.sh": [()],
