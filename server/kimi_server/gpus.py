@@ -67,9 +67,9 @@ def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int
     if device == "cuda":
         raise ConfigError("--device is cuda and nvidia-smi shows no GPU; name some with --gpus, such as 4xH100-80GB")
     if size is not None:
-        return Machine("cpu", "a share of the CPU's memory", ranks, size, size)
+        return Machine("cpu", "CPU rank", ranks, size, size)
     free = available_memory() // ranks
-    return Machine("cpu", "a share of the CPU's memory", ranks, free, int(free * CPU_SHARE))
+    return Machine("cpu", "CPU rank", ranks, free, int(free * CPU_SHARE))
 
 
 def _named(gpus: str, size: int | None) -> Machine:

@@ -5,6 +5,7 @@ All arithmetic is in `vllm_kimi_linear.memory` and `.forecast`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from kimi_server.gpus import Machine
@@ -13,7 +14,7 @@ from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, c
 from vllm_kimi_linear.forecast import Forecast, forecast, longest_context
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
-# Tokens of one step, and sequences that run at once: what the plan counts with and the server is told.
+# Tokens of one step, and the least number of sequences that may run at once: what is planned and the server is told.
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 BATCH_SEQUENCES = {"cuda": 256, "cpu": 128}
 
@@ -38,6 +39,7 @@ class Layout:
     """Equal servers, each of `tensor_parallel` ranks."""
 
     servers: int
+    batch_sequences: int  # that may run at once on one server
     geometry: Geometry
     forecast: Forecast
 
@@ -52,10 +54,6 @@ class Layout:
     def spread(self) -> "Layout":
         """The same with the latent KV spread over all ranks of a server."""
         return replace(self, forecast=replace(self.forecast, context_parallel=self.tensor_parallel))
-
-    def share(self, concurrency: int) -> int:
-        """The sequences of the fullest server."""
-        return -(-concurrency // self.servers)
 
     def describe(self) -> str:
         servers = "1 server" if self.servers == 1 else f"{self.servers} servers"
@@ -80,7 +78,7 @@ class Choice:
     @property
     def per_server(self) -> int:
         """The sequences of the asked context that the fullest server has to hold."""
-        return self.best.share(self.request.concurrency)
+        return ceil(self.request.concurrency / self.best.servers)
 
 
 def choose(request: Request, machine: Machine) -> Choice:
@@ -135,24 +133,25 @@ def _layouts(request: Request, machine: Machine) -> tuple[Layout, ...]:
 
 
 def _layout(request: Request, machine: Machine, geometry: Geometry, servers: int) -> Layout:
+    batch_sequences = max(BATCH_SEQUENCES[machine.device], ceil(request.concurrency / servers))
     held = forecast(
         geometry,
         memory_bytes=machine.usable,
         dtype=request.dtype,
         device=machine.device,
         batch_tokens=BATCH_TOKENS[machine.device],
-        batch_sequences=BATCH_SEQUENCES[machine.device],
+        batch_sequences=batch_sequences,
         state_dtype="float32" if request.state_dtype == "auto" else request.state_dtype,
         context_parallel=request.context_parallel,
     )
-    return Layout(servers, geometry, held)
+    return Layout(servers, batch_sequences, geometry, held)
 
 
 def _what_is_short(choice: Choice) -> str:
     """One sentence: what the best layout lacks, by how much, and what would do."""
     request, best, held = choice.request, choice.best, choice.best.forecast
-    many = "" if request.concurrency == 1 else "s"
-    asked = f"{request.concurrency:,} sequence{many} of {request.context:,} tokens do not fit"
+    sequences, do = ("sequence", "does") if request.concurrency == 1 else ("sequences", "do")
+    asked = f"{request.concurrency:,} {sequences} of {request.context:,} tokens {do} not fit"
     short = gib(held.shortage(choice.per_server, request.context))
     if held.cache <= 0:
         before = gib(held.weights + held.activations + held.runtime)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from kimi_server.gpus import GPU_SHARE
-from kimi_server.plan import BATCH_SEQUENCES, BATCH_TOKENS, Choice
+from kimi_server.plan import BATCH_TOKENS, Choice
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,7 @@ def settings(choice: Choice) -> list[Setting]:
         ),
         Setting("max-model-len", request.context, "the planned context"),
         Setting("max-num-batched-tokens", BATCH_TOKENS[device], "tokens of a step, which size the activations"),
-        Setting(
-            "max-num-seqs",
-            max(BATCH_SEQUENCES[device], choice.per_server),
-            "sequences that run at once, where their length lets them",
-        ),
+        Setting("max-num-seqs", layout.batch_sequences, "sequences that run at once, where their length lets them"),
         Setting("enable-prefix-caching", True, "a second question to a long document starts where it ends"),
     ]
     if device == "cuda":

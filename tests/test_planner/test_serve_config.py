@@ -87,5 +87,12 @@ def test_the_threshold_is_whole_kda_blocks_and_leaves_room_in_a_step() -> None:
         assert threshold == block or threshold <= BATCH_TOKENS[device] // 2
 
 
+def test_the_asked_concurrency_may_run_at_once_and_is_counted() -> None:
+    few, many = (chosen("cuda", context=4096, tensor_parallel=4, concurrency=count) for count in (2, 1500))
+    counts = [{each.flag: each.value for each in settings(choice)}["max-num-seqs"] for choice in (few, many)]
+    assert counts == [256, 1500]
+    assert many.best.forecast.activations > few.best.forecast.activations
+
+
 def test_a_file_without_a_model_names_none(tmp_path: Path) -> None:
     assert "model" not in {line.split(":")[0] for line in yaml(CASES["CPU"], None).splitlines()}
