@@ -17,7 +17,10 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vllm_kimi_linear.demo import write_checkpoint
+from vllm_kimi_linear import memory
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.demo import demo_config, write_checkpoint
+from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.oracle import Oracle
 
@@ -213,12 +216,13 @@ def test_accepted(outcomes: dict[str, list[str]], case: str) -> None:
 
 
 # Ends of `vllm serve`, each for one place where a start can stop: reading config.json, building the configuration,
-# loading the tokenizer, loading the weights.
+# loading the tokenizer, loading the weights, planning the cache.
 ENDINGS = {
     "config.json": "layer 3 in both kda_layers and full_attn_layers; keep it in one",
     "flag": "--kv-cache-dtype is fp8; on cpu this model takes",
     "tokenizer": "does not load with transformers",
     "weights": "checkpoint tensor model.norm.weight is missing",
+    "cache": "--max-model-len is 1048576; a sequence of that length takes ",
 }
 
 
@@ -231,6 +235,7 @@ def endings(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "flag": (demo_model, ["--kv-cache-dtype=fp8"]),
         "tokenizer": (write_old_tokenizer(folder / "tokenizer"), ["--trust-remote-code"]),
         "weights": (write_without(demo_model, "model.norm.weight", folder / "weights"), []),
+        "cache": (demo_model, ["--max-model-len=1048576", "--dtype=float32"]),
     }
     flags = ["--max-model-len=512", "--kv-cache-memory-bytes=64M"]
     servers = [
@@ -294,6 +299,18 @@ def test_serve_names_the_missing_tensor(endings: dict[str, tuple[int, list[str]]
     status, log = endings["weights"]
     assert status != 0
     assert any("WeightError: " + ENDINGS["weights"] in line for line in log)
+
+
+def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[str]]]) -> None:
+    status, log = endings["cache"]
+    assert status != 0
+    [line, *_] = (line for line in log if "ConfigError: " + ENDINGS["cache"] in line)
+    geometry = Geometry.from_config(demo_config())
+    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
+    longest = longest_context(1 << 20, lambda context: plan.sequences(context) > 0)
+    assert 0 < longest < 1 << 20
+    assert " a rank and 64.0 MiB are there, " in line
+    assert f" short: --max-model-len {longest} fits, or give more with " in line
 
 
 # Layouts that are accepted, with what writes them.
