@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"]])
+CONFIG = str(Path(__file__).parents[2] / "benchmarks" / "config_48b.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["demo", "--help"], ["serve", "--help"], ["plan", CONFIG, "--gpus", "8xH200"]],
+)
 def test_starts_with_the_standard_library_alone(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
