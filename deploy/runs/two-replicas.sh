@@ -6,9 +6,10 @@
 run kimi-linear plan "$MODEL" --gpus 4xH100-80GB --tensor-parallel 2 --context 1M --concurrency 4 --out "$OUT/serve.yaml"
 
 # Both end with this script.
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-run env CUDA_VISIBLE_DEVICES=0,1 vllm serve --config "$OUT/serve.yaml" --trust-remote-code --port 8000 &
-run env CUDA_VISIBLE_DEVICES=2,3 vllm serve --config "$OUT/serve.yaml" --trust-remote-code --port 8001 &
+trap '[ -z "$pids" ] || kill $pids 2>/dev/null || true' EXIT
+trap 'exit 143' TERM INT
+start env CUDA_VISIBLE_DEVICES=0,1 vllm serve --config "$OUT/serve.yaml" --trust-remote-code --port 8000
+start env CUDA_VISIBLE_DEVICES=2,3 vllm serve --config "$OUT/serve.yaml" --trust-remote-code --port 8001
 
 [ "$print" ] || cat >"$OUT/gateway.yaml" <<'YAML'
 host: 127.0.0.1

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_what_is_printed_is_what_is_run(tmp_path: Path, name: str, arguments: tu
     script(tmp_path, name, *arguments)
     # Servers that run beside each other may be called in either order.
     assert sorted((tmp_path / "called").read_text().splitlines()) == sorted(shown)
+
+
+def test_replicas_end_with_their_script(tmp_path: Path) -> None:
+    for program, body in (("vllm", f"echo $$ >> {tmp_path}/pids; exec sleep 600"), ("kimi-linear", "sleep 1")):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path)}
+    subprocess.run([ROOT / "deploy/runs/two-replicas.sh"], env=environment, timeout=60, check=True)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"{alive} still run"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
