@@ -1,1 +1,1 @@
-"""What stands around `vllm serve`: the command, the launch planner. HTTP and the standard library, never torch."""
+"""What stands around `vllm serve`: launch planner, gateway, playground. HTTP only, never torch."""
