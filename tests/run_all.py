@@ -40,8 +40,16 @@ def _answers(*command: str) -> bool:
         return False
 
 
+def chromium() -> str:
+    """The path of a Chromium, or ""."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), "")
+
+
 def _lacks_browser() -> str:
-    return "" if importlib.util.find_spec("playwright") else "playwright is not installed"
+    if not importlib.util.find_spec("playwright"):
+        return "playwright is not installed"
+    return "" if chromium() else "no Chromium is on the path (Debian: apt install chromium)"
 
 
 def _lacks_container() -> str:

@@ -1,0 +1,35 @@
+"""How the browser tests ask, and where the answer stands."""
+
+import pytest
+from playwright.sync_api import Page
+
+ANSWER = "#conversation .turn:last-child .answer .text"
+DONE = "#conversation .turn:last-child:not(.running)"
+
+
+def ask(page: Page, question: str) -> None:
+    """Send a question and wait until its answer has ended."""
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+    page.wait_for_selector(DONE)
+
+
+def start(page: Page, question: str) -> None:
+    """Send a question and wait for the beginning of its answer."""
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+    page.wait_for_selector(f"{ANSWER} p")
+
+
+def attach(page: Page, name: str, content: bytes) -> None:
+    """Choose a file of this content."""
+    page.set_input_files("#files", {"name": name, "mimeType": "text/plain", "buffer": content})
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for a condition in JavaScript; Playwright's own way of it needs the eval that the page forbids."""
+    for _ in range(500):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(20)
+    pytest.fail(f"never came: {condition}")
