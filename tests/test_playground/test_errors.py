@@ -33,7 +33,7 @@ def refused(status: int, error: str = "", after: str = "") -> Reply:
         (refused(413), "This is more than the gateway takes in one request: attach a shorter document."),
         (
             refused(400, "at most 8192 tokens"),
-            "The server refused this request with status 400 (at most 8192 tokens): change it, or start a new chat.",
+            "The server refused this request with status 400 (at most 8192 tokens): edit it, or start a new chat.",
         ),
         (Reply(end="engine died"), "The server ended this answer (engine died): retry to ask again."),
         (Reply(end="drop", pause=0.05), "The connection broke off before the answer was complete: retry to ask again."),

@@ -100,5 +100,5 @@ function sentence(reply, words) {
       return `The server has no room for this request now${told}: ${when}.`;
   }
   if (reply.status >= 500) return `The server failed with status ${reply.status}${told}: ${when}.`;
-  return `The server refused this request with status ${reply.status}${told}: change it, or start a new chat.`;
+  return `The server refused this request with status ${reply.status}${told}: edit it, or start a new chat.`;
 }
