@@ -32,6 +32,7 @@ def apply() -> None:
         say_what_is_short()
         keep_scheduling_on_cpu()
         sleep_between_polls_on_cpu()
+        keep_draft_states_on_cpu()
 
 
 def _is_known() -> bool:
@@ -286,6 +287,25 @@ def sleep_between_polls_on_cpu() -> None:
 
     if current_platform.is_cpu():
         shm_broadcast.sched_yield = functools.partial(time.sleep, POLL_SECONDS)
+
+
+def keep_draft_states_on_cpu() -> None:
+    """Let drafts be verified with prefix caching where no Triton kernel runs.
+
+    Symptom: with --speculative-config and prefix caching on a CPU the first step ends the engine: the kernels that
+        copy states at block boundaries are not callable.
+    Cause: `MambaSpecDecodeGPUContext` launches Triton kernels, for which vLLM has no CPU version.
+    Upstream: not reported yet.
+    Remove when: `vllm.utils.cpu_triton_utils` has them.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
+
+    from vllm_kimi_linear.cpu import draft_states
+
+    if current_platform.is_cpu():
+        MambaSpecDecodeGPUContext.run_fused_postprocess = draft_states.keep_at_block_ends
+        MambaSpecDecodeGPUContext.run_fused_precopy = draft_states.move_to_new_block
 
 
 def make_pipeline_buffers_on_cpu() -> None:

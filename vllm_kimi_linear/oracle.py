@@ -59,6 +59,36 @@ class Oracle:
         return output.logits[0].float()
 
     @torch.inference_mode()
+    def long_logits(self, ids: Sequence[int], keep: int) -> torch.Tensor:
+        """The same of a long prompt, whose scores [heads, n, n] would not fit: attention by torch's flash kernel.
+
+        The last layer attends for the `keep` positions alone, as no other layer needs the others.
+        """
+        from transformers import AttentionInterface
+
+        last = self.model.config.num_hidden_layers - 1
+
+        def attend(module, query, key, value, mask, scaling, **unused):  # all [1, heads, n, size]
+            width = value.shape[-1]
+            value = torch.nn.functional.pad(value, (0, key.shape[-1] - width))  # the kernel wants equal sizes
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out = torch.zeros_like(query)
+            if module.layer_idx == last:
+                future = torch.full((keep, len(ids)), float("-inf")).triu(len(ids) - keep + 1)
+                out[:, :, -keep:] = flash(query[:, :, -keep:], key, value, attn_mask=future, scale=scaling)[0]
+            else:
+                out = flash(query, key, value, is_causal=True, scale=scaling)[0]
+            return out[..., :width].transpose(1, 2), None
+
+        AttentionInterface.register("long", attend)
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("long")
+        try:
+            return self.logits(ids, keep)
+        finally:
+            self.model.set_attn_implementation(before)
+
+    @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
         """The answer of exactly `tokens` tokens, decoded step by step with a cache; none of them ends it."""
         ids = torch.tensor([list(prompt)])

@@ -129,8 +129,8 @@ def check_flags(vllm_config: VllmConfig) -> None:
     if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
         # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")
-    if speculative and cache.enable_prefix_caching:
-        # vLLM keeps the states of drafts at block boundaries with a Triton kernel, which a CPU lacks; untried on a GPU.
+    if speculative and cache.enable_prefix_caching and not current_platform.is_cpu():
+        # Exact on a CPU, and never tried on a GPU.
         raise ConfigError(
             f"--speculative-config method is {speculative.method} with prefix caching; add --no-enable-prefix-caching"
         )

@@ -119,12 +119,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "data parallel": ({}, {"data_parallel_size": 2}, "--data-parallel-size", "2"),
     "more stages than layers": ({}, {"pipeline_parallel_size": 9}, "--pipeline-parallel-size", "9"),
-    "speculation with prefix caching": (
-        {},
-        {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True},
-        "--speculative-config",
-        "prefix caching",
-    ),
     "speculation": ({}, {"speculative_config": NGRAM}, "--speculative-config", "ngram_gpu"),
     "KV sharing": ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill", "True"),
     "KV transfer": ({}, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config", "ExampleConnector"),
@@ -154,6 +148,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "state in fp32, said": ({}, {"mamba_ssm_cache_dtype": "float32"}),
     "two ranks": ({}, {"tensor_parallel_size": 2}),
     "blocks of 32": ({}, {"block_size": 32}),
+    "speculation": ({}, {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True}),
     "a million tokens": ({}, {"max_model_len": 1048576}),
 }
 
