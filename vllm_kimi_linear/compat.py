@@ -134,7 +134,7 @@ def ask_groups_once_a_block() -> None:
     """Ask the groups of layers nothing about a request that goes on inside its blocks.
 
     Symptom: with 21 groups (48B, one rank) the scheduler takes 5 times as long a step as with 4, 6 ms for 64
-        sequences (`benchmarks/scheduler.py`).
+        sequences (`benchmarks/cache_blocks.py`).
     Cause: for every request `KVCacheCoordinator` asks each group's manager four times a step, though their answer
         changes when the request enters a block.
     Upstream: not reported yet.

@@ -1,10 +1,10 @@
-"""What a step of vLLM's scheduler costs with our cache blocks, against its own: the 48B's groups, without a model.
+"""What the 48B's cache blocks hold and cost: bytes by arithmetic, and a step of vLLM's scheduler, without a model.
 
-    python benchmarks/scheduler.py --out docs/benchmarks/scheduler.md
+    python benchmarks/cache_blocks.py --out docs/benchmarks/cache-blocks.md
 
-Both run the same 64 requests: prompts of 4,096 tokens read in chunks, then answers of 512 tokens. "Stock" is what vLLM
-0.32 makes of this model: pages of 1,920 tokens in four groups, its own manager of recurrent states. Prefix caching is
-on in both.
+The scheduler is measured against its own way with this model: "stock" is what vLLM 0.32 makes of it, pages of 1,920
+tokens in four groups and its own manager of recurrent states. All run the same 64 requests, prompts of 4,096 tokens
+read in chunks, then answers of 512 tokens, with prefix caching.
 """
 
 import argparse
@@ -32,10 +32,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.snapshots import KdaSpec
+from vllm_kimi_linear.snapshots import KdaSpec, kept_blocks
 
 REQUESTS, PROMPT, ANSWER, TOKENS_A_STEP = 64, 4096, 512, 8192
 GIB = 1 << 30
+CONFIG = Path(__file__).with_name("config_48b.json")
 
 
 def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> KVCacheConfig:
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).create_engine_config()
     init_none_hash(sha256)
     register_all_kvcache_specs(config)
-    geometry = Geometry.from_config(json.loads(Path(__file__).with_name("config_48b.json").read_text()))
+    geometry = Geometry.from_config(json.loads(CONFIG.read_text()))
     found: dict[int | None, list[tuple[float, float]]] = {block: [] for block in (None, *args.blocks)}
     groups: dict[int | None, int] = {}
     for _ in range(args.rounds):
@@ -144,15 +145,48 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(found: dict[int | None, list[tuple[float, float]]], groups: dict[int | None, int]) -> str:
+    return "\n".join([*bytes_table(), "", *scheduler_table(found, groups)]) + "\n"
+
+
+def bytes_table() -> list[str]:
+    lines = [
+        "# Cache blocks of the 48B",
+        "",
+        "    python benchmarks/cache_blocks.py --out docs/benchmarks/cache-blocks.md",
+        "",
+        "## Bytes, by arithmetic (`memory.py`, `snapshots.py`)",
+        "",
+        "bf16, a rank. Waste: what a decoding sequence of 4,096 tokens holds beyond its state and latents. Snapshots:",
+        "the states that a prompt leaves in the prefix cache, all evictable; beside them the latents of its tokens.",
+        "",
+        "| ranks | state | block | waste at 4K | snapshots of 4K | of 100K | of 1M | latents of 4K | of 100K | of 1M |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    config = json.loads(CONFIG.read_text())
+    lengths = (4 * 1024, 100 * 1024, 1024 * 1024)
+    for state in ("float32", "bfloat16"):
+        for ranks in (1, 2, 4, 8):
+            geometry = Geometry.from_config(config, tensor_parallel=ranks)
+            plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state)
+            needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
+            waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
+            kept = [len(kept_blocks(length // plan.block_tokens)) for length in lengths]
+            snapshots = [f"{count}, {count * plan.snapshot_bytes / GIB:.2f} GiB" for count in kept]
+            latents = [f"{length * plan.mla_bytes_per_token / GIB:.2f} GiB" for length in lengths]
+            cells = [str(ranks), state, f"{plan.block_tokens} tokens", f"{waste:.1%}", *snapshots, *latents]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def scheduler_table(found: dict[int | None, list[tuple[float, float]]], groups: dict[int | None, int]) -> list[str]:
     stock = [statistics.median(column) for column in zip(*found[None], strict=True)]
     lines = [
-        "# What a step of the scheduler costs",
+        "## A step of the scheduler",
         "",
-        "    python benchmarks/scheduler.py --out docs/benchmarks/scheduler.md",
-        "",
-        f"{REQUESTS} requests of {PROMPT:,} tokens in and {ANSWER} out on the 48B's groups, TP1, fp32 state, without a",
-        f"model; medians over {len(found[None])} runs of each run's mean, in CPU milliseconds a step; in brackets the",
-        "ratio to stock.",
+        f"{REQUESTS} requests of {PROMPT:,} tokens in and {ANSWER} out, one rank, fp32 state; medians over "
+        f"{len(found[None])} runs of each",
+        "run's mean, in milliseconds of CPU a step; in brackets the ratio to stock. While prompts are read a step",
+        "publishes every state that is kept, of each layer; stock keeps one or two a prompt.",
         "",
         "| blocks | groups | reading prompts | all decoding |",
         "| --- | --- | --- | --- |",
@@ -162,7 +196,7 @@ def report(found: dict[int | None, list[tuple[float, float]]], groups: dict[int 
         shown = [f"{ms:.2f} ({ms / base:.2f})" for ms, base in zip(times, stock, strict=True)]
         name = f"{block:,} tokens" if block else "stock, 1,920 tokens"
         lines.append(f"| {name} | {groups[block]} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":
