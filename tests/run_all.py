@@ -53,11 +53,15 @@ def _lacks_browser() -> str:
 
 
 def _lacks_container() -> str:
-    return "" if _answers("docker", "info") else "no container engine answers `docker info`"
+    if _answers("docker", "info") or _answers("buildah", "info"):
+        return ""
+    return "no container engine answers `docker info` or `buildah info`"
 
 
 def _lacks_cluster() -> str:
-    return "" if _answers("kubectl", "cluster-info") else "no cluster answers `kubectl cluster-info`"
+    if _answers("kubectl", "cluster-info") or importlib.util.find_spec("ray"):
+        return ""
+    return "no cluster answers `kubectl cluster-info`, and ray is not installed"
 
 
 def _lacks_gpu() -> str:

@@ -108,3 +108,9 @@ def test_tier_without_its_tool_is_skipped_with_the_reason(run_all: ModuleType, m
     monkeypatch.setitem(run_all.TIERS, "gpu", lambda: "no GPU answers")
     monkeypatch.setattr(run_all.subprocess, "run", lambda *a, **k: pytest.fail("ran"))
     assert run_all.run_tier("gpu") == run_all.Row("gpu", "skipped: no GPU answers")
+
+
+def test_buildah_is_a_container_engine_too(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine, reason in (("docker", ""), ("buildah", ""), ("none", "no container engine")):
+        monkeypatch.setattr(run_all, "_answers", lambda *command, engine=engine: command[0] == engine)
+        assert run_all.TIERS["container"]().startswith(reason) and bool(run_all.TIERS["container"]()) == bool(reason)

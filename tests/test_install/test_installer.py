@@ -43,7 +43,7 @@ class FakeSteps:
             self.fail(title)
         return code, output
 
-    def fail(self, sentence: str) -> None:
+    def fail(self, sentence: str, output: str = "") -> None:
         raise self.failed(sentence)
 
 
@@ -174,6 +174,7 @@ def test_fingerprint_sees_dependencies_and_version(installer: ModuleType, tmp_pa
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tree / name)
     before = installer.fingerprint(tree, "cpu")
+    assert installer.fingerprint(tree, "cpu", "server")["dependencies"] != before["dependencies"]
     (tree / "vllm_kimi_linear/__init__.py").write_text('__version__ = "99"\n')
     assert installer.fingerprint(tree, "cpu")["project"] != before["project"]
     text = (tree / "pyproject.toml").read_text()
@@ -188,7 +189,7 @@ def run_main(installer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     def run(work) -> tuple[int, list[str]]:
         done: list[str] = []
 
-        def fake_install(root: Path, venv: Path, device: str, todo: str) -> None:
+        def fake_install(root: Path, venv: Path, device: str, todo: str, extras: str) -> None:
             done.append(todo)
             venv.mkdir(exist_ok=True)
             assert not (venv / installer.STAMP).exists(), "a stamp stands while the environment is changed"

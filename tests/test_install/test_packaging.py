@@ -166,6 +166,10 @@ def test_image_serves_as_an_ordinary_user(dockerfile: str) -> None:
     steps = instructions(dockerfile)
     assert [argument for name, argument in steps if name == "USER"][-1:] == ["kimi"]
     assert ("EXPOSE", "8000") in steps
+    assert ("VOLUME", "/weights") in steps
+    assert any(name == "HEALTHCHECK" and "HEALTH_URL" in argument for name, argument in steps)
+    environment = " ".join(argument for name, argument in steps if name == "ENV")
+    assert {"HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1"} <= set(environment.split())
     assert steps[-1] == ("ENTRYPOINT", '["vllm", "serve"]')
 
 
@@ -174,15 +178,16 @@ def test_cuda_image_is_of_the_vllm_that_the_extra_asks_for() -> None:
     image, tag = dict(steps)["FROM"].split(":v")
     assert image == "vllm/vllm-openai"
     assert EXTRAS["cuda"]["vllm"].specifier.contains(tag)
-    assert any(name == "RUN" and "'.[cuda]'" in argument for name, argument in steps)
+    assert any(name == "RUN" and "'.[cuda,server,ray]'" in argument for name, argument in steps)
 
 
 def test_cpu_image_runs_make_install() -> None:
     steps = instructions("deploy/Dockerfile.cpu")
-    image, tag = dict(steps)["FROM"].split(":")
+    assert dict(steps)["FROM"] == "${BASE}"
+    image, tag = dict(steps)["ARG"].removeprefix("BASE=").split(":")
     assert image == "python"
     assert SpecifierSet(PYPROJECT["project"]["requires-python"]).contains(tag.split("-")[0])
-    assert any(name == "RUN" and "make install DEVICE=cpu" in argument for name, argument in steps)
+    assert any(name == "RUN" and "make install DEVICE=cpu EXTRAS=server" in argument for name, argument in steps)
 
 
 def test_images_get_what_the_install_reads() -> None:
