@@ -20,6 +20,6 @@ WORKDIR /home/kimi
 ENV HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 HEALTH_URL=http://127.0.0.1:8000/health
 VOLUME /weights
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=15m \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=45m \
     CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
 ENTRYPOINT ["vllm", "serve"]
