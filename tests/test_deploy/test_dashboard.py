@@ -43,7 +43,7 @@ def samples(expression: str) -> set[str]:
 
 def gateway_samples() -> dict[str, set[str]]:
     """Name -> labels of every sample that the gateway's metrics consist of."""
-    found = {}
+    found: dict[str, set[str]] = {}
     for name, (kind, labels) in GATEWAY.items():
         if kind == "histogram":
             found |= {f"{PREFIX}{name}_{part}": labels for part in ("sum", "count")}

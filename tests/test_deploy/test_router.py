@@ -61,8 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("stream"):
             time.sleep(1)  # so that requests sent together meet
             choice = {"index": 0, "delta": {"role": "assistant", "content": str(self.server.port)}}
-            chunks = [{"choices": [choice]}, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
-            chunks.append({"choices": [], "usage": USAGE})
+            chunks: list[dict[str, Any]] = [
+                {"choices": [choice]},
+                {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+                {"choices": [], "usage": USAGE},
+            ]
             lines = [json.dumps(base | {"object": "chat.completion.chunk"} | chunk) for chunk in chunks]
             text = "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
             self.answer(200, text, {"Content-Type": "text/event-stream"})
