@@ -214,3 +214,14 @@ def test_prometheus_asks_the_services_of_compose() -> None:
     (board,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/kimi-linear.yaml").read_text())["providers"]
     folder = board["options"]["path"]
     assert f"./grafana/dashboards:{folder}:ro" in SERVICES["grafana"]["volumes"]
+
+
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_the_gateway_takes_its_configuration(where: str, tmp_path: Path) -> None:
+    settings = pytest.importorskip("kimi_server.settings", reason="the gateway is not in this tree yet")
+    text = DOCUMENTS["gateway.yaml:ConfigMap"]["data"]["gateway.yaml"]
+    path = tmp_path / "gateway.yaml"
+    path.write_text((DEPLOY / "gateway.yaml").read_text() if where == "compose" else text)
+    loaded = settings.load(path)
+    assert (loaded.host, loaded.port) == ("0.0.0.0", 8080)
+    assert loaded.keys.is_relative_to("/run/secrets")
