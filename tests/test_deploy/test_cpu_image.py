@@ -161,11 +161,8 @@ def test_nothing_of_this_machine_is_in_the_image(buildah: Buildah, container: st
     for path in ("etc/pip.conf", "home/kimi/.config/pip/pip.conf"):
         assert not (root / path).exists() or (root / path).read_text() == ""
     assert not (root / "opt/kimi-linear/tests").exists()
-    assert {path.name for path in (root / "opt/kimi-linear/deploy").iterdir()} == {
-        "install.py",
-        "steps.py",
-        "cpu-alias",
-    }
+    copied = {path.name for path in (root / "opt/kimi-linear/deploy").iterdir()} - {"__pycache__"}
+    assert copied == {"install.py", "steps.py", "cpu-alias"}
     buildah("umount", container)
 
 
