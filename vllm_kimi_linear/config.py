@@ -29,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_nextn_predict_layers": (None, 0),
     "tie_word_embeddings": (None, False),
     "rope_scaling": (None,),
-    "quantization_config": (None,),
 }
 
 
@@ -224,6 +223,12 @@ def _check_fixed_fields(config: Mapping[str, Any]) -> None:
         if config.get(name) not in values:
             wanted = " or ".join("unset" if v is None else str(v).lower() for v in values)
             raise ConfigError(f"{name} is {config[name]!r}; that is not implemented, it must be {wanted}")
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ConfigError(
+            f"quantization_config is of {method!r}; quantised checkpoints are not implemented for this model, "
+            "serve the one in bfloat16"
+        )
     if config.get("hidden_act") != "silu":
         raise ConfigError(f"hidden_act is {_show(config.get('hidden_act'))}; only 'silu' is implemented")
     if config.get("mla_use_nope") is not True:

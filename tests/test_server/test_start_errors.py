@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 
 from vllm_kimi_linear import memory
@@ -37,6 +38,13 @@ def linear(**changes: Any) -> dict[str, Any]:
         "short_conv_kernel_size": 4,
     }
     return {"linear_attn_config": {k: v for k, v in (fields | changes).items() if v is not REMOVED}}
+
+
+
+def compressed(name: str) -> dict[str, Any]:
+    """The quantization_config that compressed-tensors writes for a scheme."""
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    return QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]).model_dump(mode="json")
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -83,6 +91,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "rotary positions": ({"mla_use_nope": False}, {}, "mla_use_nope", "False"),
     "MLA output gate": ({"mla_use_output_gate": True}, {}, "mla_use_output_gate", "True"),
     "quantised checkpoint": ({"quantization_config": GPTQ}, {}, "quantization_config", "gptq"),
+    **{
+        f"quantised checkpoint, {name}": (
+            {"quantization_config": compressed(name)},
+            {},
+            "quantization_config",
+            "compressed-tensors",
+        )
+        for name in ("W4A16", "FP8_BLOCK", "FP8_DYNAMIC")
+    },
     "overridden field": ({}, {"hf_overrides": {"q_lora_rank": 5}}, "q_lora_rank", "5"),
     "quantization": ({}, {"quantization": "fp8"}, "--quantization", "fp8"),
     "float16": ({}, {"dtype": "float16"}, "--dtype", "float16"),
