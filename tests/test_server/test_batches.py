@@ -19,11 +19,11 @@ from vllm_kimi_linear.launch import Server
 CHUNK = 64
 NARROW_FLAGS = (
     "--dtype=float32",
-    "--max-model-len=4096",
+    "--max-model-len=2304",
     "--kv-cache-memory-bytes=1G",
     f"--max-num-batched-tokens={CHUNK}",
     "--max-num-seqs=32",
-    "--num-gpu-blocks-override=40",  # one sequence of the full length needs 38
+    "--num-gpu-blocks-override=24",  # one sequence of the full length needs 22
     "--no-enable-prefix-caching",
 )
 

@@ -28,7 +28,7 @@ WAYS = {
         "--enforce-eager",
         "--max-num-batched-tokens=64",
         "--max-num-seqs=32",
-        "--num-gpu-blocks-override=40",  # one sequence of the full length needs 23
+        "--num-gpu-blocks-override=25",  # one sequence of the full length needs 23
         "--no-enable-prefix-caching",
     ),
     "drafts": (NGRAM, "--no-enable-prefix-caching"),
@@ -99,7 +99,7 @@ def test_every_way(
         print(f"{name}: {value}")
     if "--speculative-config" in str(way.server.flags):
         assert way.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
-    if "--num-gpu-blocks-override=40" in way.server.flags:
+    if "--num-gpu-blocks-override=25" in way.server.flags:
         assert way.metric("vllm:num_preemptions_total") > 0
 
 
