@@ -1,0 +1,110 @@
+"""The gateway's routes."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kimi_server import openapi
+from kimi_server.errors import error_body
+from kimi_server.gateway import Gateway
+from kimi_server.proxy import Exchange
+from kimi_server.routes import ROUTES, Route
+from vllm_kimi_linear import __version__
+
+
+class PlainPaths:
+    """Answers 404 for a path that is not written plainly, so that no two spellings lead to one route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and b"%" in scope["raw_path"]:
+            await not_found()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def not_found() -> Response:
+    return JSONResponse(error_body(404, "There is no such path here: see /openapi.json."), 404)
+
+
+def build(gateway: Gateway) -> FastAPI:
+    """The application; its lifespan runs the gateway's probes."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running():
+            yield
+
+    app = FastAPI(
+        title="Kimi Linear gateway",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(PlainPaths)
+    app.exception_handler(HTTPException)(http_error)
+    for route in ROUTES:
+        app.add_api_route(
+            route.path,
+            passing(gateway, route),
+            methods=[route.method],
+            name=route.path,
+            response_class=Response,
+            **openapi.describe(route),
+        )
+
+    @app.get("/healthz", responses=openapi.plain("The gateway runs."))
+    async def healthz() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    @app.get("/readyz", responses=openapi.plain("A replica is up.") | openapi.plain("None is, or it drains.", 503))
+    async def readyz() -> Response:
+        return Response(
+            "ready\n" if gateway.ready else "not ready\n", 200 if gateway.ready else 503, media_type="text/plain"
+        )
+
+    @app.get("/metrics", responses=openapi.plain("Prometheus metrics."))
+    async def metrics() -> Response:
+        return Response(gateway.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/kimi/context", responses=openapi.CONTEXT)
+    async def kimi_context() -> dict[str, Any]:
+        cost = gateway.context_cost
+        return {
+            "model": gateway.model,
+            "max_model_len": gateway.max_model_len,
+            "kda_state_bytes": cost and cost.kda_state_bytes,
+            "mla_bytes_per_token": cost and cost.mla_bytes_per_token,
+        }
+
+    return app
+
+
+def passing(gateway: Gateway, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a route that is passed on."""
+
+    async def endpoint(request: Request) -> Response:
+        path = request.url.path
+        response_id = request.path_params.get("response_id", "x")
+        return Exchange(gateway, route, path) if openapi.RESPONSE_ID.fullmatch(response_id) else not_found()
+
+    return endpoint
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 in the form of the OpenAI API."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return not_found()
+    message = f"{error.detail}: {request.method} is not for {request.url.path}."
+    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)

@@ -1,0 +1,65 @@
+"""`kimi-linear gateway`: its arguments, its start, and `kimi-linear gateway key`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+WORKERS = (
+    "--workers is {}: the gateway counts tokens, queues and keys in one process, and several would each count alone; "
+    "leave it at 1 and, for more, put the gateways behind a router, each with replicas of its own."
+)
+
+
+def add_gateway(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand to the parser of `kimi-linear`."""
+    gateway = commands.add_parser("gateway", help="admission, keys and sessions in front of vllm serve replicas")
+    gateway.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
+    gateway.add_argument("--host", help="the address to listen on, in place of the file's")
+    gateway.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
+    gateway.add_argument("--workers", type=int, default=1, help="always 1")
+    key = gateway.add_subparsers(dest="gateway_command").add_parser(
+        "key", help="make an API key: prints it once, with its entry in the file of keys"
+    )
+    key.add_argument("id", help="the name under which the key is counted and logged")
+
+
+def run_gateway(args: argparse.Namespace) -> int:
+    """Run the gateway until it is stopped, or make a key; returns the exit status."""
+    from kimi_server.settings import SettingsError
+
+    if args.gateway_command == "key":
+        return make_key(args.id)
+    if args.workers != 1:
+        return complain(WORKERS.format(args.workers))
+    if args.config is None:
+        return complain("--config is missing: name a gateway.yaml, see docs/gateway.md.")
+    try:
+        return serve(args.config, args.host, args.port)
+    except SettingsError as error:
+        return complain(str(error))
+
+
+def serve(config: Path, host: str | None, port: int | None) -> int:
+    from kimi_server.gateway import Gateway
+    from kimi_server.process import Server
+    from kimi_server.settings import load
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    gateway = Gateway(load(config, host=host, port=port))
+    server = Server(gateway)
+    server.run()
+    return 0 if server.started else 1
+
+
+def make_key(key_id: str) -> int:
+    from kimi_server.keys import fresh_key
+
+    key, entry = fresh_key(key_id)
+    print(f"The key, which is stored nowhere:\n\n    {key}\n\nIts entry under `keys:` in the file of keys:\n\n{entry}")
+    return 0
+
+
+def complain(message: str) -> int:
+    print(f"kimi-linear gateway: {message}", file=sys.stderr)
+    return 2

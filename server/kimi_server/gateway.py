@@ -1,0 +1,130 @@
+"""All that a running gateway consists of, put together from its settings."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TextIO
+
+import httpx
+
+from kimi_server import journal
+from kimi_server.admission import LANES, Admission
+from kimi_server.context import read_cost
+from kimi_server.estimate import Estimator
+from kimi_server.keys import Keyring
+from kimi_server.metrics import Metrics
+from kimi_server.replicas import Replicas
+from kimi_server.sessions import StoredResponses
+from kimi_server.settings import Settings
+
+CONNECT_SECONDS = 5.0
+
+
+class Gateway:
+    """Raises SettingsError where a file that the settings name cannot be used. `log` receives one line a request."""
+
+    def __init__(self, settings: Settings, log: TextIO | None = None) -> None:
+        self.settings = settings
+        self.log = log or sys.stdout
+        self.keyring = Keyring(settings.keys)
+        self.context_cost = read_cost(settings.model_config) if settings.model_config else None
+        self.metrics = Metrics()
+        self.estimator = Estimator()
+        self.stored = StoredResponses()
+        self.admission = Admission(settings.admission, len(settings.replicas))
+        self.replicas = Replicas(settings.replicas, changed=self.admission.dispatch)
+        self.model: str | None = None
+        self.max_model_len = settings.max_model_len
+        self.draining = False
+        self.exchanges = 0  # requests between their header and the last byte of their answer
+        limits = settings.limits
+        self.timeout = httpx.Timeout(limits.replica_seconds, connect=CONNECT_SECONDS, pool=None)
+        self.client = httpx.AsyncClient(
+            timeout=self.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+            follow_redirects=False,
+        )
+
+    @property
+    def ready(self) -> bool:
+        return self.replicas.any_up and not self.draining
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Probe the replicas and watch the keys meanwhile."""
+        watchers = [
+            asyncio.create_task(self.replicas.watch(self.client)),
+            asyncio.create_task(self.keyring.watch()),
+            asyncio.create_task(self._ask_model()),
+        ]
+        try:
+            yield
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+            await self.client.aclose()
+
+    async def _ask_model(self) -> None:
+        """Ask the first replica that is up for its model and how long its context is."""
+        while self.model is None:
+            for index in self.replicas.order(None):
+                with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
+                    reply = await self.client.get(f"{self.replicas.all[index].url}/v1/models", timeout=10)
+                    found: dict[str, Any] = reply.json()["data"][0]
+                    self.model = str(found["id"])
+                    self.max_model_len = self.max_model_len or int(found["max_model_len"])
+                    return
+            await asyncio.sleep(0.5)
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Count one request."""
+        self.exchanges += 1
+        try:
+            yield
+        finally:
+            self.exchanges -= 1
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when all that runs has ended, or is over its time and was broken off."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_seconds):
+                while self.exchanges:
+                    await asyncio.sleep(0.05)
+                return
+        # What reads from a replica now meets a closed connection, and ends as if that replica had gone.
+        self.admission.close()
+        await self.client.aclose()
+
+    def record(self, entry: journal.Entry) -> None:
+        """Note the end of a request in the log and the metrics."""
+        metrics, key = self.metrics, entry.key or ""
+        metrics.requests.labels(entry.route, entry.status, entry.lane or "none").inc()
+        if entry.refused:
+            metrics.rejected.labels(entry.error).inc()
+        for counter, amount in (
+            (metrics.prompt, entry.tokens if entry.counted else None),
+            (metrics.cached, entry.cached),
+            (metrics.completion, entry.completion),
+        ):
+            if amount:
+                counter.labels(key).inc(amount)
+        if entry.ttft is not None:
+            metrics.ttft.labels(entry.lane).observe(entry.ttft)
+        journal.write(entry, self.log)
+
+    def metrics_text(self) -> bytes:
+        """The metrics, those that tell of this moment brought up to date."""
+        metrics = self.metrics
+        for lane in LANES:
+            metrics.queued.labels(lane).set(self.admission.waiting(lane))
+        for replica, outstanding in zip(self.replicas.all, self.admission.outstanding, strict=True):
+            metrics.up.labels(replica.index).set(replica.up)
+            metrics.running.labels(replica.index).set(replica.running)
+            for lane, tokens in outstanding.items():
+                metrics.outstanding.labels(replica.index, lane).set(tokens)
+        return metrics.text()

@@ -1,0 +1,40 @@
+"""The gateway's Prometheus metrics."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """One registry for each gateway, so that several in one process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kimi_gateway_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"kimi_gateway_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"kimi_gateway_{name}", text, ["lane"], registry=registry, buckets=SECONDS)
+
+        self.requests = counter("requests_total", "Requests that ended.", "route", "status", "lane")
+        self.queue = seconds("queue_seconds", "Seconds that admitted prompts waited.")
+        self.ttft = seconds("ttft_seconds", "Seconds from a request's first byte to its answer's first token.")
+        self.queued = gauge("queued", "Prompts that wait.", "lane")
+        self.running = gauge("running", "Requests at a replica.", "replica")
+        self.outstanding = gauge(
+            "prefill_tokens_outstanding", "Estimated tokens of prompts without a first token.", "replica", "lane"
+        )
+        self.prompt = counter("prompt_tokens_total", "Prompt tokens, as replicas counted them.", "key")
+        self.cached = counter("cached_tokens_total", "Prompt tokens found in a prefix cache.", "key")
+        self.completion = counter("completion_tokens_total", "Tokens generated.", "key")
+        self.rejected = counter("rejected_total", "Requests that the gateway answered itself.", "reason")
+        self.up = gauge("replica_up", "1 where a replica answers its probes.", "replica")
+        self.spilled = counter("sessions_spilled_total", "Prompts sent to another replica than their session's.")
+
+    def text(self) -> bytes:
+        """All of them in the Prometheus text format."""
+        return generate_latest(self.registry)

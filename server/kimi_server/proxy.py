@@ -1,0 +1,275 @@
+"""One request on its way: body in, admission, to a replica, answer out with its bytes unchanged.
+
+When the client leaves, whatever is being done for it is cancelled; that closes the connection to the replica, and vLLM
+aborts the sequence. A request is sent again only while no byte of an answer has come.
+"""
+
+import json
+import secrets
+import time
+
+import httpx
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kimi_server import headers, journal
+from kimi_server.admission import Grant
+from kimi_server.answers import Answer
+from kimi_server.client import Client, ClientLeft
+from kimi_server.errors import Refusal, error_body, no_replica, stopping
+from kimi_server.gateway import Gateway
+from kimi_server.keys import Account
+from kimi_server.question import Question, read_question
+from kimi_server.replicas import Replica
+from kimi_server.routes import Route
+from kimi_server.sessions import session_of
+
+PRIORITIES = {"short": "0", "long": "1"}  # vLLM's --scheduling-policy priority serves the lower first
+
+
+class ReplicaLost(Exception):
+    """The connection to a replica failed before a byte of its answer. `reached`: it may have seen the request."""
+
+    def __init__(self, replica: Replica, error: Exception) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.replica = replica
+        self.reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+
+
+class Exchange(Response):
+    """A response that reads its request itself, so that no body is taken in before it is known to be wanted."""
+
+    def __init__(self, gateway: Gateway, route: Route, path: str) -> None:
+        self.gateway, self.route, self.path = gateway, route, path
+        self.entry = journal.Entry(f"req-{secrets.token_hex(12)}", route.path, time.monotonic())
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = Client(scope, receive, send, self.gateway.settings.limits)
+        with self.gateway.exchange():
+            try:
+                await self._handle(client)
+            except Refusal as refusal:
+                await self._refuse(client, refusal)
+            except ClientLeft:
+                self.entry.leave()
+            finally:
+                self.gateway.record(self.entry)
+
+    async def _handle(self, client: Client) -> None:
+        gateway = self.gateway
+        if gateway.draining:
+            raise stopping()
+        account = gateway.keyring.find(client.key)
+        self.entry.key = account.key.id or None
+        with account.request():
+            client.check()
+            body = await client.read_body()
+            question = read_question(body) if self.route.json_body else None
+            passage = Passage(self, client, account, body, question)
+            await client.stays_for(passage.run())
+
+    async def _refuse(self, client: Client, refusal: Refusal) -> None:
+        """Answer with an error; where an answer has begun there is nothing left to say but its end."""
+        self.entry.refuse(refusal.status, refusal.reason)
+        try:
+            added = self.extra_headers(client.body_read)
+            await client.start(refusal.status, [*encoded(refusal.headers), *encoded(added)])
+            await client.write(refusal.body, more=False)
+        except ClientLeft:
+            self.entry.leave()
+
+    def extra_headers(self, body_read: bool = True) -> dict[str, str]:
+        """What the gateway adds to any answer."""
+        entry = self.entry
+        found = {"x-request-id": entry.id}
+        if entry.wait is not None:
+            found["x-kimi-queue-seconds"] = f"{entry.wait:.4f}"
+        if entry.replica is not None:
+            found["x-kimi-replica"] = str(entry.replica)
+        if entry.lane is not None:
+            found["x-kimi-lane"] = entry.lane
+        if self.gateway.draining or not body_read:
+            # The rest of a body that was not wanted may be on its way: it must not be read as a request.
+            found["connection"] = "close"
+        return found
+
+
+def encoded(fields: dict[str, str]) -> headers.Headers:
+    return [(name.encode(), value.encode()) for name, value in fields.items()]
+
+
+class Passage:
+    """A request whose body is here, until the last byte of its answer."""
+
+    def __init__(
+        self, exchange: Exchange, client: Client, account: Account, body: bytes, question: Question | None
+    ) -> None:
+        self.exchange, self.client, self.account = exchange, client, account
+        self.gateway, self.route, self.entry = exchange.gateway, exchange.route, exchange.entry
+        self.body, self.question = body, question
+        self.tokens = 0  # estimated for the prompt, 0 where there is nothing to prefill
+        self.answer: Answer | None = None
+
+    async def run(self) -> None:
+        """Raises Refusal where no answer has begun."""
+        if self.route.prefills and self.question is not None:
+            self._weigh(self.question)
+        try:
+            await self._try_replicas()
+        finally:
+            self._settle()
+
+    def _weigh(self, question: Question) -> None:
+        """Estimate the prompt and take it off the key's allowance."""
+        gateway, entry = self.gateway, self.entry
+        tokens = gateway.estimator.tokens_of(question.text, question.ids)
+        self.tokens = min(tokens, gateway.max_model_len or tokens)
+        entry.tokens = self.tokens
+        entry.lane = gateway.admission.lane_of(self.tokens)
+        entry.session = session_of(self.client.header(b"x-session-id"), self.account.key.id, question.body)
+        self.account.charge(tokens, question.answer)
+
+    async def _try_replicas(self) -> None:
+        """Pass the request on, to another replica where one fails before it answers."""
+        replicas = self.gateway.replicas
+        failed: frozenset[int] = frozenset()
+        reached = False
+        while True:
+            grant = await self._enter(failed)
+            try:
+                return await self._forward(grant)
+            except ReplicaLost as lost:
+                replicas.mark(lost.replica, False, str(lost))
+                # A request that reached a replica may be what brought it down: it gets one more, not all of them.
+                if (lost.reached and reached) or lost.replica.index in failed:
+                    raise Refusal(502, "replica_lost", f"The replica failed before it answered: {lost}.", 1) from None
+                reached |= lost.reached
+                failed |= {lost.replica.index}
+            finally:
+                grant.release()
+
+    async def _enter(self, failed: frozenset[int]) -> Grant:
+        """Leave to send the request to some replica; what prefills nothing never waits for it."""
+        gateway, entry = self.gateway, self.entry
+        home = gateway.stored.replica_of(self._stored_response())
+
+        def candidates() -> list[int]:
+            order = gateway.replicas.order(entry.session, failed)
+            return sorted(order, key=lambda index: index != home)
+
+        if self.tokens == 0:
+            if not (order := candidates()):
+                raise no_replica()
+            return Grant(order[0], "short", 0, 0.0, False, lambda grant: None)
+        begun = time.monotonic()
+        try:
+            grant = await gateway.admission.enter(self.account.key.id, self.tokens, candidates)
+        finally:
+            entry.wait = (entry.wait or 0.0) + time.monotonic() - begun
+        gateway.metrics.queue.labels(grant.lane).observe(grant.waited)
+        if grant.spilled and entry.session is not None:
+            gateway.metrics.spilled.inc()
+        return grant
+
+    def _stored_response(self) -> object:
+        """The id of the earlier response that this request is about, if any."""
+        if self.question is not None:
+            return self.question.body.get("previous_response_id")
+        return self.exchange.path.removeprefix("/v1/responses/").removesuffix("/cancel")
+
+    async def _forward(self, grant: Grant) -> None:
+        gateway = self.gateway
+        replica = gateway.replicas.all[grant.replica]
+        self.entry.replica = replica.index
+        if gateway.client.is_closed:
+            raise stopping()
+        with replica.busy():
+            try:
+                response = await gateway.client.send(self._request(replica, grant), stream=True)
+                try:
+                    await self._relay(replica, grant, response)
+                finally:
+                    await response.aclose()
+            except httpx.ReadTimeout as error:
+                if self.client.started:
+                    await self._break_off(replica, error)
+                else:
+                    seconds = gateway.settings.limits.replica_seconds
+                    message = f"The replica gave no sign for {seconds:g} seconds."
+                    raise Refusal(504, "replica_silent", message) from None
+            except httpx.TransportError as error:
+                if not self.client.started:
+                    raise ReplicaLost(replica, error) from error
+                await self._break_off(replica, error)
+
+    def _request(self, replica: Replica, grant: Grant) -> httpx.Request:
+        """Without the defaults of the HTTP client: the bytes are asked for as the client of ours asked."""
+        added = {"x-request-id": self.entry.id}
+        if self.route.prefills:
+            added["x-vllm-priority"] = PRIORITIES[grant.lane]
+        if replica.rank is not None:
+            added["x-data-parallel-rank"] = str(replica.rank)
+        target = self.exchange.path.encode() + (b"?" + self.client.query if self.client.query else b"")
+        return httpx.Request(
+            self.route.method,
+            httpx.URL(replica.url).copy_with(raw_path=target),
+            headers=[*headers.to_replica(self.client.headers), *encoded(added)],
+            content=self.body or None,
+            extensions={"timeout": self.gateway.timeout.as_dict()},
+        )
+
+    async def _relay(self, replica: Replica, grant: Grant, response: httpx.Response) -> None:
+        """The answer to the client, its head only with the first byte: until then another replica may be asked."""
+        answer = self.answer = Answer(response.headers.get("content-type", ""))
+        self.entry.status = response.status_code
+
+        async def head() -> None:
+            if not self.client.started:
+                added = encoded(self.exchange.extra_headers())
+                await self.client.start(response.status_code, [*headers.to_client(response.headers.raw), *added])
+
+        async for chunk in response.aiter_raw():
+            ready = answer.feed(chunk)
+            if answer.began and grant.held:
+                grant.release()
+                if response.status_code == 200 and self.tokens:
+                    self.entry.ttft = time.monotonic() - self.entry.began
+            if ready:
+                await head()
+                await self.client.write(ready)
+        rest = answer.finish()
+        await head()
+        await self.client.write(rest, more=False)
+        if self.route.path == "/v1/responses" and answer.response_id:
+            self.gateway.stored.remember(answer.response_id, replica.index)
+
+    async def _break_off(self, replica: Replica, error: Exception) -> None:
+        """End an answer whose replica went: a stream with an error event, any other with a connection cut short."""
+        why = str(error) or type(error).__name__
+        self.entry.error = "replica_lost"
+        if self.gateway.draining:
+            message = "The gateway stopped before this answer was complete."
+        else:
+            message = f"The replica was lost before this answer was complete: {why}."
+            self.gateway.replicas.mark(replica, False, why)
+        if self.answer is None or not self.answer.streams:
+            return
+        event = json.dumps({"type": "error", **error_body(502, message)})
+        name = "event: error\n" if self.route.anthropic else ""
+        await self.client.write(f"{name}data: {event}\n\n".encode(), more=False)
+
+    def _settle(self) -> None:
+        """Learn from what the replica counted, and correct the key's charge by it."""
+        answer, entry, question = self.answer, self.entry, self.question
+        if question is None or not self.tokens:
+            return
+        usage = answer.usage if answer else None
+        if usage is None or usage.prompt is None:
+            # Nothing was counted: a refused request cost nothing, of one that began the estimate stands.
+            if not self.client.started or entry.status != 200:
+                self.account.settle(self.tokens, 0)
+            return
+        self.gateway.estimator.correct(question.text, question.ids, usage.prompt)
+        self.account.settle(self.tokens, usage.prompt + (usage.completion or 0))
+        entry.count(usage.prompt, usage.cached, usage.completion)
