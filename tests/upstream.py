@@ -64,6 +64,7 @@ class Upstream:
     hold: float = 0.0
     pace: float = 0.0
     tokens: int = 4
+    filler: str = ""  # makes events large
     cut_after: int | None = None
     half_event: bool = False  # break off in the middle of an event
     healthy: bool = True
@@ -77,7 +78,7 @@ class Upstream:
         """The events of a streamed answer."""
         events = [b": keep-alive\n\n"]
         for number in range(self.tokens):
-            text = {"choices": [{"index": 0, "delta": {"content": f"w{number} "}}]}
+            text = {"choices": [{"index": 0, "delta": {"content": f"w{number} " + self.filler}}]}
             events.append(b"data: " + json.dumps(text).encode() + b"\n\n")
         if self.usage:
             events.append(b"data: " + json.dumps({"choices": [], "usage": self.counts()}).encode() + b"\n\n")
@@ -102,7 +103,9 @@ class Upstream:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        self.seen.append(Seen(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body))
+        seen = Seen(scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body)
+        if seen.header(b"x-request-id"):  # what a gateway asks on its own account has none
+            self.seen.append(seen)
         if scope["path"] == "/v1/models":
             models = {"object": "list", "data": [{"id": "fake", "object": "model", "max_model_len": 1000000}]}
             return await self.reply(send, 200, json.dumps(models).encode())

@@ -54,6 +54,8 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > header_bytes:
                 self._too_large()
                 raise ValueError("the header is too large")  # ends the parsing
+            if self.parser.get_http_version() not in ("1.0", "1.1"):
+                raise ValueError("another version of HTTP")  # becomes a 400
             super().on_headers_complete()
 
         def send_400_response(self, msg: str) -> None:
@@ -74,10 +76,15 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             self._end(408, f"The header of the request did not come within {header_seconds:g} seconds.")
 
         def _end(self, status: int, message: str) -> None:
-            """Answer and close; only close where an earlier answer is being written."""
+            """Answer and close; only close where that would get into the answer to an earlier request."""
             if self.transport.is_closing():
                 return
-            if self.cycle is None or self.cycle.response_complete:
+            cycle = self.cycle
+            unanswered = cycle is not None and cycle.more_body and not cycle.response_started
+            if unanswered:  # the request is this one: its application sees a client that left
+                cycle.disconnected = True
+                cycle.message_event.set()
+            if cycle is None or unanswered or cycle.response_complete:
                 body = json.dumps(error_body(status, message)).encode()
                 head = (
                     f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"

@@ -18,7 +18,7 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", "content-length": str(len(self.body))}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, ceil(self.retry_after)))
         if self.status == HTTPStatus.UNAUTHORIZED:

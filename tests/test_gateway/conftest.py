@@ -61,6 +61,19 @@ Start = Callable[..., Running]
 @pytest.fixture
 def start() -> Iterator[Start]:
     """`start(upstream, ..., admission={}, limits={}, **settings)`: a gateway in front of these, with all of them up."""
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module() -> Iterator[Start]:
+    """The same for all tests of a file."""
+    with starting() as start:
+        yield start
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def start(

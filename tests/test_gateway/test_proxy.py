@@ -87,7 +87,8 @@ def test_the_client_leaves_and_the_replica_learns(start) -> None:
     upstream = Upstream(tokens=10_000, pace=0.01)
     gateway = start(upstream)
     with gateway.client() as client, client.stream("POST", "/v1/chat/completions", json=STREAM) as reply:
-        next(reply.iter_raw())
+        chunks = reply.iter_raw()  # kept: dropping it would close the connection
+        next(chunks)
         assert upstream.running == 1
     gateway.until(lambda: upstream.cancelled == 1, "the replica noticed")
     gateway.until_idle()
@@ -179,7 +180,7 @@ def test_a_silent_replica_has_an_end(start) -> None:
 
 
 def test_a_client_that_does_not_read_has_an_end(start) -> None:
-    upstream = Upstream(tokens=1_000_000)
+    upstream = Upstream(tokens=1000, filler="x" * 100_000)
     gateway = start(upstream, limits={"client_seconds": 0.3})
     body = json.dumps(STREAM).encode()
     with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1]))) as connection:

@@ -1,0 +1,215 @@
+"""What is read out of questions and answers: sizes, sessions, first tokens, usage."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from kimi_server.answers import Answer
+from kimi_server.errors import Refusal
+from kimi_server.estimate import Estimator, measure
+from kimi_server.question import read_question
+from kimi_server.sessions import REMEMBERED, StoredResponses, rendezvous, session_of
+
+SSE = "text/event-stream; charset=utf-8"
+SYSTEM = {"role": "system", "content": "You are brief."}
+FIRST = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "ids"),
+    [
+        ({"prompt": "abcd"}, 4, 0),
+        ({"prompt": "é\ud800"}, 5, 0),
+        ({"prompt": [1, 2, 3]}, 0, 3),
+        ({"prompt": [[1, 2], [3]]}, 0, 3),
+        ({"prompt": ["ab", "c"]}, 3, 0),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]}, 127, 0),
+        ({"system": "abc", "messages": []}, 3, 0),
+        ({"model": "m", "user": "somebody", "stop": ["a"]}, 0, 0),
+        ({"messages": None, "prompt": True}, 0, 1),
+    ],
+)
+def test_measure(body: dict[str, Any], text: int, ids: int) -> None:
+    assert measure(body) == (text, ids)
+
+
+def test_the_estimate_follows_the_usage() -> None:
+    estimator = Estimator()
+    assert estimator.tokens_of(4000, 0) == 1000
+    assert estimator.tokens_of(4000, 7) == 1007
+    assert estimator.tokens_of(0, 0) == 1
+    for _ in range(50):
+        estimator.correct(2000, 10, 1010)
+    assert 1950 <= estimator.tokens_of(4000, 0) <= 2000
+    ratio = estimator.ratio
+    estimator.correct(0, 10, 10)
+    estimator.correct(100, 10, 5)  # nonsense
+    assert estimator.ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "required"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b'{"a": "\xc3"}', "byte 7 is not UTF-8"),
+        (b'{"a": ', "not JSON"),
+        (b'{"a": 1} {"b": 2}', "not JSON"),
+        (b"[]", "object, not list"),
+        (b'"x"', "object, not str"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' + b"9" * 10_000 + b"}", "too long"),
+    ],
+)
+def test_bodies_that_are_no_questions(body: bytes, words: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        read_question(body)
+    assert refused.value.status == 400
+    assert words in refused.value.message
+
+
+def test_a_question() -> None:
+    question = read_question(b'{"prompt": "abc", "max_tokens": 5, "max_completion_tokens": 6}')
+    assert (question.text, question.ids, question.answer) == (3, 0, 6)
+    assert read_question(b'{"max_tokens": -5}').answer == 0
+    assert read_question(b'{"max_tokens": "5"}').answer == 0
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **more}
+
+
+def test_turns_of_a_conversation_are_one_session() -> None:
+    first = session_of(None, "a", chat(SYSTEM, FIRST))
+    assert first == session_of(None, "a", chat(SYSTEM, FIRST, {"role": "assistant", "content": "x"}, FIRST))
+    others = [
+        session_of(None, "b", chat(SYSTEM, FIRST)),
+        session_of(None, "a", chat(FIRST)),
+        session_of(None, "a", chat(SYSTEM, {"role": "user", "content": "Hi"})),
+        session_of(None, "a", chat(FIRST, system="You are brief.")),
+        session_of("abc", "a", chat(SYSTEM, FIRST)),
+    ]
+    assert len({first, *others}) == 6
+    assert session_of("abc", "a", {}) == session_of("abc", "a", chat(FIRST))
+    assert session_of("abc", "a", {}) != session_of("abc", "b", {})
+
+
+def test_prompts_without_messages_are_sessions_by_their_beginning() -> None:
+    for long in ("x" * 5000, [7] * 5000, ["x" * 5000]):
+        more: Any = [*long, *long] if isinstance(long, list) and len(long) > 1 else long
+        assert session_of(None, "", {"prompt": long}) == session_of(None, "", {"prompt": more})
+        assert session_of(None, "", {"prompt": long}) != session_of(None, "", {"prompt": "y"})
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"messages": []}, {"prompt": ""}, {"messages": 3}, {"messages": [None]}, {"prompt": "\ud800"}]
+)
+def test_sessions_of_odd_bodies(body: dict[str, Any]) -> None:
+    session_of(None, "", body)
+
+
+def test_rendezvous_moves_only_the_sessions_of_what_went() -> None:
+    names = ["a", "b", "c"]
+    sessions = [str(number) for number in range(600)]
+    before = {session: rendezvous(session, names) for session in sessions}
+    firsts = [order[0] for order in before.values()]
+    assert all(150 < firsts.count(index) < 250 for index in range(3))
+    for session, order in before.items():
+        assert sorted(order) == [0, 1, 2]
+        left = [index for index in order if index != 2]
+        assert rendezvous(session, names[:2]) == left
+
+
+def test_stored_responses_are_forgotten_in_the_end() -> None:
+    stored = StoredResponses()
+    for number in range(REMEMBERED + 5):
+        stored.remember(f"resp_{number}", 1)
+    assert stored.replica_of("resp_0") is None
+    assert stored.replica_of(f"resp_{REMEMBERED}") == 1
+    assert stored.replica_of(None) is stored.replica_of([]) is None
+
+
+def feed(answer: Answer, *chunks: bytes) -> bytes:
+    return b"".join(answer.feed(chunk) for chunk in chunks)
+
+
+def test_comments_are_no_first_token() -> None:
+    answer = Answer(SSE)
+    assert answer.feed(b": keep-alive\n\n") == b": keep-alive\n\n"
+    assert not answer.began
+    assert answer.feed(b"data: {") == b""
+    assert not answer.began
+    assert answer.feed(b"}\n\nda") == b"data: {}\n\n"
+    assert answer.began
+    assert answer.finish() == b"da"
+
+
+@pytest.mark.parametrize("kind", ["created", "in_progress", "queued"])
+def test_what_the_responses_api_says_before_it_read_the_prompt_is_no_first_token(kind: str) -> None:
+    answer = Answer(SSE)
+    event = {"type": f"response.{kind}", "response": {"id": "resp_1"}}
+    feed(answer, f"event: response.{kind}\ndata: {json.dumps(event)}\n\n".encode())
+    assert not answer.began
+    assert answer.response_id == "resp_1"
+    feed(answer, b'event: response.output_text.delta\ndata: {"delta": "x"}\n\n')
+    assert answer.began
+
+
+def usage_of(answer: Answer) -> tuple[int | None, int | None, int | None]:
+    return answer.usage.prompt, answer.usage.cached, answer.usage.completion
+
+
+OPENAI = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}}
+RESPONSES = {"input_tokens": 9, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 2}}
+
+
+@pytest.mark.parametrize("usage", [OPENAI, RESPONSES])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("streams", [True, False])
+def test_usage(usage: dict[str, Any], compact: bool, streams: bool) -> None:
+    body = json.dumps(
+        {"text": '"usage": {"prompt_tokens": 1}', "usage": usage, "z": [{"usage": None}, {}]}, indent=None
+    )
+    body = body.replace('"z": [{"usage": null}, {}]', '"z": []')
+    if compact:
+        body = json.dumps(json.loads(body), separators=(",", ":"))
+    answer = Answer(SSE if streams else "application/json")
+    feed(answer, f"data: {body}\n\n".encode() if streams else body.encode())
+    answer.finish()
+    assert usage_of(answer) == (9, 2, 4)
+
+
+def test_usage_of_the_messages_api_comes_in_two_parts() -> None:
+    answer = Answer(SSE)
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 9, "cache_read_input_tokens": 2}}}
+    end = {"type": "message_delta", "usage": {"output_tokens": 4}}
+    feed(answer, *(f"event: x\ndata: {json.dumps(event)}\n\n".encode() for event in (start, end)))
+    assert usage_of(answer) == (9, 2, 4)
+
+
+@pytest.mark.parametrize("text", ['"usage": {', '"usage": 3', '"usage": null', '"usage": {"prompt_tokens": "x"}', ""])
+def test_no_usage(text: str) -> None:
+    answer = Answer("application/json")
+    answer.feed(text.encode())
+    answer.finish()
+    assert usage_of(answer) == (None, None, None)
+
+
+def test_a_stream_cut_anywhere_is_the_same_stream() -> None:
+    choose = random.Random(1)
+    whole = b"".join(b"data: " + json.dumps({"n": n, "t": "\n\n é"}).encode() + b"\n\n" for n in range(50))
+    for _ in range(50):
+        answer, passed, rest = Answer(SSE), b"", whole
+        while rest:
+            size = choose.randint(1, 60)
+            ready = answer.feed(rest[:size])
+            assert not ready or ready.endswith(b"\n\n")
+            passed, rest = passed + ready, rest[size:]
+        assert passed + answer.finish() == whole
+
+
+def test_an_endless_event_is_not_held_for_ever() -> None:
+    answer = Answer(SSE)
+    assert sum(len(answer.feed(b"x" * 65536)) for _ in range(64)) > 2 << 20
