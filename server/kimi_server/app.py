@@ -94,9 +94,11 @@ def passing(gateway: Gateway, route: Route) -> Callable[[Request], Awaitable[Res
     """The endpoint of a route that is passed on."""
 
     async def endpoint(request: Request) -> Response:
-        path = request.url.path
         response_id = request.path_params.get("response_id", "x")
-        return Exchange(gateway, route, path) if openapi.RESPONSE_ID.fullmatch(response_id) else not_found()
+        if not openapi.RESPONSE_ID.fullmatch(response_id):
+            return not_found()
+        # Not `request.url.path`, which is read from the Host header too.
+        return Exchange(gateway, route, request.scope["path"])
 
     return endpoint
 
@@ -106,5 +108,5 @@ async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return not_found()
-    message = f"{error.detail}: {request.method} is not for {request.url.path}."
+    message = f"{error.detail}: {request.method} is not for {request.scope['path']}."
     return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)

@@ -1,6 +1,5 @@
 """How many prompt tokens a body holds, before any tokenizer sees it: bytes of text over a learned ratio."""
 
-from collections.abc import Iterator
 from typing import Any
 
 # What the engine reads of a body; the rest are parameters.
@@ -10,29 +9,22 @@ FIRST_RATIO, FIRST_WEIGHT = 4.0, 256  # bytes a token, and the tokens that this 
 
 
 def measure(body: dict[str, Any]) -> tuple[int, int]:
-    """(bytes of text, token ids given as such) in the prompt fields of a request."""
+    """(bytes of text, token ids given as such) in the prompt fields of a request, at any depth."""
     text = ids = 0
-    for leaf in leaves([body[name] for name in PROMPT_FIELDS if name in body]):
-        if isinstance(leaf, str):
-            # A lone surrogate has no UTF-8 of its own; it is counted, not refused.
-            text += len(leaf) if leaf.isascii() else len(leaf.encode(errors="surrogatepass"))
-        elif isinstance(leaf, int):
-            ids += 1
-    return text, ids
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Strings and numbers anywhere in a JSON value, and the keys of its objects."""
-    stack = [value]
+    stack = [body[name] for name in PROMPT_FIELDS if name in body]
     while stack:
         value = stack.pop()
-        if isinstance(value, list):
-            stack.extend(value)
+        if isinstance(value, str):
+            # A lone surrogate has no UTF-8 of its own; it is counted, not refused.
+            text += len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
         elif isinstance(value, dict):
+            stack.extend(value.keys())
             stack.extend(value.values())
-            yield from value
-        else:
-            yield value
+        elif isinstance(value, list) and value and isinstance(value[0], int):
+            ids += len(value)  # not looked at one by one: there may be a million
+        elif isinstance(value, list):
+            stack.extend(value)
+    return text, ids
 
 
 class Estimator:

@@ -28,7 +28,7 @@ FIRST = {"role": "user", "content": "Hello"}
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]}, 127, 0),
         ({"system": "abc", "messages": []}, 3, 0),
         ({"model": "m", "user": "somebody", "stop": ["a"]}, 0, 0),
-        ({"messages": None, "prompt": True}, 0, 1),
+        ({"messages": None, "prompt": True}, 0, 0),
     ],
 )
 def test_measure(body: dict[str, Any], text: int, ids: int) -> None:

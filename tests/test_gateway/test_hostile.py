@@ -166,6 +166,16 @@ def test_the_limits_leave_room_for_what_is_good(gateway: Running, upstream: Upst
     assert not seen.header(b"transfer-encoding")
 
 
+@pytest.mark.parametrize("host", [b"x/metrics?", b"x/../../load#", b"@/metrics", b"", b"127.0.0.1:1"])
+def test_the_host_header_decides_nothing(gateway: Running, upstream: Upstream, host: bytes) -> None:
+    upstream.seen.clear()
+    sent = b"GET /v1/models HTTP/1.1\r\nhost: " + host + b"\r\nconnection: close\r\n\r\n"
+    assert send(gateway, sent)[0] == 200
+    [seen] = upstream.seen
+    assert (seen.path, seen.query) == ("/v1/models", b"")
+    assert seen.header(b"host") == [gateway.gateway.replicas.all[0].url.removeprefix("http://").encode()]
+
+
 def test_a_connection_that_has_served_may_not_be_held_open_by_empty_lines(gateway: Running) -> None:
     address = ("127.0.0.1", int(gateway.url.rsplit(":", 1)[1]))
     with socket.create_connection(address, timeout=10) as connection:

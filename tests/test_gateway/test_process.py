@@ -164,6 +164,11 @@ def test_what_is_wrong_at_the_start(capsys: pytest.CaptureFixture[str], tmp_path
     assert "model_config" in complaint(capsys, "--config", str(config))
 
 
+def test_neither_torch_nor_vllm_is_needed() -> None:
+    blocked = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None); import kimi_server.process"
+    subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
 def test_a_new_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["gateway", "key", "team-a"]) == 0
     printed = capsys.readouterr().out
