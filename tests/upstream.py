@@ -66,8 +66,10 @@ class Upstream:
     tokens: int = 4
     filler: str = ""  # makes events large
     cut_after: int | None = None
+    cuts: int = 1 << 30  # how many requests are broken off; the later ones are not
     half_event: bool = False  # break off in the middle of an event
     healthy: bool = True
+    health_seconds: float = 0.0
     prompt_tokens: int = 7
     usage: bool = True
     seen: list[Seen] = field(default_factory=list)
@@ -96,6 +98,7 @@ class Upstream:
         if scope["type"] != "http":
             return await self.lifespan(receive, send)
         if scope["path"] == "/health":
+            await asyncio.sleep(self.health_seconds)
             return await self.reply(send, 200 if self.healthy else 503, b"")
         body = b""
         while True:
@@ -110,6 +113,8 @@ class Upstream:
             models = {"object": "list", "data": [{"id": "fake", "object": "model", "max_model_len": 1000000}]}
             return await self.reply(send, 200, json.dumps(models).encode())
         self.running += 1
+        if len(self.seen) > self.cuts:
+            self.cut_after = None
         work = asyncio.create_task(self.answer(body, send))
         left = asyncio.ensure_future(receive())  # nothing but a disconnect can come
         try:
@@ -140,7 +145,8 @@ class Upstream:
             return
         await asyncio.sleep(self.hold)
         choices = [{"index": 0, "message": {"role": "assistant", "content": '"usage":{"prompt_tokens":1}'}}]
-        await self.reply(send, 200, json.dumps({"choices": choices, "usage": self.counts()}).encode())
+        whole = json.dumps({"choices": choices, "usage": self.counts()}).encode()
+        await self.reply(send, 200, whole, len(whole) if self.cut_after is None else self.cut_after)
 
     async def events(self) -> AsyncIterator[bytes]:
         comment, *rest = self.transcript()
@@ -155,10 +161,11 @@ class Upstream:
             yield event
             await asyncio.sleep(self.pace)
 
-    async def reply(self, send: Send, status: int, body: bytes) -> None:
+    async def reply(self, send: Send, status: int, body: bytes, size: int = 1 << 30) -> None:
+        """A whole answer, of which only `size` bytes are sent."""
         head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": head})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        await send({"type": "http.response.body", "body": body[:size], "more_body": size < len(body)})
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ class ClientLeft(Exception):
 
 
 class Client:
-    """`body_read`: nothing of the request is still to come. `started`: the answer's head is out."""
+    """`body_read`: nothing of the request is still to come. `started`, `ended`: the answer's head, its end is out."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: LimitSettings) -> None:
         # A copy: what arrives after the body may not add to the header.
         self.headers: headers.Headers = list(scope["headers"])
         self.query: bytes = scope["query_string"]
         self.limits = limits
-        self.body_read = self.started = False
+        self.body_read = self.started = self.ended = False
         self._receive, self._send = receive, send
 
     def header(self, name: bytes) -> str | None:
@@ -78,9 +78,10 @@ class Client:
             working.cancel()
             leaving.cancel()
             await asyncio.wait({working, leaving})
-        if working.cancelled():
+        if not working.cancelled():
+            working.result()
+        elif not self.ended:
             raise ClientLeft
-        working.result()
 
     async def start(self, status: int, fields: headers.Headers) -> None:
         """Send the answer's head."""
@@ -90,6 +91,7 @@ class Client:
     async def write(self, content: bytes, more: bool = True) -> None:
         """Send a piece of the answer; raises ClientLeft where it is not read for too long."""
         await self._pass({"type": "http.response.body", "body": content, "more_body": more})
+        self.ended = not more
 
     async def _pass(self, message: dict[str, Any]) -> None:
         try:

@@ -42,7 +42,8 @@ class Gateway:
         self.timeout = httpx.Timeout(limits.replica_seconds, connect=CONNECT_SECONDS, pool=None)
         self.client = httpx.AsyncClient(
             timeout=self.timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            # vLLM closes a connection that was idle for 5 seconds; ours go before, so as not to meet that moment.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
             trust_env=False,
             follow_redirects=False,
         )

@@ -140,7 +140,8 @@ class Passage:
             try:
                 return await self._forward(grant)
             except ReplicaLost as lost:
-                replicas.mark(lost.replica, False, str(lost))
+                # A kept connection may have been closed in the moment of its use: only a probe tells what is down.
+                await replicas.probe(self.gateway.client, lost.replica)
                 # A request that reached a replica may be what brought it down: it gets one more, not all of them.
                 if (lost.reached and reached) or lost.replica.index in failed:
                     raise Refusal(502, "replica_lost", f"The replica failed before it answered: {lost}.", 1) from None
@@ -252,12 +253,11 @@ class Passage:
             message = "The gateway stopped before this answer was complete."
         else:
             message = f"The replica was lost before this answer was complete: {why}."
-            self.gateway.replicas.mark(replica, False, why)
-        if self.answer is None or not self.answer.streams:
-            return
-        event = json.dumps({"type": "error", **error_body(502, message)})
-        name = "event: error\n" if self.route.anthropic else ""
-        await self.client.write(f"{name}data: {event}\n\n".encode(), more=False)
+            replica.doubted.set()
+        if self.answer is not None and self.answer.streams:
+            event = json.dumps({"type": "error", **error_body(502, message)})
+            name = "event: error\n" if self.route.anthropic else ""
+            await self.client.write(f"{name}data: {event}\n\n".encode(), more=False)
 
     def _settle(self) -> None:
         """Learn from what the replica counted, and correct the key's charge by it."""

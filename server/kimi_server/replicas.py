@@ -13,7 +13,7 @@ from kimi_server.settings import ReplicaSettings
 
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
-SILENT_PROBES = 3  # a busy machine may answer late; one that refuses the connection is down at once
+SILENT_PROBES = 3  # without an answer in time: a busy machine may be late
 # A session leaves its replica when that has this much more to do than the average.
 OVERLOAD, SLACK = 1.25, 4
 
@@ -29,6 +29,7 @@ class Replica:
         self.up = False
         self.running = 0  # requests sent and not ended
         self.silent = 0  # probes without an answer, in a row
+        self.doubted = asyncio.Event()  # asks for a probe before its time
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -77,16 +78,16 @@ class Replicas:
         self.changed()
 
     async def probe(self, client: httpx.AsyncClient, replica: Replica) -> None:
-        """Ask /health once."""
+        """Ask /health once. One that refuses the connection or says that it is unwell is down at once."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
                 status = (await client.get(f"{replica.url}/health")).status_code
-        except (TimeoutError, httpx.TimeoutException):
+        except httpx.ConnectError as error:
+            self.mark(replica, False, str(error) or type(error).__name__)
+        except (TimeoutError, httpx.HTTPError):
             replica.silent += 1
             if replica.silent >= SILENT_PROBES:
                 self.mark(replica, False, f"no answer to {replica.silent} probes")
-        except httpx.HTTPError as error:
-            self.mark(replica, False, str(error) or type(error).__name__)
         else:
             self.mark(replica, status == 200, f"/health answers {status}")
 
@@ -96,7 +97,10 @@ class Replicas:
         async def one(replica: Replica) -> None:
             while True:
                 await self.probe(client, replica)
-                await asyncio.sleep(PROBE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PROBE_SECONDS):
+                        await replica.doubted.wait()
+                replica.doubted.clear()
 
         async with asyncio.TaskGroup() as tasks:
             for replica in self.all:

@@ -136,7 +136,6 @@ def test_a_failure_before_the_first_byte_is_tried_elsewhere(start) -> None:
             text = client.post("/v1/chat/completions", json=STREAM | {"user": str(number)}).text
             assert text.endswith("data: [DONE]\n\n")
             assert "error" not in text
-            gateway.gateway.replicas.all[0].up = True
     assert len(whole.seen) == 8
     gateway.until_idle()
 
@@ -150,6 +149,23 @@ def test_a_request_that_brings_replicas_down_gets_two_and_no_more(start) -> None
     assert reply.json()["error"]["code"] == 502
     assert sum(len(upstream.seen) for upstream in upstreams) == 2
     gateway.until_idle()
+
+
+def test_one_broken_connection_does_not_bring_a_replica_down(start) -> None:
+    upstream = Upstream(cut_after=-1, cuts=1)
+    gateway = start(upstream)
+    with gateway.client() as client:
+        assert client.post("/v1/chat/completions", json=STREAM).text.endswith("data: [DONE]\n\n")
+    assert len(upstream.seen) == 2
+    assert gateway.gateway.ready
+
+
+def test_a_broken_answer_that_is_no_stream_ends_with_a_broken_connection(start) -> None:
+    gateway = start(Upstream(cut_after=10))
+    with gateway.client() as client, pytest.raises(httpx.RemoteProtocolError):
+        client.post("/v1/chat/completions", json=CHAT)
+    gateway.until_idle()
+    assert gateway.lines[-1]["error"] == "replica_lost"
 
 
 def test_a_dead_port_is_passed_over(start) -> None:

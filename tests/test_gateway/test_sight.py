@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from kimi_server import replicas
 from tests.test_gateway.conftest import CHAT
 from tests.upstream import Upstream
 
@@ -102,6 +103,17 @@ def test_turns_go_where_their_prefix_is_and_leave_at_once_what_is_down(start) ->
 def free() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return taken.getsockname()[1]
+
+
+def test_a_replica_that_does_not_answer_its_probes_is_down(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "PROBE_SECONDS", 0.05)
+    upstream = Upstream()
+    gateway = start(upstream)
+    monkeypatch.setattr(replicas, "PROBE_TIMEOUT", 0.1)
+    upstream.health_seconds = 0.5
+    gateway.until(lambda: not gateway.gateway.ready, "the replica is down")
+    upstream.health_seconds = 0
+    gateway.until(lambda: gateway.gateway.ready, "the replica is up again")
 
 
 def test_a_session_leaves_an_overloaded_replica(start) -> None:
