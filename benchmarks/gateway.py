@@ -195,7 +195,7 @@ def measure_overhead(logs: Path) -> dict[str, dict[str, list[float]]]:
         process.wait()
 
 
-def page(results: dict[str, Any], command: str) -> str:
+def page(results: dict[str, Any], command: str, note: str) -> str:
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     lines = [
         "# Short questions beside a very long prompt",
@@ -206,6 +206,7 @@ def page(results: dict[str, Any], command: str) -> str:
         f"{metadata.version('vllm')}. The demo checkpoint, one thread a replica, `{' '.join(FLAGS)}`. A question has "
         f"{SHORT} tokens and an answer of {ANSWER}; {QUESTIONS} come at random times, {RATE:g} a second, while the "
         "long prompts are read. Seconds to the first token of a question, p50 / p95 of each run.",
+        *([note] if note else []),
         "",
         "| long prompts | way | runs | p50 / p95 of each run | first long prompt done after |",
         "| --- | --- | --- | --- | --- |",
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(".demo/model"), help="where the checkpoint is kept")
     parser.add_argument("--runs", type=int, default=3, help="of each way")
     parser.add_argument("--only", nargs="+", choices=[*WAYS, "overhead"], metavar="WAY", help="measure these")
+    parser.add_argument("--note", default="", help="a sentence for the page, on what else the machine did")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no server is left behind
     os.environ.update({name: os.environ.get(name, value) for name, value in DEFAULT_ENV.items()})
@@ -252,7 +254,7 @@ def main() -> None:
     def keep() -> None:
         args.results.write_text(json.dumps(results))
         if args.out:
-            args.out.write_text(page(results, command))
+            args.out.write_text(page(results, command, args.note))
 
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
@@ -270,7 +272,7 @@ def main() -> None:
                     load = Load(url, str(args.model), VOCAB, seed=run)
                     results[name].append(asyncio.run(question_times(load, WAYS[name])))
                     keep()
-    print(page(results, command))
+    print(page(results, command, args.note))
 
 
 if __name__ == "__main__":
