@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kimi_server import openapi
+from kimi_server import openapi, playground
 from kimi_server.errors import error_body
 from kimi_server.gateway import Gateway
 from kimi_server.proxy import Exchange
@@ -87,6 +87,7 @@ def build(gateway: Gateway) -> FastAPI:
             "mla_bytes_per_token": cost and cost.mla_bytes_per_token,
         }
 
+    playground.mount(app)
     return app
 
 

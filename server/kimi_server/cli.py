@@ -37,11 +37,18 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     return plan_command.serve(parser)
 
 
+def gateway(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server import console
+
+    return console.gateway(parser)
+
+
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "demo": ("serve a small random checkpoint, ask it something, compare with transformers", demo),
     "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
     "serve": ("plan, and start vLLM with the plan", serve),
+    "gateway": ("run admission, keys and sessions in front of vLLM servers", gateway),
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 WORKERS = (
@@ -11,17 +12,17 @@ WORKERS = (
 )
 
 
-def add_gateway(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the subcommand to the parser of `kimi-linear`."""
-    gateway = commands.add_parser("gateway", help="admission, keys and sessions in front of vllm serve replicas")
-    gateway.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
-    gateway.add_argument("--host", help="the address to listen on, in place of the file's")
-    gateway.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
-    gateway.add_argument("--workers", type=int, default=1, help="always 1")
-    key = gateway.add_subparsers(dest="gateway_command").add_parser(
+def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Give the subcommand's parser its arguments; returns what runs them."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
+    parser.add_argument("--host", help="the address to listen on, in place of the file's")
+    parser.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
+    parser.add_argument("--workers", type=int, default=1, help="always 1")
+    key = parser.add_subparsers(dest="gateway_command").add_parser(
         "key", help="make an API key: prints it once, with its entry in the file of keys"
     )
     key.add_argument("id", help="the name under which the key is counted and logged")
+    return run_gateway
 
 
 def run_gateway(args: argparse.Namespace) -> int:

@@ -45,9 +45,12 @@ def parser() -> FlexibleArgumentParser:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The `vllm serve` command lines of a file, continued lines joined and comment signs removed."""
+    """The `vllm serve` command lines of a file, continued lines joined and comment signs removed.
+
+    An image of ours runs `vllm serve` unless it is given another entry point.
+    """
     joined = re.sub(r"\s*\\\n\s*#?\s*", " ", text)
-    for found in re.finditer(r"(?:vllm serve|docker run [^\n]*?kimi-linear\S*) ([^\n`&]*)", joined):
+    for found in re.finditer(r"(?:vllm serve|docker run (?![^\n]*--entrypoint)[^\n]*?kimi-linear\S*) ([^\n`&]*)", joined):
         yield found[1].split()
 
 
