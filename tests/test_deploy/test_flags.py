@@ -50,7 +50,8 @@ def commands(text: str) -> Iterator[list[str]]:
     An image of ours runs `vllm serve` unless it is given another entry point.
     """
     joined = re.sub(r"\s*\\\n\s*#?\s*", " ", text)
-    for found in re.finditer(r"(?:vllm serve|docker run (?![^\n]*--entrypoint)[^\n]*?kimi-linear\S*) ([^\n`&]*)", joined):
+    image = r"docker run (?![^\n]*--entrypoint)[^\n]*?kimi-linear\S*"
+    for found in re.finditer(rf"(?:vllm serve|{image}) ([^\n`&]*)", joined):
         yield found[1].split()
 
 

@@ -39,3 +39,14 @@ def cases(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model
     stream = Stream(vocab, seed=1)
     wanted = [(partial(stream.prompt, length), tokens) for length, tokens in sizes()]
     return draw_cases(oracle, wanted, server.at_once)
+
+
+@pytest.fixture(scope="session")
+def growing(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+    """24 prompts of 100 tokens with answers of 60.
+
+    A server with few blocks admits as many as fit with their prompts, and no schedule lets them all have their answers.
+    """
+    server = Completions(servers(demo_model, *FLAGS))
+    stream = Stream(vocab, seed=12)
+    return draw_cases(oracle, [(partial(stream.prompt, 100), 60)] * 24, server.at_once)

@@ -45,7 +45,6 @@ SUFFIXES = (1, 2, BLOCK - 1)  # after the prefixes of one less than a block thes
 CONVERSATIONS = 3
 TURNS = (BLOCK, 1, 2 * BLOCK - 1, 60, BLOCK + 1)  # new tokens a turn
 TOKENS = 24
-GROWING = (24, 100, 60)  # requests, length of each prompt, of each answer: 23 fit at first, 18 at the end
 
 
 @pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
@@ -127,13 +126,9 @@ def test_random_load_for_long(families: list[Case], conversations: list[list[Cas
 
 
 def test_preempted_requests_are_computed_again(
-    oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path
+    growing: list[Case], servers: Callable[..., Server], demo_model: Path
 ):
-    """As many requests are admitted as fit with their prompts; no schedule lets them all have their answers."""
-    narrow = Completions(servers(demo_model, *NARROW))
-    count, length, tokens = GROWING
-    stream = Stream(vocab, seed=12)
-    growing = draw_cases(oracle, [(partial(stream.prompt, length), tokens)] * count, narrow.at_once)
+    narrow = Completions(servers(demo_model, *NARROW))  # 23 of the 24 fit at first, 18 at the end
     before = narrow.metric("vllm:num_preemptions_total")
     check(growing, narrow.at_once((case.asked for case in growing), cold=True))
     assert narrow.metric("vllm:num_preemptions_total") > before
