@@ -169,8 +169,8 @@ def measure_start(model: Path) -> dict[str, float]:
     return marks
 
 
-def measure_profile(model: Path) -> dict[str, float]:
-    """Milliseconds of self time by operation in a decode step of one sequence, bf16, by vLLM's torch profiler."""
+def measure_profile(model: Path, sequences: int) -> dict[str, float]:
+    """Milliseconds of self time by operation in a decode step of so many sequences, bf16, by vLLM's torch profiler."""
     import tempfile
 
     from vllm import LLM, SamplingParams
@@ -189,7 +189,7 @@ def measure_profile(model: Path) -> dict[str, float]:
             },
         )
         vocab = geometry_of(model).vocab_size
-        asked = [{"prompt_token_ids": token_ids(DECODE_PROMPT, vocab, 0)}]
+        asked = [{"prompt_token_ids": token_ids(DECODE_PROMPT, vocab, seed)} for seed in range(sequences)]
         params = SamplingParams(temperature=0, max_tokens=1 + DECODE_TOKENS, ignore_eos=True)
         engine.generate(asked, params, use_tqdm=False)
         engine.start_profile()
@@ -280,14 +280,15 @@ def table(results: dict[str, dict[str, float]], geometry: Geometry, command: str
                 f"{ours[row] / theirs[row]:.1f}x | {target} | {floor:.0f} |"
             )
         lines.append("")
-    lines += [
-        "Where a decode step of one sequence goes, bf16 (vLLM's torch profiler, self time; the rest is smaller):",
-        "",
-        "| operation | ms a step |",
-        "| --- | --- |",
-        *(f"| `{name}` | {spent:.2f} |" for name, spent in results["profile"].items()),
-        "",
-    ]
+    for sequences in DECODES:
+        lines += [
+            f"Where a decode step of {sequences} goes, bf16 (vLLM's torch profiler, self time; the rest is smaller):",
+            "",
+            "| operation | ms a step |",
+            "| --- | --- |",
+            *(f"| `{name}` | {spent:.2f} |" for name, spent in results[f"profile {sequences}"].items()),
+            "",
+        ]
     lines += ["Seconds from `vllm serve` (demo checkpoint) until:", "", "| reached | after |", "| --- | --- |"]
     lines += [f"| {phase} | {seconds:.1f} s |" for phase, seconds in results["start"].items()]
     return "\n".join(lines) + "\n"
@@ -324,7 +325,7 @@ def main() -> None:
             "ours": lambda dtype: measure_ours(args.model, dtype),
             "transformers": lambda dtype: measure_transformers(args.model, dtype),
             "start": lambda: measure_start(small),
-            "profile": lambda: measure_profile(args.model),
+            "profile": lambda sequences: measure_profile(args.model, int(sequences)),
         }
         print(json.dumps(measures[what](*rest)))
         return
@@ -333,7 +334,8 @@ def main() -> None:
     if not (small / "config.json").exists():
         demo.write_checkpoint(small)
     results = {}
-    jobs = ["floor", "start", "profile", *(f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers"))]
+    jobs = ["floor", "start", *(f"profile {sequences}" for sequences in DECODES)]
+    jobs += [f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers")]
     for job in jobs:
         print(f"{job} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--model", str(args.model), "--only", *job.split()]
