@@ -22,6 +22,8 @@ FLAGS = (
     "--enable-auto-tool-choice",
     "--tool-call-parser=kimi_k2",
 )
+CORES = sorted(os.sched_getaffinity(0))
+TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}  # the environment of a server with two workers
 MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
 
 

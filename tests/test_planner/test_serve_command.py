@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.completions import Completions
-from tests.test_server.test_parallel import TWO_WORKERS
+from tests.conftest import TWO_WORKERS
 from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.forecast import forecast

@@ -7,12 +7,9 @@ from pathlib import Path
 import torch
 
 from tests.completions import Completions
-from tests.conftest import FLAGS
+from tests.conftest import FLAGS, TWO_WORKERS
 from tests.prompts import Case, check
 from vllm_kimi_linear.launch import Server
-
-CORES = sorted(os.sched_getaffinity(0))
-TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
 
 
 def check_together(cases: list[Case], server: Completions) -> None:

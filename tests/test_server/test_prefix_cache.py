@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.completions import Completions
+from tests.conftest import TWO_WORKERS
 from tests.load import mixed
 from tests.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
 from vllm_kimi_linear import memory
@@ -116,6 +117,20 @@ def test_random_load(families: list[Case], conversations: list[list[Case]], cach
     cases = families + [case for turn in conversations for case in turn]
     assert asyncio.run(mixed(caching, cases, requests=80, seed=9, at_once=24)) == []
     assert caching.metric("vllm:prefix_cache_hits_total") > before
+
+
+def test_two_ranks(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+    """Cold, then hot, each rank with the states of its own heads."""
+    flags = (*WIDE, "--tensor-parallel-size=2", f"--block-size={SMALL_BLOCK}")
+    server = Completions(servers(demo_model, *flags, env=TWO_WORKERS))
+    check(families, server.at_once(case.asked for case in families))
+    order = random.Random(4).sample(families, len(families))
+    answers = server.at_once(case.asked for case in order)
+    check(order, answers)
+    for case, answer in zip(order, answers, strict=True):
+        # Asked before, as a whole: all is found but the last block and what a kept state is away.
+        length = len(case.prompt)
+        assert answer.cached_tokens >= length - 1 - max(SMALL_BLOCK, length / 10), f"{answer.cached_tokens} of {length}"
 
 
 @pytest.mark.soak
