@@ -165,7 +165,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "state in fp32, said": ({}, {"mamba_ssm_cache_dtype": "float32"}),
     "two ranks": ({}, {"tensor_parallel_size": 2}),
     "blocks of 32": ({}, {"block_size": 32}),
-    "speculation": ({}, {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True}),
+    "drafts by n-grams": ({}, {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True}),
     "a million tokens": ({}, {"max_model_len": 1048576}),
 }
 
@@ -207,6 +207,10 @@ def outcomes(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         for index, (name, (changes, arguments)) in enumerate(table.items())
     }
     return run_here(folder, "build", cases)
+
+
+def test_no_case_stands_in_both_tables() -> None:
+    assert not REFUSED.keys() & ACCEPTED.keys()
 
 
 @pytest.mark.parametrize("case", REFUSED)
