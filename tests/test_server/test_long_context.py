@@ -24,9 +24,9 @@ FLAGS = (
 )
 LAST = 32
 MIB = 1 << 20
-# What a step takes beside the cache, which is held from the start, whatever the context: tiles of keys and values,
-# logits, the allocator's slack.
-STEP_BYTES = 512 * MIB
+# What the server may hold beside the cache, which is held from the start: tiles of keys and values, logits, the
+# prompt itself, the allocator's slack. The scores of one chunk of 131,072 tokens alone would be 4 GiB.
+SPARE_BYTES = 1024 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def check_end(oracle: Oracle, million: Completions, demo_model: Path, length: in
     for at, found in enumerate(answer):
         for token, logprob in found.items():
             assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {length - LAST + at}"
-    assert grown < STEP_BYTES, f"{grown / MIB:.0f} MiB"
+    assert grown < SPARE_BYTES, f"{grown / MIB:.0f} MiB"
     geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
     plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=5 << 30)
     assert plan.sequences(1 << 20) == 1
