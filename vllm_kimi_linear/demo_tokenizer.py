@@ -10,10 +10,15 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # The real tokenizer's control tokens, in its order. Reserved tokens fill what is left before [PAD].
 LEADING_SPECIALS = (
@@ -152,7 +157,22 @@ def build_vocabulary(size: int) -> Vocabulary:
     least = 256 + len(LEADING_SPECIALS) + 1
     if size < least:
         raise ValueError(f"vocab_size is {size}; the demo tokenizer needs at least {least}")
-    tokens = [bytes([b]) for b in range(256)] + _learn_merges(size - least)
+    return _with_specials(_learn_merges(size - least), size)
+
+
+def vocabulary_of_words(words: Sequence[str], size: int) -> Vocabulary:
+    """The same, of given words in place of learned merges: each is one token, other text is bytes.
+
+    Raises ValueError if `size` cannot hold the bytes, the words and the control tokens.
+    """
+    least = 256 + len(words) + len(LEADING_SPECIALS) + 1
+    if size < least:
+        raise ValueError(f"vocab_size is {size}; {len(words)} words need at least {least}")
+    return _with_specials([word.encode() for word in words], size)
+
+
+def _with_specials(words: list[bytes], size: int) -> Vocabulary:
+    tokens = [bytes([b]) for b in range(256)] + words
     reserved = size - len(tokens) - len(LEADING_SPECIALS) - 1
     names = [*LEADING_SPECIALS, *(f"<|reserved_token_{i}|>" for i in range(reserved)), PAD]
     return Vocabulary(tuple(tokens), tuple(names))
@@ -183,6 +203,12 @@ def _learn_merges(limit: int) -> list[bytes]:
 
 def write_fast_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json, for AutoTokenizer without remote code."""
+    fast_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    _write_tokenizer_config(vocabulary, folder, {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def fast_tokenizer(vocabulary: Vocabulary) -> "Tokenizer":
+    """The vocabulary as a tokenizer of the library `tokenizers`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = _byte_letters()
@@ -196,7 +222,9 @@ def write_fast_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
         for cut in range(1, len(token))
         if token[:cut] in known and token[cut:] in known
     ]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(spelled)}, merges=merges))
+    # A word that is a token is that token, merges or not: tiktoken's rule again.
+    model = models.BPE(vocab={t: i for i, t in enumerate(spelled)}, merges=merges, ignore_merges=True)
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), "isolated"),
@@ -205,8 +233,7 @@ def write_fast_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in vocabulary.specials])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_tokenizer_config(vocabulary, folder, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return tokenizer
 
 
 def write_remote_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
