@@ -11,6 +11,8 @@ from typing import Any
 KDA_HEAD_DIMS = (16, 32, 64, 128)
 CONV_TAPS = (2, 3, 4)
 CPU_LATENT = (512, 64)
+# The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
+LATENT_NORM_EPS = 1e-6
 
 ARCHITECTURE = "KimiLinearForCausalLM"
 LINEAR_KEYS = {"full_attn_layers", "kda_layers", "head_dim", "num_heads", "short_conv_kernel_size"}

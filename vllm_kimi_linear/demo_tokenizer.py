@@ -163,8 +163,11 @@ def build_vocabulary(size: int) -> Vocabulary:
 def vocabulary_of_words(words: Sequence[str], size: int) -> Vocabulary:
     """The same, of given words in place of learned merges: each is one token, other text is bytes.
 
-    Raises ValueError if `size` cannot hold the bytes, the words and the control tokens.
+    Raises ValueError if `size` cannot hold the bytes, the words and the control tokens, or a word comes twice.
     """
+    twice = [word for word, count in Counter(words).items() if count > 1 or len(word.encode()) < 2]
+    if twice:
+        raise ValueError(f"words has {twice} more than once, or as single bytes, which are tokens anyway; drop them")
     least = 256 + len(words) + len(LEADING_SPECIALS) + 1
     if size < least:
         raise ValueError(f"vocab_size is {size}; {len(words)} words need at least {least}")

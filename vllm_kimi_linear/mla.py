@@ -9,10 +9,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
-from vllm_kimi_linear.config import Geometry
-
-# The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
-LATENT_NORM_EPS = 1e-6
+from vllm_kimi_linear.config import LATENT_NORM_EPS, Geometry
 
 
 class KimiLatentAttention(nn.Module):

@@ -52,6 +52,8 @@ class Oracle:
         self.model = model.eval()
         self.path = Path(path)
 
+    PIECE: ClassVar[int] = 4096
+
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int = 0) -> torch.Tensor:
         """Next-token logits [len(ids), vocab] in fp32, or only of the last `keep` positions."""
@@ -60,11 +62,13 @@ class Oracle:
 
     @torch.inference_mode()
     def long_logits(self, ids: Sequence[int], keep: int) -> torch.Tensor:
-        """The same of a long prompt, whose scores [heads, n, n] would not fit: attention by torch's flash kernel.
+        """The same of a long prompt, which would not fit: scores are [heads, n, n], decays [n, 64, K] for each head.
 
-        The last layer attends for the `keep` positions alone, as no other layer needs the others.
+        Attention is torch's flash kernel, in the last layer for the `keep` positions alone, as no other layer needs
+        the others; KDA takes PIECE tokens at a time and hands on the state.
         """
         from transformers import AttentionInterface
+        from transformers.models.kimi_linear import modeling_kimi_linear as modeling
 
         last = self.model.config.num_hidden_layers - 1
 
@@ -80,13 +84,26 @@ class Oracle:
                 out = flash(query, key, value, is_causal=True, scale=scaling)[0]
             return out[..., :width].transpose(1, 2), None
 
+        chunked = modeling.chunk_kimi_delta_attention
+
+        def in_pieces(query, key, value, g, beta, initial_state, output_final_state, **options):
+            state, outs = initial_state, []
+            for start in range(0, query.shape[1], self.PIECE):
+                rows = (x[:, start : start + self.PIECE] for x in (query, key, value))
+                gates = {name: x[:, start : start + self.PIECE] for name, x in (("g", g), ("beta", beta))}
+                out, state = chunked(*rows, **gates, initial_state=state, output_final_state=True, **options)
+                outs.append(out)
+            return torch.cat(outs, dim=1), state if output_final_state else None
+
         AttentionInterface.register("long", attend)
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation("long")
+        modeling.chunk_kimi_delta_attention = in_pieces
         try:
             return self.logits(ids, keep)
         finally:
             self.model.set_attn_implementation(before)
+            modeling.chunk_kimi_delta_attention = chunked
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:

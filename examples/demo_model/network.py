@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_kimi_linear.mla import LATENT_NORM_EPS
+from vllm_kimi_linear.config import LATENT_NORM_EPS
 
 EPS = 1e-5
 

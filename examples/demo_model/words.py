@@ -52,7 +52,7 @@ a log
 def vocabulary() -> Vocabulary:
     """768 tokens: bytes, words, control tokens as in the real checkpoint."""
     inner = [*FIRST_NAMES, *LAST_NAMES, *QUALITIES, *THINGS, *CONDITIONS, *TIMES, *PLAIN]
-    words = [*(f" {word}" for word in dict.fromkeys(inner)), *PLAIN]
+    words = [*(f" {word}" for word in dict.fromkeys(inner)), *(word for word in PLAIN if len(word) > 1)]
     return vocabulary_of_words(words, VOCABULARY_SIZE)
 
 
