@@ -101,7 +101,9 @@ def measure(server: Server, length: int, logs: int, each: int, at_once: int) -> 
     begun = time.perf_counter()
 
     async def all_of_them() -> list[str]:
-        return await Reader(server, at_once).ask_all(asked)
+        reader = Reader(server, at_once)
+        async with reader.client:
+            return await reader.ask_all(asked)
 
     answers = asyncio.run(all_of_them())
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

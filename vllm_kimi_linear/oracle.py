@@ -126,7 +126,8 @@ class Oracle:
             if hasattr(layer.mlp, "gate")
         ]
         try:
-            logits = self.logits([*prompt, *answer[:-1]], keep=len(answer))
+            logits_of = self.long_logits if len(prompt) > self.PIECE else self.logits
+            logits = logits_of([*prompt, *answer[:-1]], len(answer))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -14,7 +14,7 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--dir", type=Path, default=Path(".demo"), help="where the checkpoint and the log are kept (default: .demo)"
     )
-    parser.add_argument("--prompt", default="What do you remember of a very long document?")
+    parser.add_argument("--prompt", help="ask a random checkpoint this, in place of the trained one about its log")
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
 
     def run(args: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def gateway(parser: argparse.ArgumentParser) -> Run:
 
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
-    "demo": ("serve a small random checkpoint, ask it something, compare with transformers", demo),
+    "demo": ("serve a small model, ask it about a log, compare with transformers", demo),
     "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
     "serve": ("plan, and start vLLM with the plan", serve),
     "gateway": ("run admission, keys and sessions in front of vLLM servers", gateway),
