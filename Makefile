@@ -36,7 +36,7 @@ install: ## make .venv and install vLLM and this project in it
 	'(Debian: apt install python3 python3-venv), or name one with PYTHON=...' >&2; exit 1; }
 	@$(PYTHON) deploy/install.py --device '$(DEVICE)' --extras '$(EXTRAS)'
 
-demo: install ## serve a small checkpoint, ask it something, compare the answer with the reference
+demo: install ## serve a small trained model, ask it about a log, compare with the reference
 	@$(BIN)/kimi-linear demo
 
 serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo checkpoint)
