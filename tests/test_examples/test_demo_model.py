@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS, MOST_RECORDS, Asker, make_log
 from examples.demo_model.network import KimiLinear, Sizes
 from vllm_kimi_linear.oracle import Oracle
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are too small for more, and other tests' servers use the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("tokens", [60, 500, 60_000])

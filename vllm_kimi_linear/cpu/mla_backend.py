@@ -2,11 +2,13 @@
 
 vLLM picks a CPU backend by the chip (AMX or not), computes the prefill over a cached context with a gather
 made for CUDA, and prepares workspaces for it. Here decode rows use vLLM's own kernel over the latent cache;
-prefill rows expand the latents tile by tile and merge the tiles by their log-sum-exp, so that memory grows
-with the tile and not with queries x context.
+prefill rows attend tile by tile and merge the tiles by their log-sum-exp, so that memory grows with the tile
+and not with queries x context. Many rows attend to expanded keys and values, few to the latents themselves.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,9 @@ from vllm_kimi_linear.metadata import RowSplit
 KERNEL_BLOCK = 16  # tokens a block of vLLM's CPU decode kernel
 CONTEXT_TILE = 1024  # cached tokens expanded at a time
 QUERY_TILE = 1024  # query rows attended at a time
+# Up to so many rows it costs less to bring the queries to the latents, 1152 products a row, head and cached token, than
+# to expand every cached token for each head, 512 * 256, and then take 384.
+FEW_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,13 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         self.supports_quant_query_input = False
         self.dcp_world_size = 1
 
+    @cached_property
+    def expansion(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """kv_b_proj, however it is packed, as a matrix to keys and one to values: [heads, 512, 128] each."""
+        both = self.kv_b_proj(torch.eye(self.latent_dim, dtype=self.kv_b_proj.params_dtype))[0]
+        both = both.view(self.latent_dim, self.num_heads, -1).transpose(0, 1)
+        return both[..., : self.nope_dim].contiguous(), both[..., self.nope_dim :].contiguous()
+
     def do_kv_cache_update(
         self,
         kv_c_normed: torch.Tensor,
@@ -249,7 +261,29 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         for request in attn_metadata.prefill:
             rows = slice(request.first_row, request.first_row + request.num_rows)
             fresh = torch.cat([kv_c_normed[rows], k_pe[rows].flatten(1)], dim=-1)
-            self._attend(q[rows], fresh, kv_c_and_k_pe_cache, request, output[rows])
+            if request.num_rows <= min(FEW_ROWS, request.context_len):
+                self._attend_few(q[rows], fresh, kv_c_and_k_pe_cache, request, output[rows])
+            else:
+                self._attend(q[rows], fresh, kv_c_and_k_pe_cache, request, output[rows])
+
+    def _attend_few(
+        self,
+        query: torch.Tensor,
+        fresh: torch.Tensor,
+        cache: torch.Tensor,
+        request: LatentPrefill,
+        output: torch.Tensor,
+    ) -> None:
+        """The same as `_attend` for few rows: scores and sums over latents, as in decoding."""
+        to_keys, to_values = self.expansion
+        nope, shared = query.transpose(0, 1).split([self.nope_dim, self.key_dim - self.nope_dim], dim=-1)
+        absorbed = torch.cat([nope @ to_keys.mT, shared], dim=-1).transpose(0, 1)
+        partial = _Partial()
+        for entries in (*_context_tiles(cache, request), fresh):
+            heads = entries.unsqueeze(0).expand(self.num_heads, -1, -1)
+            partial.add(*self._flash(absorbed, heads, heads, causal=entries is fresh))
+        assert partial.out is not None
+        output.copy_((partial.out[..., : self.latent_dim].to(to_values.dtype) @ to_values).transpose(0, 1))
 
     def _attend(
         self,
@@ -260,14 +294,10 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Causal attention of one request's rows over its cached context and over themselves."""
-        num_rows, context = request.num_rows, request.context_len
+        num_rows = request.num_rows
         partials = [_Partial() for _ in range(0, num_rows, QUERY_TILE)]
-        block = cache.shape[1]
-        for start in range(0, context, CONTEXT_TILE):
-            end = min(start + CONTEXT_TILE, context)
-            pages = cache[request.blocks[start // block : -(-end // block)]].flatten(0, 1)
-            first = start - start // block * block
-            keys, values = self._expand(pages[first : first + end - start])
+        for entries in _context_tiles(cache, request):
+            keys, values = self._expand(entries)
             for i, partial in enumerate(partials):
                 tile = query[i * QUERY_TILE : (i + 1) * QUERY_TILE]
                 partial.add(*self._flash(tile, keys, values, causal=False))
@@ -302,6 +332,16 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
             scale=self.scale,
         )
         return out[0].float(), lse[0].float()
+
+
+def _context_tiles(cache: torch.Tensor, request: LatentPrefill) -> Iterator[torch.Tensor]:
+    """The request's cached entries, [up to CONTEXT_TILE, 576] at a time."""
+    block = cache.shape[1]
+    for start in range(0, request.context_len, CONTEXT_TILE):
+        end = min(start + CONTEXT_TILE, request.context_len)
+        pages = cache[request.blocks[start // block : -(-end // block)]].flatten(0, 1)
+        first = start - start // block * block
+        yield pages[first : first + end - start]
 
 
 class _Partial:

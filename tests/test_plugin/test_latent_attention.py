@@ -1,0 +1,74 @@
+"""Latent attention of a prefill on the CPU: few rows and many, over cached blocks in any order, give the same."""
+
+import pytest
+import torch
+
+from vllm_kimi_linear.cpu.mla_backend import FEW_ROWS, CpuLatentImpl, LatentPrefill
+
+HEADS, LATENT, SHARED, NOPE, VALUE = 4, 512, 64, 128, 128
+
+
+class Projection:
+    """As vLLM's linear layers: rows in, rows and no bias out."""
+
+    params_dtype = torch.float32
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return rows @ self.weight.T, None
+
+
+@pytest.fixture(scope="module")
+def attention() -> CpuLatentImpl:
+    torch.manual_seed(0)
+    weight = torch.randn(HEADS * (NOPE + VALUE), LATENT) / LATENT**0.5
+    return CpuLatentImpl(
+        HEADS,
+        LATENT + SHARED,
+        (NOPE + SHARED) ** -0.5,
+        1,
+        None,
+        None,
+        "auto",
+        None,
+        "decoder",
+        None,
+        kv_lora_rank=LATENT,
+        qk_nope_head_dim=NOPE,
+        qk_head_dim=NOPE + SHARED,
+        v_head_dim=VALUE,
+        kv_b_proj=Projection(weight),
+    )
+
+
+def by_definition(attention: CpuLatentImpl, query: torch.Tensor, entries: torch.Tensor, context: int) -> torch.Tensor:
+    """[rows, heads, 128] in fp64: docs/kda.md section 9, all scores at once."""
+    latent, shared = entries.double().split([LATENT, SHARED], dim=-1)
+    expanded = (latent @ attention.kv_b_proj.weight.double().T).view(len(entries), HEADS, NOPE + VALUE)
+    keys = torch.cat([expanded[..., :NOPE], shared[:, None].expand(-1, HEADS, -1)], dim=-1)
+    scores = torch.einsum("nhd,mhd->hnm", query.double(), keys) * attention.scale
+    future = torch.arange(len(entries)) > context + torch.arange(len(query))[:, None]
+    return torch.einsum("hnm,mhd->nhd", scores.masked_fill(future, -torch.inf).softmax(-1), expanded[..., NOPE:])
+
+
+@pytest.mark.parametrize("context", [0, 1, 111, 112, 1500, 3000])
+@pytest.mark.parametrize("rows", [1, 14, FEW_ROWS, FEW_ROWS + 1])
+def test_rows_attend_to_context_and_themselves(attention: CpuLatentImpl, rows: int, context: int):
+    torch.manual_seed(rows + context)
+    cache = torch.randn(40, 112, LATENT + SHARED)
+    blocks = torch.randperm(40)[: -(-context // 112)]
+    query, fresh = torch.randn(rows, HEADS, NOPE + SHARED), torch.randn(rows, LATENT + SHARED)
+    out = torch.empty(rows, HEADS * VALUE)
+    attention.forward_mha(
+        query,
+        fresh[:, :LATENT],
+        fresh[:, None, LATENT:],
+        cache,
+        type("Metadata", (), {"prefill": (LatentPrefill(0, rows, context, blocks),)})(),
+        torch.ones(()),
+        out,
+    )
+    want = by_definition(attention, query, torch.cat([cache[blocks].flatten(0, 1)[:context], fresh]), context)
+    assert (out.view_as(want) - want).norm() / want.norm() < 1e-5
