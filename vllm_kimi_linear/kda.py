@@ -217,9 +217,10 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         plan = start_checks.plan(vllm_config, 0)
         return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len, plan)
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        self.state = KdaState(*self.kv_cache)
+    @property
+    def state(self) -> KdaState:
+        """Made anew: vLLM binds a small cache first to measure graphs, and takes `kv_cache` away to free its memory."""
+        return KdaState(*self.kv_cache)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

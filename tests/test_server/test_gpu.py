@@ -35,6 +35,7 @@ WAYS = {
     "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
 }
 TOKENS = 64
+GROWING = (180,) * 24  # one block of 192 tokens each, until their answers need another: more than a short cache has
 RATIO = 1.2
 
 
@@ -43,7 +44,7 @@ def asked(vocab: int) -> list[tuple[list[int], int]]:
     """Prompts of every length, the later half of each a repetition, so that drafts find something to propose."""
     stream = Stream(vocab, seed=5)
     prompts = []
-    for length in LENGTHS:
+    for length in (*LENGTHS, *GROWING):
         half = stream.prompt(-(-length // 2))
         prompts.append(((half + half)[:length], TOKENS))
     return prompts
