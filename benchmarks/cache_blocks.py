@@ -167,7 +167,9 @@ def bytes_table() -> list[str]:
     for state in ("float32", "bfloat16"):
         for ranks in (1, 2, 4, 8):
             geometry = Geometry.from_config(config, tensor_parallel=ranks)
-            plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state)
+            plan = memory.plan(
+                geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda"
+            )
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
             kept = [len(kept_blocks(length // plan.block_tokens)) for length in lengths]

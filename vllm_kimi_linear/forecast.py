@@ -141,5 +141,6 @@ def forecast(
         kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),
         state_dtype=state_dtype,
         prefix_caching=True,
+        device=device,
     )
     return Forecast(memory_bytes, weights, activations, RUNTIME[device], plan, context_parallel)

@@ -119,6 +119,8 @@ def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
 
 
 KERNEL_BLOCK = 16  # tokens: attention kernels read blocks of so many, or of a multiple
+# Tokens of which a block is a multiple. On a GPU a prefill passes a state on, and can keep it, every 64 rows.
+BLOCK_MULTIPLE = {"cpu": KERNEL_BLOCK, "cuda": 64}
 USUAL_BLOCK = 256  # tokens: of about so many are the blocks that `plan` chooses
 
 
@@ -189,19 +191,20 @@ def plan(
     speculative: int = 0,
     prefix_caching: bool = False,
     layers: Collection[int] | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """The cache that vLLM makes of `kv_bytes` of memory on one rank.
 
     `activation_dtype` is also the latents' and the convolution state's. `block_tokens`, a multiple of 16, is
-    --block-size, or None to choose. `speculative` is the number of drafted tokens a step, each of which has a state
-    of its own.
+    --block-size, or None to choose for `device`, "cpu" or "cuda". `speculative` is the number of drafted tokens a step,
+    each of which has a state of its own.
     """
     conv, recurrent = kda_state_shapes(geometry)
     state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
     latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
     kda, mla = len(geometry.kda_layers), len(geometry.mla_layers)
     if block_tokens is None:
-        block_tokens = _block_tokens(kda, state_bytes, mla * latent_bytes)
+        block_tokens = _block_tokens(kda, state_bytes, mla * latent_bytes, BLOCK_MULTIPLE[device])
     groups = ceil(kda / max(1, block_tokens * mla * latent_bytes // state_bytes)) if kda else 0
     # The groups are those of the whole model; a pipeline stage has its own layers of each.
     mla_here = sum(layers is None or i in layers for i in geometry.mla_layers)
@@ -223,12 +226,12 @@ def plan(
     )
 
 
-def _block_tokens(kda_layers: int, state_bytes: int, token_bytes: int) -> int:
-    """A multiple of 16 near 256, or smaller, whose latents, `token_bytes` a token, some number of states fills."""
+def _block_tokens(kda_layers: int, state_bytes: int, token_bytes: int, multiple: int) -> int:
+    """A multiple near 256, or smaller, whose latents, `token_bytes` a token, some number of states fills."""
     if not kda_layers:
         return KERNEL_BLOCK
     groups = ceil(kda_layers / max(1, round(USUAL_BLOCK * token_bytes / state_bytes)))
     states = ceil(kda_layers / groups)
-    kernel_blocks = states * state_bytes / (token_bytes * KERNEL_BLOCK)
+    multiples = states * state_bytes / (token_bytes * multiple)
     # One state may be wider than the latents beside it; several must fit between them.
-    return KERNEL_BLOCK * (max(1, floor(kernel_blocks)) if states == 1 else ceil(kernel_blocks))
+    return multiple * (max(1, floor(multiples)) if states == 1 else ceil(multiples))

@@ -48,6 +48,7 @@ def plan(vllm_config: VllmConfig, num_blocks: int) -> memory.Plan:
         block_tokens=cache.block_size if cache.user_specified_block_size else None,
         speculative=vllm_config.num_speculative_tokens,
         prefix_caching=bool(cache.enable_prefix_caching),
+        device=current_platform.device_type,
     )
     return replace(planned, num_blocks=num_blocks)
 
@@ -88,6 +89,9 @@ class StartChecks(VerifyAndUpdateConfig):
             # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.
             cache.block_size = plan(vllm_config, 0).block_tokens
             cache.user_specified_block_size = True
+            multiple = memory.BLOCK_MULTIPLE[current_platform.device_type]
+            if cache.enable_prefix_caching and cache.block_size % multiple:
+                raise ConfigError(f"--block-size is {cache.block_size}; give a multiple of {multiple}, or leave it out")
 
 
 def check_flags(vllm_config: VllmConfig) -> None:

@@ -54,6 +54,17 @@ def test_the_48b_block(ranks: int, state: str, tokens: int, groups: int):
     assert plan.kda_state_bytes_per_sequence * ranks == plan_48b(state_dtype=state).kda_state_bytes_per_sequence
 
 
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_on_a_gpu_a_prefill_can_keep_states_at_the_blocks(ranks: int, state: str):
+    """Its kernels hand a state on after every chunk."""
+    prefill = pytest.importorskip("kda_kernels.cuda.prefill", exc_type=ImportError)
+    plan = plan_48b(ranks, state_dtype=state, device="cuda")
+    assert plan.block_tokens % prefill.CHUNK == 0
+    assert 192 <= plan.block_tokens <= 320
+    assert plan.kda_groups <= 20
+
+
 def test_little_is_wasted():
     """Of what a sequence of 4,096 tokens holds while it decodes, at most a twentieth on one rank."""
     plan = plan_48b()
