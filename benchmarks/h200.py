@@ -3,8 +3,10 @@
     python -m benchmarks.h200 --out docs/benchmarks/h200.md
 
 serves the 48B's config (config_48b.json beside this file) with random weights once for each run of RUNS, sends the
-rows of the run, and writes the table anew after each row. Runs named with --only are run, or run again; the others'
-figures are kept in --results. Random weights route tokens about evenly, which is the worst case for weight traffic.
+rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
+again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
+none is begun. A smaller GPU takes --layers, all else alike. Random weights route tokens about evenly, which is the
+worst case for weight traffic.
 """
 
 import argparse
@@ -21,28 +23,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.load import Load, percentile, steady_tpot
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server
 
 CONFIG = Path(__file__).with_name("config_48b.json")
-BANDWIDTH = 4.8e12  # bytes a second, the H200's data sheet
+LAYERS = 27
+BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12}  # bytes a second, by the data sheets
 MILLION = 1_048_000
 DUMMY = "--load-format=dummy --skip-tokenizer-init --enable-prompt-tokens-details"
+# Few graphs, for they are most of a start; the sizes of the rows, and what random arrivals are rounded up to.
 FLAGS = (
-    "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=256 "
-    "--gpu-memory-utilization=0.94 --enable-prefix-caching"
+    "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=128 "
+    "--gpu-memory-utilization=0.94 --enable-prefix-caching --cudagraph-capture-sizes 1 2 4 8 16 32 48 64 128"
 )
+# Nothing is compiled for the sampler, which is greedy, and graphs are captured once, not also to weigh them.
+ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0"}
+START_LIMIT, ROW_LIMIT, MILLION_LIMIT = 300, 240, 420  # seconds
 K = 1024
 
 
 @dataclass(frozen=True)
 class Run:
-    """One server: which implementation, of how many layers, with which rows."""
+    """One server: which implementation, with which rows."""
 
     rows: tuple[str, ...]
-    layers: int = 27
     attention_only: bool = False
     flags: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
@@ -50,28 +58,27 @@ class Run:
 
 # vLLM's own needs CuTe DSL for its fused GEMM and all-reduce, which one GPU does not use.
 OWN = (("VLLM_PLUGINS", ""), ("VLLM_KIMI_K3_GEMM_AR", "0"))
-SHORT = ("ttft 8K", "tpot 1 4K", "tpot 8 4K", "tpot 32 4K", "poisson")
-LONG = ("ttft 128K", "tpot 1 128K", "tpot 8 128K")
+ALONE = ("tpot 1 4K", "ttft 8K", "tpot 1 128K")
+# Blocks as long as ours, and no more length than its latents leave room for.
+ATTENTION = ("--block-size=256", "--max-model-len=262144", "--no-enable-prefix-caching")
+MANY = ("tpot 8 4K", "tpot 32 4K", "poisson", "tpot 8 128K")
 RUNS = {
-    "ours": Run((*SHORT, *LONG, "million")),
-    "vLLM": Run((*SHORT, *LONG, "million"), env=OWN),
-    "ours, 4 layers": Run(("tpot 32 128K", "million"), layers=4),
-    "vLLM, 4 layers": Run(("tpot 32 128K", "million"), layers=4, env=OWN),
-    "attention only, 4 layers": Run(("million",), layers=4, attention_only=True),
-    "vLLM, attention only, 4 layers": Run(("million",), layers=4, attention_only=True, env=OWN),
-    "ours, bf16 state": Run(("tpot 8 4K", "tpot 32 4K"), flags=("--mamba-ssm-cache-dtype=bfloat16",)),
+    "ours": Run((*ALONE, "million", *MANY)),
+    "vLLM": Run((*ALONE, *MANY, "million"), env=OWN),
+    "attention only": Run((*ALONE, *MANY), attention_only=True, flags=ATTENTION),
+    "ours, bf16 state": Run(("tpot 1 4K", "tpot 8 4K", "tpot 32 4K"), flags=("--mamba-ssm-cache-dtype=bfloat16",)),
 }
 
 
-def model_config(run: Run, base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the layers of the run."""
+def model_config(run: Run, base: dict[str, Any], layers: int = LAYERS) -> dict[str, Any]:
+    """`base` with its first `layers` layers, of the run's kind."""
     linear = dict(base["linear_attn_config"])
-    full = [n for n in linear["full_attn_layers"] if n <= run.layers]
+    full = [n for n in linear["full_attn_layers"] if n <= layers]
     if run.attention_only:
-        full = list(range(1, run.layers + 1))
+        full = list(range(1, layers + 1))
     linear["full_attn_layers"] = full
-    linear["kda_layers"] = [n for n in range(1, run.layers + 1) if n not in full]
-    return base | {"num_hidden_layers": run.layers, "linear_attn_config": linear}
+    linear["kda_layers"] = [n for n in range(1, layers + 1) if n not in full]
+    return base | {"num_hidden_layers": layers, "linear_attn_config": linear}
 
 
 def tokens_of(size: str) -> int:
@@ -84,7 +91,13 @@ class Rows:
     def __init__(self, load: Load, scale: int) -> None:
         self.load, self.scale = load, scale
 
+    def warm_up(self) -> None:
+        """What the first prompts and the first graphs cost is nobody's figure."""
+        self.load.limit = START_LIMIT
+        self.load.at_once([self.prompt(8 * K)] * 2, 4)
+
     def measure(self, row: str) -> dict[str, float]:
+        self.load.limit = MILLION_LIMIT if row == "million" else ROW_LIMIT
         kind, *rest = row.split()
         measures: dict[str, Callable[..., dict[str, float]]] = {
             "ttft": self.ttft,
@@ -98,20 +111,15 @@ class Rows:
         return self.load.prompt(max(length // self.scale, 1))
 
     def ttft(self, size: str) -> dict[str, float]:
-        """Seconds to the first token of one prompt: the median of three, or one of a long prompt after a short one."""
-        length = tokens_of(size)
-        self.load.at_once([self.prompt(length if length < 64 * K else 8 * K)], 2)
-        repeats = 3 if length < 64 * K else 1
-        return {
-            "ttft": statistics.median(
-                self.load.at_once([self.prompt(length)], 1)[0].ttft for _ in range(repeats)
-            )
-        }
+        """Seconds to the first token of one prompt, the median of three."""
+        prompts = [self.prompt(tokens_of(size)) for _ in range(3)]
+        return {"ttft": statistics.median(self.load.at_once([prompt], 1)[0].ttft for prompt in prompts)}
 
     def tpot(self, sequences: str, size: str) -> dict[str, float]:
-        """Seconds a token while all sequences decode."""
-        prompts = [self.prompt(tokens_of(size)) for _ in range(int(sequences))]
-        return {"tpot": steady_tpot(self.load.at_once(prompts, 128))}
+        """Seconds a token while all sequences decode, and of one alone also to the first."""
+        replies = self.load.at_once([self.prompt(tokens_of(size)) for _ in range(int(sequences))], 128)
+        alone = {"ttft": replies[0].ttft} if len(replies) == 1 else {}
+        return {"tpot": steady_tpot(replies), **alone}
 
     def poisson(self) -> dict[str, float]:
         """256 requests of 2K tokens in and 256 out, arriving at random, 8 a second: prefill and decode overlap."""
@@ -140,8 +148,8 @@ class Rows:
         }
 
 
-def tpot_floor(geometry: Geometry, sequences: int, context: int) -> float:
-    """Seconds a token if each step only read its weights, latents and states, and wrote the states, at BANDWIDTH."""
+def tpot_floor(geometry: Geometry, sequences: int, context: int, bandwidth: float = BANDWIDTHS["H200"]) -> float:
+    """Seconds a token if each step only read its weights, latents and states, and wrote the states."""
     share = geometry.experts_per_token / geometry.num_experts
     touched = 1 - (1 - share) ** sequences
     weights = sum(
@@ -149,67 +157,99 @@ def tpot_floor(geometry: Geometry, sequences: int, context: int) -> float:
         for w in memory.weights(geometry)
         if "embed_tokens" not in w.name
     )
-    plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=1 << 30)
+    plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0)
     state = 2 * plan.kda_state_bytes_per_sequence
-    return (weights + sequences * (plan.mla_bytes_per_token * context + state)) / BANDWIDTH
+    return (weights + sequences * (plan.mla_bytes_per_token * context + state)) / bandwidth
 
 
-def serve(name: str, run: Run, args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Start the run's server and measure its rows into `results`, saved after each."""
-    base = json.loads(CONFIG.read_text() if args.config is None else args.config.read_text())
-    config = model_config(run if args.config is None else Run(run.rows, base["num_hidden_layers"]), base)
+class Results:
+    """The figures of all runs at one depth, kept in a file and shown in a table."""
+
+    def __init__(self, folder: Path, layers: int, out: Path | None) -> None:
+        self.file, self.layers, self.out = folder / f"{layers}-layers.json", layers, out
+        self.runs: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def missing(self, name: str, rows: list[str]) -> list[str]:
+        measured = self.runs.get(name, {}).get("rows", {})
+        return [row for row in rows if "error" in measured.get(row, {"error": "not run"})]
+
+    def started(self, name: str, seconds: float, flags: str) -> None:
+        run = self.runs.setdefault(name, {"rows": {}})
+        run |= {"start": seconds, "flags": flags, "machine": machine()}
+        self.save()
+
+    def add(self, name: str, row: str, figures: dict[str, Any]) -> None:
+        print(name, row, figures, flush=True)
+        self.runs[name]["rows"][row] = figures
+        self.save()
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps(self.runs, indent=1))
+        if self.out:
+            self.out.write_text(table(self.runs, self.layers))
+
+
+def serve(name: str, args: argparse.Namespace, results: Results, deadline: float) -> None:
+    """Start the run's server, unless nothing of it is missing, and measure its rows."""
+    run = RUNS[name]
+    rows = results.missing(name, [row for row in run.rows if not args.rows or row in args.rows])
+    if not rows:
+        return
+    base = json.loads((args.config or CONFIG).read_text())
+    config = base if args.config else model_config(run, base, args.layers)
     flags = [*DUMMY.split(), *args.flags.split(), *run.flags]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        log = args.results / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-        server = Server(folder, flags, log_path=log, env=dict(run.env))
+        log = args.results / f"{args.layers}-{name.replace(', ', '-').replace(' ', '-')}.log"
+        server = Server(folder, flags, log_path=log, env=ENV | dict(run.env))
         begun = time.perf_counter()
-        with_start = server.start(timeout=600)
-        rows_kept: dict[str, Any] = {}
-        results[name] = {"start": time.perf_counter() - begun, "flags": " ".join(flags), "rows": rows_kept}
         try:
-            rows = Rows(Load(with_start.url, server.model, config["vocab_size"]), args.scale)
-            for row in run.rows:
-                if args.rows and row not in args.rows:
-                    continue
+            server.start(timeout=START_LIMIT)
+            results.started(name, time.perf_counter() - begun, " ".join(flags))
+            measured = Rows(Load(server.url, server.model, config["vocab_size"]), args.scale)
+            measured.warm_up()
+            for row in rows:
+                if time.monotonic() > deadline or (server.process and server.process.poll() is not None):
+                    return
                 try:
-                    rows_kept[row] = rows.measure(row)
-                except (RuntimeError, OSError) as error:
-                    rows_kept[row] = {"error": " ".join(str(error).split())[:300]}
-                print(name, row, rows_kept[row], flush=True)
-                save(args, results)
+                    results.add(name, row, measured.measure(row))
+                except (RuntimeError, ValueError, OSError, httpx.HTTPError) as error:
+                    sentence = " ".join(f"{type(error).__name__}: {error}".split())
+                    results.add(name, row, {"error": sentence[:300]})
         finally:
             server.stop()
 
 
-def save(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    (args.results / "h200.json").write_text(json.dumps(results, indent=1))
-    if args.out:
-        args.out.write_text(table(results))
-
-
-def table(results: dict[str, Any]) -> str:
-    lines = ["# The whole server on one GPU", "", "    python -m benchmarks.h200 --out docs/benchmarks/h200.md", ""]
-    lines += [
-        f"{results.get('machine', '')}. Random weights (they route about evenly, the worst case for weight traffic). "
-        "ms; the floor counts weights, latents and states at 4.8 TB/s. Requests of one row have different prompts.",
+def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS) -> str:
+    shown = [name for name in RUNS if name in runs]
+    machines = " ".join(runs[name]["machine"] for name in shown)
+    gpu = next((name for name in BANDWIDTHS if name in machines), "H200")
+    lines = [
+        "# The whole server on one GPU",
         "",
-        "| row | " + " | ".join(name for name in RUNS if name in results) + " | floor |",
-        "| --- " * (len([name for name in RUNS if name in results]) + 2) + "|",
+        "    python -m benchmarks.h200 --out docs/benchmarks/h200.md",
+        "",
+        f"{layers} of the 48B's {LAYERS} layers, with random weights (they route about evenly, the worst case for "
+        f"weight traffic). ms; the floor counts weights, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
+        "Requests of one row have different prompts.",
+        "",
+        "| row | " + " | ".join(shown) + " | floor |",
+        "| --- " * (len(shown) + 2) + "|",
     ]
-    shown = [name for name in RUNS if name in results]
-    whole = Geometry.from_config(model_config(Run(()), json.loads(CONFIG.read_text())))
+    whole = Geometry.from_config(model_config(Run(()), json.loads(CONFIG.read_text()), layers))
     for row in dict.fromkeys(row for run in RUNS.values() for row in run.rows):
-        figures = dict.fromkeys(key for name in shown for key in results[name]["rows"].get(row, {}))
-        for figure in figures:
-            cells = [_cell(figure, results[name]["rows"].get(row, {}).get(figure)) for name in shown]
+        measured = {name: runs[name]["rows"].get(row, {}) for name in shown}
+        for figure in dict.fromkeys(key for figures in measured.values() for key in figures):
+            cells = [_cell(figure, measured[name].get(figure)) for name in shown]
             floor = ""
             if figure == "tpot":
                 sequences, context = (1, MILLION) if row == "million" else _sizes(row)
-                floor = f"{tpot_floor(whole, sequences, context) * 1e3:.2f}"
+                floor = f"{tpot_floor(whole, sequences, context, BANDWIDTHS[gpu]) * 1e3:.2f}"
             lines.append(f"| {row}: {figure} | " + " | ".join(cells) + f" | {floor} |")
-    lines += ["", "| server | started in | flags |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {results[name]['start']:.0f} s | `{results[name]['flags']}` |" for name in shown]
+    lines += ["", "| server | machine | started in | flags |", "| --- | --- | --- | --- |"]
+    for name in shown:
+        run = runs[name]
+        lines.append(f"| {name} | {run['machine']} | {run['start']:.0f} s | `{run['flags']}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -243,20 +283,22 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(".demo/h200"), help="where figures and logs are kept")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=[*RUNS], help="the runs to run now")
     parser.add_argument("--rows", nargs="+", help="of their rows, only these")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="the first so many layers, for a smaller GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths, for a trial")
     parser.add_argument("--config", type=Path, help="another config.json, for a trial")
     parser.add_argument("--flags", default=FLAGS, help="of every server, in one string")
     args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
     args.results.mkdir(parents=True, exist_ok=True)
-    kept = args.results / "h200.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
-    results["machine"] = machine()
+    results = Results(args.results, args.layers, args.out)
     for name in args.only:
+        if time.monotonic() > deadline:
+            break
         try:
-            serve(name, RUNS[name], args, results)
-        except RuntimeError as error:  # a server that does not start must not cost the other runs
+            serve(name, args, results, deadline)
+        except (RuntimeError, OSError, httpx.HTTPError) as error:  # a server that fails must not cost the other runs
             print(f"{name}: {error}", flush=True)
-        save(args, results)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,16 @@ class Reply:
 
 
 class Load:
-    """A client of one server; `vocab` bounds the random token ids."""
+    """A client of one server; `vocab` bounds the random token ids.
+
+    What is sent together has `limit` seconds, after which TimeoutError is raised.
+    """
 
     def __init__(self, url: str, model: str, vocab: int, seed: int = 0) -> None:
         self.url, self.model = url, model
         self.random = random.Random(seed)
         self.vocab = vocab
+        self.limit: float | None = None
 
     def prompt(self, length: int) -> list[int]:
         return self.random.choices(range(32, self.vocab - 64), k=length)
@@ -88,7 +92,7 @@ class Load:
             async with self.connect() as client:
                 return await asyncio.gather(*(self.ask(client, prompt, tokens) for prompt in prompts))
 
-        return asyncio.run(run())
+        return asyncio.run(asyncio.wait_for(run(), self.limit))
 
     def poisson(self, prompts: Sequence[Sequence[int]], tokens: int, rate: float) -> list[Reply]:
         """One request after another, `rate` a second on average, at random times."""
@@ -105,7 +109,7 @@ class Load:
             async with self.connect() as client:
                 return await asyncio.gather(*(later(client, p, at) for p, at in zip(prompts, moments, strict=True)))
 
-        return asyncio.run(run())
+        return asyncio.run(asyncio.wait_for(run(), self.limit))
 
 
 def steady_tpot(replies: Sequence[Reply]) -> float:

@@ -1,6 +1,7 @@
 """The arithmetic of the whole-server benchmark: its floors and the models it serves."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_floor_of_a_decode_step(sequences: int, context: int, milliseconds: floa
 def test_every_run_has_a_valid_config_and_known_rows(name: str):
     run = h200.RUNS[name]
     geometry = Geometry.from_config(h200.model_config(run, BASE))
-    assert geometry.num_layers == run.layers
+    assert geometry.num_layers == h200.LAYERS
     assert (len(geometry.kda_layers) == 0) == run.attention_only
     assert {row.split()[0] for row in run.rows} <= {"ttft", "tpot", "poisson", "million"}
 
@@ -39,6 +40,22 @@ def test_steady_tpot_counts_only_while_all_decode():
 
 
 def test_a_table_shows_what_was_measured_and_what_was_not():
-    kept = {"start": 60.0, "flags": "--dtype=bfloat16", "rows": {"tpot 1 4K": {"tpot": 0.002}}}
-    text = h200.table({"machine": "one GPU", "ours": kept, "vLLM": {**kept, "rows": {}}})
-    assert "| tpot 1 4K: tpot | 2.00 | - | 1.32 |" in text
+    kept = {
+        "machine": "NVIDIA H100 80GB HBM3",
+        "start": 60.0,
+        "flags": "--dtype=bfloat16",
+        "rows": {"tpot 1 4K": {"tpot": 0.002}, "million": {"error": "TimeoutError: "}},
+    }
+    text = h200.table({"ours": kept, "vLLM": {**kept, "rows": {}}})
+    assert f"| tpot 1 4K: tpot | 2.00 | - | {1.32 * 4.8 / 3.35:.2f} |" in text
+    assert "| million: error | TimeoutError:  | - |  |" in text
+
+
+def test_what_is_missing_or_failed_is_measured_again(tmp_path: Path):
+    results = h200.Results(tmp_path, 27, None)
+    results.started("ours", 60.0, "")
+    results.add("ours", "tpot 1 4K", {"tpot": 0.002})
+    results.add("ours", "ttft 8K", {"error": "TimeoutError: "})
+    again = h200.Results(tmp_path, 27, None)
+    assert again.missing("ours", ["tpot 1 4K", "ttft 8K", "million"]) == ["ttft 8K", "million"]
+    assert h200.Results(tmp_path, 16, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
