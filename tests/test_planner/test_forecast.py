@@ -153,7 +153,8 @@ def test_what_is_left_is_the_cache() -> None:
     sizes = {"dtype": "bfloat16", "device": "cuda", "batch_tokens": 8192, "batch_sequences": 256}
     held = forecast.forecast(geometry, memory_bytes=70 << 30, **sizes)  # type: ignore[arg-type]  # one dict for all
     assert held.cache == (70 << 30) - held.weights - held.activations - held.runtime
-    assert held.plan == memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=held.cache, prefix_caching=True)
+    options: dict[str, Any] = {"activation_dtype": "bfloat16", "prefix_caching": True, "device": "cuda"}
+    assert held.plan == memory.plan(geometry, kv_bytes=held.cache, **options)
     for context in (1, 4096, 100_000, 1 << 20):
         count = held.sequences(context)
         assert held.shortage(count, context) == 0
