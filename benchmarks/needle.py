@@ -142,14 +142,12 @@ def page(results: dict[str, Any], out: Path) -> str:
         "# Answers of the small trained model",
         "",
         "    python -m benchmarks.needle --out docs/benchmarks/needle.md",
-    ]
-    lines += [
         "",
-        "Right answers of those asked, through `vllm serve` and the chat template, greedy. `differ`: how many",
+        "Right answers of those asked, through `vllm serve` and the chat template, greedy. The model was trained on",
+        "conversations of up to 32,768 tokens. `differ`: how many answers are not those of "
+        f"`{PLAIN}` to the same questions.",
         "",
     ]
-    lines[-2] += " answers are not those"
-    lines[-1] = f"of `{PLAIN}` to the same questions.\n"
     lines += ["| served | tokens | " + " | ".join(KINDS) + " | differ | seconds |", "| --- " * (len(KINDS) + 4) + "|"]
     for name, by_length in results.items():
         for length, found in sorted(by_length.items(), key=lambda item: int(item[0])):
@@ -199,6 +197,7 @@ def main() -> None:
     for name, way in (GPU_WAYS if args.gpu else WAYS).items():
         if not args.ways or name in args.ways:
             serve(name, way, args, results)
+    save(args, results)
 
 
 if __name__ == "__main__":
