@@ -101,7 +101,9 @@ def test_cancelled_requests_leave_the_others_alone(cases: list[Case], server: Co
         async with server.connect() as client:
             return await asyncio.gather(
                 *(
-                    cancelled(server, client, case, after[index]) if index in after else server.ask(client, *case.asked)
+                    cancelled(server, client, case, after[index])
+                    if index in after
+                    else server.ask(client, *case.asked)
                     for index, case in enumerate(order)
                 )
             )

@@ -35,7 +35,9 @@ def caching(servers: Callable[..., Server], demo_model: Path) -> Completions:
 
 
 @pytest.fixture(scope="module")
-def repetitive(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+def repetitive(
+    oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path
+) -> list[Case]:
     """Prompts that say the same few words again and again."""
     stream = Stream(vocab, seed=11)
 
@@ -54,7 +56,9 @@ def test_answers_with_drafts(repetitive: list[Case], drafting: Completions):
     asked = [case.asked for case in repetitive]
     check(repetitive, drafting.one_by_one(asked))
     check(repetitive, drafting.at_once(asked))
-    drafted, accepted = (drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
+    drafted, accepted = (
+        drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted")
+    )
     assert 0 < accepted < drafted
 
 

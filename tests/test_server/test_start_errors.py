@@ -40,6 +40,7 @@ def linear(**changes: Any) -> dict[str, Any]:
     return {"linear_attn_config": {k: v for k, v in (fields | changes).items() if v is not REMOVED}}
 
 
+
 def compressed(name: str) -> dict[str, Any]:
     """The quantization_config that compressed-tensors writes for a scheme."""
     scheme = preset_name_to_scheme(name, ["Linear"])
@@ -382,7 +383,9 @@ def answers(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_answers_as_the_reference(layouts: dict[str, Path], answers: dict[str, list[int]], layout: str) -> None:
+def test_layout_answers_as_the_reference(
+    layouts: dict[str, Path], answers: dict[str, list[int]], layout: str
+) -> None:
     model = layouts[layout]
     if layout == "A_log as [H]":  # the same values as in the usual shape, the only one the reference reads
         file = model / "model.safetensors"
