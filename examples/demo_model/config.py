@@ -1,4 +1,4 @@
-"""The small model's config.json: the original keys, 6 KDA layers and 2 of latent attention, 5.6 M parameters."""
+"""The small model's config.json: the original keys, 6 KDA layers and 2 of latent attention, 5.7 M parameters."""
 
 from typing import Any
 

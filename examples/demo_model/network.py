@@ -5,63 +5,15 @@ On a GPU the recurrence is fla-core's `chunk_kda`; on a CPU it is this project's
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_kimi_linear.config import LATENT_NORM_EPS
+from vllm_kimi_linear.config import LATENT_NORM_EPS, Geometry
 
 EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a config.json the network needs."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    full_attention: tuple[int, ...]  # indices from 0
-    kda_heads: int
-    kda_dim: int
-    heads: int
-    nope: int
-    shared: int
-    value: int
-    latent: int
-    dense_layers: int
-    dense: int
-    experts: int
-    chosen: int
-    expert: int
-    routed_scale: float
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Sizes":
-        linear = config["linear_attn_config"]
-        return cls(
-            vocab=config["vocab_size"],
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            full_attention=tuple(n - 1 for n in linear["full_attn_layers"]),
-            kda_heads=linear["num_heads"],
-            kda_dim=linear["head_dim"],
-            heads=config["num_attention_heads"],
-            nope=config["qk_nope_head_dim"],
-            shared=config["qk_rope_head_dim"],
-            value=config["v_head_dim"],
-            latent=config["kv_lora_rank"],
-            dense_layers=config["first_k_dense_replace"],
-            dense=config["intermediate_size"],
-            experts=config["num_experts"],
-            chosen=config["num_experts_per_token"],
-            expert=config["moe_intermediate_size"],
-            routed_scale=config["routed_scaling_factor"],
-        )
 
 
 class Norm(nn.Module):
@@ -174,26 +126,26 @@ def _chunk_kda() -> Callable[..., tuple[Tensor, Tensor]]:
 class LatentAttention(nn.Module):
     """Section 9, expanded: training needs no cache. [B, T, hidden] -> [B, T, hidden]."""
 
-    def __init__(self, s: Sizes) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.sizes = s
-        self.q_proj = linear(s.hidden, s.heads * (s.nope + s.shared))
-        self.kv_a_proj_with_mqa = linear(s.hidden, s.latent + s.shared)
-        self.kv_a_layernorm = Norm(s.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = linear(s.latent, s.heads * (s.nope + s.value))
-        self.o_proj = linear(s.heads * s.value, s.hidden)
+        self.geometry = g
+        self.q_proj = linear(g.hidden_size, g.attention_heads * (g.qk_nope_head_dim + g.qk_rope_head_dim))
+        self.kv_a_proj_with_mqa = linear(g.hidden_size, g.kv_lora_rank + g.qk_rope_head_dim)
+        self.kv_a_layernorm = Norm(g.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = linear(g.kv_lora_rank, g.attention_heads * (g.qk_nope_head_dim + g.v_head_dim))
+        self.o_proj = linear(g.attention_heads * g.v_head_dim, g.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        s = self.sizes
-        query = self.q_proj(x).unflatten(2, (s.heads, -1))
-        latent, shared = self.kv_a_proj_with_mqa(x).split([s.latent, s.shared], dim=-1)
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(2, (s.heads, -1))
-        key, value = expanded.split([s.nope, s.value], dim=-1)
-        key = torch.cat([key, shared.unsqueeze(2).expand(-1, -1, s.heads, -1)], dim=-1)
-        value = F.pad(value, (0, s.nope + s.shared - s.value))  # the fused kernels want equal sizes
+        g = self.geometry
+        query = self.q_proj(x).unflatten(2, (g.attention_heads, -1))
+        latent, shared = self.kv_a_proj_with_mqa(x).split([g.kv_lora_rank, g.qk_rope_head_dim], dim=-1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(2, (g.attention_heads, -1))
+        key, value = expanded.split([g.qk_nope_head_dim, g.v_head_dim], dim=-1)
+        key = torch.cat([key, shared.unsqueeze(2).expand(-1, -1, g.attention_heads, -1)], dim=-1)
+        value = F.pad(value, (0, query.shape[-1] - g.v_head_dim))  # the fused kernels want equal sizes
         query, key, value = (rows.transpose(1, 2) for rows in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(out[..., : s.value].transpose(1, 2).flatten(2))
+        return self.o_proj(out[..., : g.v_head_dim].transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -212,51 +164,52 @@ class Mlp(nn.Module):
 class Router(nn.Module):
     """Weights [T, experts] of the chosen experts, zero elsewhere; the bias that balances them moves in `train.py`."""
 
-    def __init__(self, s: Sizes) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.sizes = s
-        self.weight = nn.Parameter(torch.randn(s.experts, s.hidden) * s.hidden**-0.5)
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(s.experts))
-        self.load = torch.zeros(s.experts)  # of the last call: share of the tokens that chose each expert
+        self.geometry = g
+        self.weight = nn.Parameter(torch.randn(g.num_experts, g.hidden_size) * g.hidden_size**-0.5)
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(g.num_experts))
+        self.load = torch.zeros(g.num_experts)  # of the last call: share of the tokens that chose each expert
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight).sigmoid()
-        chosen = (scores + self.e_score_correction_bias).topk(self.sizes.chosen, dim=-1).indices
+        chosen = (scores + self.e_score_correction_bias).topk(self.geometry.experts_per_token, dim=-1).indices
         mask = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
         self.load = mask.detach().flatten(0, -2).mean(0)
         weights = scores * mask
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.sizes.routed_scale
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.geometry.routed_scaling_factor
 
 
 class Experts(nn.Module):
     """So few and small that each computes every token; those not chosen count nothing."""
 
-    def __init__(self, s: Sizes) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.sizes = s
-        self.gate = Router(s)
-        self.w1, self.w3 = (nn.Parameter(torch.randn(s.experts, s.expert, s.hidden) * s.hidden**-0.5) for _ in "13")
-        self.w2 = nn.Parameter(torch.randn(s.experts, s.hidden, s.expert) * (2 * s.layers * s.expert) ** -0.5)
-        self.shared_experts = Mlp(s.hidden, s.expert)
+        self.geometry = g
+        self.gate = Router(g)
+        experts, width, hidden = g.num_experts, g.moe_intermediate_size, g.hidden_size
+        self.w1, self.w3 = (nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5) for _ in "13")
+        self.w2 = nn.Parameter(torch.randn(experts, hidden, width) * (2 * g.num_layers * width) ** -0.5)
+        self.shared_experts = Mlp(g.hidden_size, g.moe_intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.silu(F.linear(x, self.w1.flatten(0, 1))) * F.linear(x, self.w3.flatten(0, 1))
-        weighed = inner.unflatten(-1, (self.sizes.experts, -1)) * self.gate(x).to(inner.dtype).unsqueeze(-1)
+        weighed = inner.unflatten(-1, (self.geometry.num_experts, -1)) * self.gate(x).to(inner.dtype).unsqueeze(-1)
         return F.linear(weighed.flatten(-2), self.w2.transpose(0, 1).flatten(1)) + self.shared_experts(x)
 
 
 class Layer(nn.Module):
-    def __init__(self, s: Sizes, index: int) -> None:
+    def __init__(self, g: Geometry, index: int) -> None:
         super().__init__()
-        full = index in s.full_attention
-        self.input_layernorm, self.post_attention_layernorm = Norm(s.hidden), Norm(s.hidden)
-        self.self_attn = LatentAttention(s) if full else DeltaAttention(s.hidden, s.kda_heads, s.kda_dim)
-        self.dense = index < s.dense_layers
+        full = g.layer_kinds[index] == "mla"
+        self.input_layernorm, self.post_attention_layernorm = Norm(g.hidden_size), Norm(g.hidden_size)
+        self.self_attn = LatentAttention(g) if full else DeltaAttention(g.hidden_size, g.kda_heads, g.kda_head_dim)
+        self.dense = not g.layer_moe[index]
         if self.dense:
-            self.mlp = Mlp(s.hidden, s.dense)
+            self.mlp = Mlp(g.hidden_size, g.intermediate_size)
         else:
-            self.block_sparse_moe = Experts(s)
+            self.block_sparse_moe = Experts(g)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
@@ -265,12 +218,12 @@ class Layer(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, s: Sizes) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(s.vocab, s.hidden)
+        self.embed_tokens = nn.Embedding(g.vocab_size, g.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
-        self.layers = nn.ModuleList(Layer(s, index) for index in range(s.layers))
-        self.norm = Norm(s.hidden)
+        self.layers = nn.ModuleList(Layer(g, index) for index in range(g.num_layers))
+        self.norm = Norm(g.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
@@ -282,13 +235,13 @@ class Body(nn.Module):
 class KimiLinear(nn.Module):
     """Token ids [B, T] -> hidden rows [B, T, hidden]; `lm_head` makes logits of those that are wanted."""
 
-    def __init__(self, s: Sizes) -> None:
+    def __init__(self, g: Geometry) -> None:
         super().__init__()
-        self.model = Body(s)
-        self.lm_head = linear(s.hidden, s.vocab)
+        self.model = Body(g)
+        self.lm_head = linear(g.hidden_size, g.vocab_size)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.data /= math.sqrt(2 * s.layers)
+                weight.data /= math.sqrt(2 * g.num_layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(ids)

@@ -42,7 +42,7 @@ THINGS = _list("gate door tower bridge lamp window valve engine garden harbour c
 CONDITIONS = _list("open closed dark bright cold warm quiet empty full clean wet dry")
 TIMES = _list("noon night dawn dusk midnight sunrise sunset breakfast lunch dinner")
 
-# Everything else that conversations.py says, with the blank before it, and without where a sentence can begin.
+# What else conversations.py says, and a few words more, with the blank before them and without.
 PLAIN = _list("""
 What Tell Do Repeat The Here user assistant system me you know is are was the code codes of and unknown this line at in
 a log

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from examples.demo_model import batches, figure4, train, words
 from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS, MOST_RECORDS, Asker, make_log
-from examples.demo_model.network import KimiLinear, Sizes
+from examples.demo_model.network import KimiLinear
+from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.oracle import Oracle
 
 
@@ -85,7 +86,7 @@ def test_the_template_is_the_checkpoints(tmp_path: Path):
 
 def test_the_network_is_transformers(tmp_path: Path):
     torch.manual_seed(0)
-    model = KimiLinear(Sizes.of(config()))
+    model = KimiLinear(Geometry.from_config(config()))
     for router in model.routers():
         router.e_score_correction_bias.normal_(std=0.1)
     save_file(model.checkpoint(), tmp_path / "model.safetensors", metadata={"format": "pt"})
