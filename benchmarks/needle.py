@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import random
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ CACHE = "4G"
 
 @dataclass(frozen=True)
 class Way:
-    """A way to serve the model: what it changes of the plain one."""
+    """A way to serve the model; its name begins with the way that its answers are compared with."""
 
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
@@ -39,20 +38,19 @@ class Way:
 
 
 PLAIN = "fp32"
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
 WAYS = {
     PLAIN: Way(("--dtype=float32",), lengths=(K, 4 * K, 16 * K, 64 * K, 128 * K)),
     "fp32, nothing cached": Way(("--dtype=float32", "--no-enable-prefix-caching")),
     "fp32, chunks of 256": Way(("--dtype=float32", "--max-num-batched-tokens=256")),
-    "fp32, two ranks": Way(("--dtype=float32", "--tensor-parallel-size=2")),
+    "fp32, two ranks": Way(("--dtype=float32", "--tensor-parallel-size=2"), TWO_RANKS),
     "bf16": Way(("--dtype=bfloat16",), lengths=(4 * K, 16 * K)),
-    "bf16, state in bf16": Way(("--dtype=bfloat16", "--mamba-ssm-cache-dtype=bfloat16"), lengths=(4 * K, 16 * K)),
 }
 GPU_WAYS = {
     "bf16": Way(("--dtype=bfloat16",), lengths=(K, 4 * K, 16 * K, 64 * K, 128 * K, 1000 * K)),
     "bf16, nothing cached": Way(("--dtype=bfloat16", "--no-enable-prefix-caching")),
     "bf16, chunks of 256": Way(("--dtype=bfloat16", "--max-num-batched-tokens=256")),
     "bf16, state in bf16": Way(("--dtype=bfloat16", "--mamba-ssm-cache-dtype=bfloat16"), lengths=(4 * K, 16 * K)),
-    "bf16, fp8 latents": Way(("--dtype=bfloat16", "--kv-cache-dtype=fp8"), lengths=(4 * K, 16 * K)),
 }
 
 
@@ -98,7 +96,6 @@ class Reader:
 def measure(server: Server, length: int, logs: int, each: int, at_once: int) -> dict[str, Any]:
     """Right and asked, by kind and, of `find`, by depth; and the answers, for comparison with another way."""
     asked = questions(length, logs, each)
-    begun = time.perf_counter()
 
     async def all_of_them() -> list[str]:
         reader = Reader(server, at_once)
@@ -106,6 +103,11 @@ def measure(server: Server, length: int, logs: int, each: int, at_once: int) -> 
             return await reader.ask_all(asked)
 
     answers = asyncio.run(all_of_them())
+    return {"logs": logs, "counts": count(asked, answers), "answers": answers}
+
+
+def count(asked: list[tuple[Log, list[Question]]], answers: list[str]) -> dict[str, list[int]]:
+    """[right, asked] of each kind and, of `find`, of each tenth of the log."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for question, answer in zip([q for _, some in asked for q in some], answers, strict=True):
         right = answer == question.answer
@@ -113,7 +115,7 @@ def measure(server: Server, length: int, logs: int, each: int, at_once: int) -> 
         for key in keys:
             counts[key][0] += right
             counts[key][1] += 1
-    return {"seconds": time.perf_counter() - begun, "counts": dict(counts), "answers": answers}
+    return dict(counts)
 
 
 def serve(name: str, way: Way, args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -144,19 +146,20 @@ def page(results: dict[str, Any], out: Path) -> str:
         "    python -m benchmarks.needle --out docs/benchmarks/needle.md",
         "",
         "Right answers of those asked, through `vllm serve` and the chat template, greedy. The model was trained on",
-        "conversations of up to 32,768 tokens. `differ`: how many answers are not those of "
-        f"`{PLAIN}` to the same questions.",
+        "conversations of up to 32,768 tokens. `differ`: how many answers are not those that the plain server, or for",
+        f"bf16 the one of {PLAIN}, gives to the same questions. Where fewer logs were asked about, `--logs` said so.",
         "",
     ]
-    lines += ["| served | tokens | " + " | ".join(KINDS) + " | differ | seconds |", "| --- " * (len(KINDS) + 4) + "|"]
+    lines += ["| served | tokens | logs | " + " | ".join(KINDS) + " | differ |", "| --- " * (len(KINDS) + 4) + "|"]
     for name, by_length in results.items():
         for length, found in sorted(by_length.items(), key=lambda item: int(item[0])):
             cells = [_share(found["counts"].get(kind)) for kind in KINDS]
-            plain = results.get(PLAIN, {}).get(length, {}).get("answers")
+            base, _, change = name.partition(",")
+            plain = results.get(base if change else PLAIN, {}).get(length, {}).get("answers")
             differ = "-"
             if name != PLAIN and plain:  # of the logs that both were asked about
                 differ = str(sum(a != b for a, b in zip(plain, found["answers"], strict=False)))
-            lines.append(f"| {name} | {int(length):,} | {' | '.join(cells)} | {differ} | {found['seconds']:.0f} |")
+            lines.append(f"| {name} | {int(length):,} | {found['logs']} | {' | '.join(cells)} | {differ} |")
     for name, by_length in results.items():
         if len(by_length) > 2:
             picture = out.with_name(f"needle-{name.replace(', ', '-').replace(' ', '-')}.svg")

@@ -87,9 +87,10 @@ class Asker:
         self.often = [name for name, codes in log.records.items() if len(codes) > 1]
 
     def ask(self, kind: str) -> Question:
+        """A question of the kind; `find` in place of `latest` where no name has several codes, and the other way."""
         makers: dict[str, Callable[[], Question]] = {
-            "find": lambda: self._one("find", self.rng.choice(self.once or self.often)),
-            "latest": lambda: self._one("latest", self.rng.choice(self.often or self.once)),
+            "find": lambda: self._known(self.once or self.often),
+            "latest": lambda: self._known(self.often or self.once),
             "several": self._several,
             "absent": lambda: self._one("absent", self._stranger()),
             "repeat": self._repeat,
@@ -100,6 +101,10 @@ class Asker:
         """`find` for the record nearest to `depth` of the log."""
         name = min(self.once, key=lambda name: abs(self._depth(name) - depth))
         return self._one("find", name)
+
+    def _known(self, names: list[str]) -> Question:
+        name = self.rng.choice(names)
+        return self._one("latest" if len(self.log.records[name]) > 1 else "find", name)
 
     def _one(self, kind: str, name: str) -> Question:
         form = self.rng.choice(("What is the code of {}?", "Tell me the code of {}.", "Do you know the code of {}?"))
