@@ -89,9 +89,15 @@ class StartChecks(VerifyAndUpdateConfig):
             # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.
             cache.block_size = plan(vllm_config, 0).block_tokens
             cache.user_specified_block_size = True
-            multiple = memory.BLOCK_MULTIPLE[current_platform.device_type]
-            if cache.enable_prefix_caching and cache.block_size % multiple:
-                raise ConfigError(f"--block-size is {cache.block_size}; give a multiple of {multiple}, or leave it out")
+            if cache.enable_prefix_caching:
+                check_block_size(cache.block_size, current_platform.device_type)
+
+
+def check_block_size(tokens: int, device: str) -> None:
+    """Raises ConfigError for blocks at whose ends a prefill on the device can keep no state for the prefix cache."""
+    multiple = memory.BLOCK_MULTIPLE[device]
+    if tokens % multiple:
+        raise ConfigError(f"--block-size is {tokens}; give a multiple of {multiple}, or leave it out")
 
 
 def check_flags(vllm_config: VllmConfig) -> None:

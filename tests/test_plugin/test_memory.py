@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo, memory, start_checks
+from vllm_kimi_linear.config import ConfigError, Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[2] / "benchmarks" / "config_48b.json").read_text())
 MIB, GIB = 1 << 20, 1 << 30
@@ -63,6 +63,17 @@ def test_on_a_gpu_a_prefill_can_keep_states_at_the_blocks(ranks: int, state: str
     assert plan.block_tokens % prefill.CHUNK == 0
     assert 192 <= plan.block_tokens <= 320
     assert plan.kda_groups <= 20
+
+
+@pytest.mark.parametrize("tokens, device", [(48, "cpu"), (64, "cuda"), (320, "cuda")])
+def test_blocks_at_whose_ends_states_can_be_kept(tokens: int, device: str):
+    start_checks.check_block_size(tokens, device)
+
+
+@pytest.mark.parametrize("tokens, device, multiple", [(24, "cpu", 16), (48, "cuda", 64), (272, "cuda", 64)])
+def test_blocks_at_whose_ends_no_state_can_be_kept(tokens: int, device: str, multiple: int):
+    with pytest.raises(ConfigError, match=f"^--block-size is {tokens}; give a multiple of {multiple},"):
+        start_checks.check_block_size(tokens, device)
 
 
 def test_little_is_wasted():
