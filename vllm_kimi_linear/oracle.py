@@ -42,6 +42,8 @@ class Score:
 class Oracle:
     """A checkpoint in transformers. Raises AssertionError if a tensor is missing or left over."""
 
+    PIECE: ClassVar[int] = 4096  # tokens of a long prompt that KDA takes at a time
+
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -51,8 +53,6 @@ class Oracle:
         assert not faults, f"transformers does not load {path} cleanly: {faults}"
         self.model = model.eval()
         self.path = Path(path)
-
-    PIECE: ClassVar[int] = 4096
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int = 0) -> torch.Tensor:

@@ -106,12 +106,11 @@ def _converse(server: Server, subject: Subject, tokens: int) -> tuple[list[Answe
         print(f"\nQuestion: {question}\nAnswer:   ", end="")
         answer = _ask(server, subject.text + question, tokens, to_the_end=expected is None)
         verdict = "" if expected is None else "right, " if answer.text == expected else f"WRONG, it is: {expected}, "
-        right = right and answer.text == (expected or answer.text)
+        right = right and expected in (None, answer.text)
         computed = len(answer.prompt_ids) - answer.cached_tokens
-        print(
-            f"\n          {verdict}{len(answer.prompt_ids):,} tokens of prompt, {computed:,} of them computed,", end=" "
-        )
-        print(f"first token after {answer.seconds_to_first:.2f} s, then {answer.tokens_per_second:.0f} tokens/s")
+        read = f"{len(answer.prompt_ids):,} tokens of prompt, {computed:,} of them computed"
+        speed = f"first token after {answer.seconds_to_first:.2f} s, then {answer.tokens_per_second:.0f} tokens/s"
+        print(f"\n          {verdict}{read}, {speed}")
         answers.append(answer)
     return answers, right
 
