@@ -193,3 +193,11 @@ def relative_error_fixture():
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     return load_backend(request.param)
+
+
+@pytest.fixture
+def cuda() -> ModuleType:
+    pytest.importorskip("triton")
+    from kda_kernels import cuda
+
+    return cuda

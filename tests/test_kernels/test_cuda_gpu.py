@@ -17,14 +17,6 @@ pytestmark = [
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
-@pytest.fixture
-def cuda():
-    pytest.importorskip("triton")
-    from kda_kernels import cuda
-
-    return cuda
-
-
 def on(device, value):
     """A copy on the device that keeps strides and the gaps between rows."""
     if isinstance(value, torch.Tensor):
