@@ -1,5 +1,8 @@
 """Latent attention of a prefill on the CPU: few rows and many, over cached blocks in any order, give the same."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -72,3 +75,21 @@ def test_rows_attend_to_context_and_themselves(attention: CpuLatentImpl, rows: i
     )
     want = by_definition(attention, query, torch.cat([cache[blocks].flatten(0, 1)[:context], fresh]), context)
     assert (out.view_as(want) - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("attend", ["_attend", "_attend_few"])
+def test_a_long_context_is_never_held_whole(attention: CpuLatentImpl, attend: str):
+    """At most the tile at hand, and the one before it, which the loop has not let go."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def tiles() -> Iterator[torch.Tensor]:
+        for _ in range(5):
+            tile = torch.randn(32, LATENT + SHARED)
+            seen.append(weakref.ref(tile))
+            yield tile
+            del tile
+            assert sum(ref() is not None for ref in seen) <= 1
+
+    query, fresh = torch.randn(3, HEADS, NOPE + SHARED), torch.randn(3, LATENT + SHARED)
+    getattr(attention, attend)(query, fresh, tiles())
+    assert len(seen) == 5

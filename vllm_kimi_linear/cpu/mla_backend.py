@@ -6,9 +6,10 @@ prefill rows attend tile by tile and merge the tiles by their log-sum-exp, so th
 and not with queries x context. Many rows attend to expanded keys and values, few to the latents themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -261,54 +262,37 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         for request in attn_metadata.prefill:
             rows = slice(request.first_row, request.first_row + request.num_rows)
             fresh = torch.cat([kv_c_normed[rows], k_pe[rows].flatten(1)], dim=-1)
-            if request.num_rows <= min(FEW_ROWS, request.context_len):
-                self._attend_few(q[rows], fresh, kv_c_and_k_pe_cache, request, output[rows])
-            else:
-                self._attend(q[rows], fresh, kv_c_and_k_pe_cache, request, output[rows])
+            few = request.num_rows <= min(FEW_ROWS, request.context_len)
+            attend = self._attend_few if few else self._attend
+            output[rows] = attend(q[rows], fresh, _context_tiles(kv_c_and_k_pe_cache, request))
 
-    def _attend_few(
-        self,
-        query: torch.Tensor,
-        fresh: torch.Tensor,
-        cache: torch.Tensor,
-        request: LatentPrefill,
-        output: torch.Tensor,
-    ) -> None:
-        """The same as `_attend` for few rows: scores and sums over latents, as in decoding."""
+    def _attend(self, query: torch.Tensor, fresh: torch.Tensor, context: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Causal attention of one request's rows over its cached entries, by tiles, and over themselves.
+
+        query [n, heads, 192], fresh [n, 576], tiles [up to CONTEXT_TILE, 576] -> [n, heads, 128] fp32.
+        """
+        tiles = query.split(QUERY_TILE)
+        partials = [_Partial() for _ in tiles]
+        for entries in context:
+            keys, values = self._expand(entries)
+            for tile, partial in zip(tiles, partials, strict=True):
+                partial.add(*self._flash(tile, keys, values, causal=False))
+        for first, entries in enumerate(fresh.split(QUERY_TILE)):
+            keys, values = self._expand(entries)
+            for i in range(first, len(tiles)):
+                partials[i].add(*self._flash(tiles[i], keys, values, causal=i == first))
+        return torch.cat([partial.out for partial in partials], dim=1).transpose(0, 1)[..., : self.value_dim]
+
+    def _attend_few(self, query: torch.Tensor, fresh: torch.Tensor, context: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The same for few rows: scores and sums over latents, as in decoding."""
         to_keys, to_values = self.expansion
         nope, shared = query.transpose(0, 1).split([self.nope_dim, self.key_dim - self.nope_dim], dim=-1)
         absorbed = torch.cat([nope @ to_keys.mT, shared], dim=-1).transpose(0, 1)
         partial = _Partial()
-        for entries in (*_context_tiles(cache, request), fresh):
+        for entries in chain(context, (fresh,)):
             heads = entries.unsqueeze(0).expand(self.num_heads, -1, -1)
             partial.add(*self._flash(absorbed, heads, heads, causal=entries is fresh))
-        assert partial.out is not None
-        output.copy_((partial.out[..., : self.latent_dim].to(to_values.dtype) @ to_values).transpose(0, 1))
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        fresh: torch.Tensor,
-        cache: torch.Tensor,
-        request: LatentPrefill,
-        output: torch.Tensor,
-    ) -> None:
-        """Causal attention of one request's rows over its cached context and over themselves."""
-        num_rows = request.num_rows
-        partials = [_Partial() for _ in range(0, num_rows, QUERY_TILE)]
-        for entries in _context_tiles(cache, request):
-            keys, values = self._expand(entries)
-            for i, partial in enumerate(partials):
-                tile = query[i * QUERY_TILE : (i + 1) * QUERY_TILE]
-                partial.add(*self._flash(tile, keys, values, causal=False))
-        for start in range(0, num_rows, QUERY_TILE):
-            keys, values = self._expand(fresh[start : start + QUERY_TILE])
-            for i in range(start // QUERY_TILE, len(partials)):
-                tile = query[i * QUERY_TILE : (i + 1) * QUERY_TILE]
-                partials[i].add(*self._flash(tile, keys, values, causal=i * QUERY_TILE == start))
-        for i, partial in enumerate(partials):
-            assert partial.out is not None  # every row attends to itself at least
-            output[i * QUERY_TILE : (i + 1) * QUERY_TILE] = partial.out.transpose(0, 1)[..., : self.value_dim]
+        return (partial.out[..., : self.latent_dim].to(to_values.dtype) @ to_values).transpose(0, 1)
 
     def _expand(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache entries [n, 576] -> keys and values [heads, n, 192]; values are zero-padded to the key width."""
@@ -345,14 +329,13 @@ def _context_tiles(cache: torch.Tensor, request: LatentPrefill) -> Iterator[torc
 
 
 class _Partial:
-    """Attention over the tiles seen so far, merged by log-sum-exp."""
+    """Attention over the tiles seen so far, merged by log-sum-exp; every row attends to itself at least."""
 
-    def __init__(self) -> None:
-        self.out: torch.Tensor | None = None
-        self.lse: torch.Tensor | None = None
+    out: torch.Tensor
+    lse: torch.Tensor | None = None
 
     def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self.out is None or self.lse is None:
+        if self.lse is None:
             self.out, self.lse = out, lse
             return
         total = torch.logaddexp(self.lse, lse)
