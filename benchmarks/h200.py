@@ -5,8 +5,8 @@
 serves the 48B's config (config_48b.json beside this file) with random weights once for each run of RUNS, sends the
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
-none is begun. A smaller GPU takes --layers, all else alike. Random weights route tokens about evenly, which is the
-worst case for weight traffic.
+none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. Random weights route tokens
+about evenly, which is the worst case for weight traffic.
 """
 
 import argparse
@@ -59,13 +59,12 @@ class Run:
 # vLLM's own needs CuTe DSL for its fused GEMM and all-reduce, which one GPU does not use.
 OWN = (("VLLM_PLUGINS", ""), ("VLLM_KIMI_K3_GEMM_AR", "0"))
 ALONE = ("tpot 1 4K", "ttft 8K", "tpot 1 128K")
-# Blocks as long as ours, and no more length than its latents leave room for.
-ATTENTION = ("--block-size=256", "--max-model-len=262144", "--no-enable-prefix-caching")
+ATTENTION = ("--block-size=256", "--no-enable-prefix-caching")  # blocks as long as ours
 MANY = ("tpot 8 4K", "tpot 32 4K", "poisson", "tpot 8 128K")
 RUNS = {
     "ours": Run((*ALONE, "million", *MANY)),
     "vLLM": Run((*ALONE, *MANY, "million"), env=OWN),
-    "attention only": Run((*ALONE, *MANY), attention_only=True, flags=ATTENTION),
+    "attention only": Run((*ALONE, *MANY, "million"), attention_only=True, flags=ATTENTION),
     "ours, bf16 state": Run(("tpot 1 4K", "tpot 8 4K", "tpot 32 4K"), flags=("--mamba-ssm-cache-dtype=bfloat16",)),
 }
 
@@ -122,10 +121,10 @@ class Rows:
         return {"tpot": steady_tpot(replies), **alone}
 
     def poisson(self) -> dict[str, float]:
-        """256 requests of 2K tokens in and 256 out, arriving at random, 8 a second: prefill and decode overlap."""
+        """256 requests of 2K tokens in and 256 out, arriving at random, 16 a second: prefill and decode overlap."""
         prompts = [self.prompt(2 * K) for _ in range(max(256 // self.scale, 8))]
         begun = time.perf_counter()
-        replies = self.load.poisson(prompts, 256, rate=8)
+        replies = self.load.poisson(prompts, 256, rate=16)
         seconds = time.perf_counter() - begun
         return {
             "tokens a second": sum(len(reply.tokens) for reply in replies) / seconds,
@@ -148,8 +147,13 @@ class Rows:
         }
 
 
-def tpot_floor(geometry: Geometry, sequences: int, context: int, bandwidth: float = BANDWIDTHS["H200"]) -> float:
-    """Seconds a token if each step only read its weights, latents and states, and wrote the states."""
+def tpot_floor(
+    geometry: Geometry, sequences: int, context: int, bandwidth: float = BANDWIDTHS["H200"], gpus: int = 1
+) -> float:
+    """Seconds a token if each step only read its weights, latents and states, and wrote the states.
+
+    Several GPUs share weights and states; each reads all latents.
+    """
     share = geometry.experts_per_token / geometry.num_experts
     touched = 1 - (1 - share) ** sequences
     weights = sum(
@@ -159,14 +163,14 @@ def tpot_floor(geometry: Geometry, sequences: int, context: int, bandwidth: floa
     )
     plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0)
     state = 2 * plan.kda_state_bytes_per_sequence
-    return (weights + sequences * (plan.mla_bytes_per_token * context + state)) / bandwidth
+    return ((weights + sequences * state) / gpus + sequences * plan.mla_bytes_per_token * context) / bandwidth
 
 
 class Results:
-    """The figures of all runs at one depth, kept in a file and shown in a table."""
+    """The figures of all runs at one depth on so many GPUs, kept in a file and shown in a table."""
 
-    def __init__(self, folder: Path, layers: int, out: Path | None) -> None:
-        self.file, self.layers, self.out = folder / f"{layers}-layers.json", layers, out
+    def __init__(self, folder: Path, layers: int, gpus: int, out: Path | None) -> None:
+        self.file, self.layers, self.gpus, self.out = folder / f"{layers}-layers-{gpus}.json", layers, gpus, out
         self.runs: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def missing(self, name: str, rows: list[str]) -> list[str]:
@@ -186,7 +190,7 @@ class Results:
     def save(self) -> None:
         self.file.write_text(json.dumps(self.runs, indent=1))
         if self.out:
-            self.out.write_text(table(self.runs, self.layers))
+            self.out.write_text(table(self.runs, self.layers, self.gpus))
 
 
 def serve(name: str, args: argparse.Namespace, results: Results, deadline: float) -> None:
@@ -197,10 +201,10 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
         return
     base = json.loads((args.config or CONFIG).read_text())
     config = base if args.config else model_config(run, base, args.layers)
-    flags = [*DUMMY.split(), *args.flags.split(), *run.flags]
+    flags = [*DUMMY.split(), *args.flags.split(), *run.flags, f"--tensor-parallel-size={args.gpus}"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        log = args.results / f"{args.layers}-{name.replace(', ', '-').replace(' ', '-')}.log"
+        log = args.results / f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}.log"
         server = Server(folder, flags, log_path=log, env=ENV | dict(run.env))
         begun = time.perf_counter()
         try:
@@ -220,14 +224,14 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
             server.stop()
 
 
-def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS) -> str:
+def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1) -> str:
     shown = [name for name in RUNS if name in runs]
     machines = " ".join(runs[name]["machine"] for name in shown)
     gpu = next((name for name in BANDWIDTHS if name in machines), "H200")
     lines = [
-        "# The whole server on one GPU",
+        f"# The whole server on {'one GPU' if gpus == 1 else f'{gpus} GPUs'}, {layers} layers",
         "",
-        "    python -m benchmarks.h200 --out docs/benchmarks/h200.md",
+        f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out docs/benchmarks/h200.md",
         "",
         f"{layers} of the 48B's {LAYERS} layers, with random weights (they route about evenly, the worst case for "
         f"weight traffic). ms; the floor counts weights, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
@@ -244,7 +248,7 @@ def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS) -> str:
             floor = ""
             if figure == "tpot":
                 sequences, context = (1, MILLION) if row == "million" else _sizes(row)
-                floor = f"{tpot_floor(whole, sequences, context, BANDWIDTHS[gpu]) * 1e3:.2f}"
+                floor = f"{tpot_floor(whole, sequences, context, BANDWIDTHS[gpu], gpus) * 1e3:.2f}"
             lines.append(f"| {row}: {figure} | " + " | ".join(cells) + f" | {floor} |")
     lines += ["", "| server | machine | started in | flags |", "| --- | --- | --- | --- |"]
     for name in shown:
@@ -284,6 +288,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=[*RUNS], help="the runs to run now")
     parser.add_argument("--rows", nargs="+", help="of their rows, only these")
     parser.add_argument("--layers", type=int, default=LAYERS, help="the first so many layers, for a smaller GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="that share each server's model (tensor parallel)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths, for a trial")
     parser.add_argument("--config", type=Path, help="another config.json, for a trial")
@@ -291,7 +296,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     args.results.mkdir(parents=True, exist_ok=True)
-    results = Results(args.results, args.layers, args.out)
+    results = Results(args.results, args.layers, args.gpus, args.out)
     for name in args.only:
         if time.monotonic() > deadline:
             break

@@ -46,11 +46,13 @@ WAYS = {
     "fp32, two ranks": Way(("--dtype=float32", "--tensor-parallel-size=2"), TWO_RANKS),
     "bf16": Way(("--dtype=bfloat16",), lengths=(4 * K, 16 * K)),
 }
+GPU_LENGTHS = (K, 4 * K, 16 * K, 64 * K, 128 * K, 1000 * K)
+GPU_FLAGS = ("--dtype=bfloat16", "--gpu-memory-utilization=0.1")  # --cache says what it takes; this must only be free
 GPU_WAYS = {
-    "bf16": Way(("--dtype=bfloat16",), lengths=(K, 4 * K, 16 * K, 64 * K, 128 * K, 1000 * K)),
-    "bf16, nothing cached": Way(("--dtype=bfloat16", "--no-enable-prefix-caching")),
-    "bf16, chunks of 256": Way(("--dtype=bfloat16", "--max-num-batched-tokens=256")),
-    "bf16, state in bf16": Way(("--dtype=bfloat16", "--mamba-ssm-cache-dtype=bfloat16"), lengths=(4 * K, 16 * K)),
+    "bf16 on a GPU": Way(GPU_FLAGS, lengths=GPU_LENGTHS),
+    "bf16 on a GPU, nothing cached": Way((*GPU_FLAGS, "--no-enable-prefix-caching"), lengths=(4 * K, 16 * K)),
+    "bf16 on a GPU, chunks of 256": Way((*GPU_FLAGS, "--max-num-batched-tokens=256"), lengths=(4 * K, 16 * K)),
+    "bf16 on a GPU, state in bf16": Way((*GPU_FLAGS, "--mamba-ssm-cache-dtype=bfloat16"), lengths=GPU_LENGTHS),
 }
 
 

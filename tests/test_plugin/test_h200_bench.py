@@ -22,6 +22,12 @@ def test_floor_of_a_decode_step(sequences: int, context: int, milliseconds: floa
     assert h200.tpot_floor(WHOLE, sequences, context) * 1e3 == pytest.approx(milliseconds, rel=5e-3)
 
 
+def test_two_gpus_share_weights_and_states_but_not_latents():
+    short, long = (h200.tpot_floor(WHOLE, 1, n) / h200.tpot_floor(WHOLE, 1, n, gpus=2) for n in (1, 100 << 20))
+    assert short == pytest.approx(2, rel=1e-3)
+    assert long == pytest.approx(1, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", h200.RUNS)
 def test_every_run_has_a_valid_config_and_known_rows(name: str):
     run = h200.RUNS[name]
@@ -52,10 +58,11 @@ def test_a_table_shows_what_was_measured_and_what_was_not():
 
 
 def test_what_is_missing_or_failed_is_measured_again(tmp_path: Path):
-    results = h200.Results(tmp_path, 27, None)
+    results = h200.Results(tmp_path, 27, 1, None)
     results.started("ours", 60.0, "")
     results.add("ours", "tpot 1 4K", {"tpot": 0.002})
     results.add("ours", "ttft 8K", {"error": "TimeoutError: "})
-    again = h200.Results(tmp_path, 27, None)
+    again = h200.Results(tmp_path, 27, 1, None)
     assert again.missing("ours", ["tpot 1 4K", "ttft 8K", "million"]) == ["ttft 8K", "million"]
-    assert h200.Results(tmp_path, 16, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
+    assert h200.Results(tmp_path, 16, 1, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
+    assert h200.Results(tmp_path, 27, 2, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]

@@ -19,6 +19,8 @@ BFLOAT16_FLAGS = (
     "--max-num-batched-tokens=1024",
     "--no-enable-prefix-caching",
     "--max-logprobs=-1",
+    # On a GPU so much must be free at the start, whatever is taken; other servers may be there.
+    *(["--gpu-memory-utilization=0.1"] if torch.cuda.is_available() else []),
 )
 RATIO = 1.2
 SEQUENCES, LENGTH, PROMPT = 8, 256, 64

@@ -43,8 +43,7 @@ def resident(server: Server) -> int:
     return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
 
 
-def check_end(oracle: Oracle, million: Completions, demo_model: Path, length: int) -> None:
-    prompt = Stream(oracle.model.config.vocab_size, seed=13).prompt(length)
+def check_end(oracle: Oracle, million: Completions, demo_model: Path, prompt: list[int]) -> None:
     before = resident(million.server)
     answer = asyncio.run(ask_end(million, prompt))
     grown = resident(million.server) - before
@@ -54,7 +53,7 @@ def check_end(oracle: Oracle, million: Completions, demo_model: Path, length: in
     assert len(answer) == LAST
     for at, found in enumerate(answer):
         for token, logprob in found.items():
-            assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {length - LAST + at}"
+            assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {len(prompt) - LAST + at}"
     assert grown < SPARE_BYTES, f"{grown / MIB:.0f} MiB"
     geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
     plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=5 << 30)
@@ -78,10 +77,13 @@ async def ask_end(million: Completions, prompt: list[int]) -> list[dict[int, flo
     return [*inside, {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items()}]
 
 
-def test_the_end_of_a_long_prompt(oracle: Oracle, million: Completions, demo_model: Path):
-    check_end(oracle, million, demo_model, 6_000)
+def test_the_end_of_a_long_prompt(oracle: Oracle, million: Completions, demo_model: Path, vocab: int):
+    check_end(oracle, million, demo_model, Stream(vocab, seed=13).prompt(6_000))
 
 
 @pytest.mark.soak
-def test_the_end_of_131072_tokens(oracle: Oracle, million: Completions, demo_model: Path):
-    check_end(oracle, million, demo_model, 131_072)
+def test_the_end_of_131072_tokens(oracle: Oracle, million: Completions, demo_model: Path, vocab: int):
+    # Seed 13 alone has a router's choice hang on 4.8e-7 at position 130,769: rounding decides which expert it takes,
+    # and what follows differs by 1e-2.
+    prompt = Stream(vocab, seed=13).prompt(130_700) + Stream(vocab, seed=15).prompt(372)
+    check_end(oracle, million, demo_model, prompt)
