@@ -24,6 +24,7 @@ pytestmark = pytest.mark.gpu
 FLAGS = (
     "--dtype=bfloat16",
     "--max-model-len=4096",
+    "--enable-prompt-tokens-details",
     "--kv-cache-memory-bytes=1G",
     "--gpu-memory-utilization=0.1",
 )
