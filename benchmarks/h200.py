@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ class Rows:
         """Seconds a token while all sequences decode, and of one alone also to the first."""
         replies = self.load.at_once([self.prompt(tokens_of(size)) for _ in range(int(sequences))], 128)
         alone = {"ttft": replies[0].ttft} if len(replies) == 1 else {}
-        return {"tpot": steady_tpot(replies), **alone}
+        gaps = [b - a for reply in replies for a, b in pairwise(reply.times)]
+        return {"tpot": steady_tpot(replies), "p50 gap": statistics.median(gaps), "most gap": max(gaps), **alone}
 
     def poisson(self) -> dict[str, float]:
         """256 requests of 2K tokens in and 256 out, arriving at random, 16 a second: prefill and decode overlap."""
@@ -267,7 +269,7 @@ def _cell(figure: str, value: Any) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    return f"{value * 1e3:.2f}" if "ttft" in figure or "tpot" in figure else f"{value:.0f}"
+    return f"{value * 1e3:.2f}" if figure.split()[-1] in ("ttft", "tpot", "gap") else f"{value:.0f}"
 
 
 def machine() -> str:

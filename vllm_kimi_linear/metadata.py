@@ -193,7 +193,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             continuing=count,
             continuing_tokens=tokens,
             continuing_slots=self.slots,
-            prefill_slots=self.slots,
+            prefill_slots=self.slots[:0, 0],
             exports=None,
             drafts=self._drafts(common, accepted, order, count) if self.draft_tokens else None,
             prefills=prefills,
@@ -243,22 +243,24 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         return mamba_get_block_table_tensor(block_table, seq_lens, self.kv_cache_spec, mode)
 
     def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor, block_table: torch.Tensor) -> KdaMetadata:
-        slots = slots[: metadata.num_requests, : self.slots.shape[1]]
+        """`metadata` with this group's slots. Every group in every step: where all decode, it must cost little."""
+        requests, count, prefills = metadata.num_requests, metadata.continuing, metadata.prefills
         if metadata.order is not None:
             slots = slots[metadata.order.requests]
-        continuing = self.slots[: metadata.continuing]
-        continuing[: metadata.num_requests].copy_(slots[: metadata.continuing])
-        continuing[metadata.num_requests :].zero_()
-        exports, prefills = None, metadata.prefills
-        if prefills is not None and len(prefills.rows_before):
+        if slots is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens:
+            continuing = slots[:count]  # of the runner's buffer, which stays in its place and pads with null slots
+        else:
+            continuing = self.slots[:count]
+            continuing[:requests].copy_(slots[: min(requests, count), : self.slots.shape[1]])
+            continuing[requests:].zero_()
+        if prefills is None:
+            return replace(metadata, continuing_slots=continuing)
+        exports = None
+        if len(prefills.rows_before):
             blocks = block_table[prefills.boundary_requests, prefills.boundary_columns]
             exports = Exports(prefills.rows_before, blocks.to(torch.int32))
-        return replace(
-            metadata,
-            continuing_slots=continuing,
-            prefill_slots=slots[metadata.continuing :, 0].contiguous(),
-            exports=exports,
-        )
+        ours = slots[count:requests, 0].contiguous()
+        return replace(metadata, continuing_slots=continuing, prefill_slots=ours, exports=exports)
 
     def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
         return async_tensor_h2d(values, self.device, dtype)

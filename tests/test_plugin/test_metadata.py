@@ -131,6 +131,22 @@ def test_another_group_differs_in_its_slots_alone():
     assert moved.prefills is metadata.prefills
 
 
+def test_slots_that_the_runner_found_for_all_groups_are_taken_as_they_lie():
+    """CUDA graphs replay with their addresses; requests of no rows pad a graph."""
+    kda = builder(block=16)
+    kda.mamba_aligned_state_indices = torch.tensor([[7], [8], [9], [0]], dtype=torch.int32)
+    decodes = kda.build(0, step([1, 1, 1, 0], [5, 6, 7, 0]))
+    assert (decodes.num_requests, decodes.continuing) == (3, 4)
+    assert decodes.continuing_slots.tolist() == [[7], [8], [9], [0]]
+    assert decodes.continuing_slots.data_ptr() == kda.mamba_aligned_state_indices.data_ptr()
+    mixed = kda.build(0, step([1, 1, 4], [5, 6, 0]))
+    assert mixed.continuing_slots[:, 0].tolist() == [7, 8]
+    assert mixed.prefill_slots.tolist() == [9]
+    swapped = kda.build(0, step([4, 1, 1], [0, 5, 6]))
+    assert swapped.continuing_slots[:, 0].tolist() == [8, 9]
+    assert swapped.prefill_slots.tolist() == [7]
+
+
 def test_states_inside_a_chunk_go_to_the_blocks_of_its_columns():
     """Blocks of 16; a chunk that ends on an edge, one over an edge, one between two."""
     common = step([16, 30, 8], [0, 16, 4], columns=4)
