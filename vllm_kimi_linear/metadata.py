@@ -247,8 +247,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         requests, count, prefills = metadata.num_requests, metadata.continuing, metadata.prefills
         if metadata.order is not None:
             slots = slots[metadata.order.requests]
-        if slots is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens:
-            continuing = slots[:count]  # of the runner's buffer, which stays in its place and pads with null slots
+        as_they_lie = slots is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens
+        if as_they_lie:  # in the runner's buffer, which stays in its place and is filled up with null slots
+            continuing = slots[:count]
         else:
             continuing = self.slots[:count]
             continuing[:requests].copy_(slots[: min(requests, count), : self.slots.shape[1]])
