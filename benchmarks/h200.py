@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import Load, percentile, steady_tpot
+from benchmarks.load import Load, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server
@@ -136,13 +136,13 @@ class Rows:
         }
 
     def million(self) -> dict[str, float]:
-        """One prompt of 1,048,000 tokens, 64 tokens of answer, and a second question on the same document."""
+        """One prompt of 1,048,000 tokens, 256 tokens of answer, and a second question on the same document."""
         document = self.prompt(MILLION)
-        (first,) = self.load.at_once([document], 64)
+        (first,) = self.load.at_once([document], 256)
         (second,) = self.load.at_once([document[:-16] + self.load.prompt(64)], 8)
         return {
             "ttft": first.ttft,
-            "tpot": first.tpot,
+            "tpot": late_tpot(first),
             "second ttft": second.ttft,
             "second cached": second.cached,
             "prompt": len(document),
@@ -171,8 +171,9 @@ def tpot_floor(
 class Results:
     """The figures of all runs at one depth on so many GPUs, kept in a file and shown in a table."""
 
-    def __init__(self, folder: Path, layers: int, gpus: int, out: Path | None) -> None:
-        self.file, self.layers, self.gpus, self.out = folder / f"{layers}-layers-{gpus}.json", layers, gpus, out
+    def __init__(self, folder: Path, layers: int, gpus: int, out: Path | None, note: str = "") -> None:
+        self.file, self.layers, self.gpus = folder / f"{layers}-layers-{gpus}.json", layers, gpus
+        self.out, self.note = out, note
         self.runs: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def missing(self, name: str, rows: list[str]) -> list[str]:
@@ -192,7 +193,7 @@ class Results:
     def save(self) -> None:
         self.file.write_text(json.dumps(self.runs, indent=1))
         if self.out:
-            self.out.write_text(table(self.runs, self.layers, self.gpus))
+            self.out.write_text(table(self.runs, self.layers, self.gpus, self.note))
 
 
 def serve(name: str, args: argparse.Namespace, results: Results, deadline: float) -> None:
@@ -226,7 +227,7 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
             server.stop()
 
 
-def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1) -> str:
+def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, note: str = "") -> str:
     shown = [name for name in RUNS if name in runs]
     machines = " ".join(runs[name]["machine"] for name in shown)
     gpu = next((name for name in BANDWIDTHS if name in machines), "H200")
@@ -239,6 +240,7 @@ def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1) 
         f"weight traffic). ms; the floor counts weights, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
         "Requests of one row have different prompts.",
         "",
+        *([note, ""] if note else []),
         "| row | " + " | ".join(shown) + " | floor |",
         "| --- " * (len(shown) + 2) + "|",
     ]
@@ -286,6 +288,7 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--note", default="", help="what to know of the run, for the table's page")
     parser.add_argument("--results", type=Path, default=Path(".demo/h200"), help="where figures and logs are kept")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=[*RUNS], help="the runs to run now")
     parser.add_argument("--rows", nargs="+", help="of their rows, only these")
@@ -298,7 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     args.results.mkdir(parents=True, exist_ok=True)
-    results = Results(args.results, args.layers, args.gpus, args.out)
+    results = Results(args.results, args.layers, args.gpus, args.out, args.note)
     for name in args.only:
         if time.monotonic() > deadline:
             break
@@ -306,6 +309,7 @@ def main() -> None:
             serve(name, args, results, deadline)
         except (RuntimeError, OSError, httpx.HTTPError) as error:  # a server that fails must not cost the other runs
             print(f"{name}: {error}", flush=True)
+    results.save()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,12 @@ class Load:
         return asyncio.run(asyncio.wait_for(run(), self.limit))
 
 
+def late_tpot(reply: Reply) -> float:
+    """Seconds a token in the second half of an answer: after a very long prompt the first pieces come in a bunch."""
+    middle = len(reply.times) // 2
+    return (reply.times[-1] - reply.times[middle]) / sum(reply.counts[middle + 1 :])
+
+
 def steady_tpot(replies: Sequence[Reply]) -> float:
     """Median over the requests of the seconds a token while all of them decode."""
     begin = max(reply.times[0] for reply in replies)

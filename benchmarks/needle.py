@@ -159,11 +159,11 @@ def page(results: dict[str, Any], out: Path) -> str:
             base, _, change = name.partition(",")
             plain = results.get(base if change else PLAIN, {}).get(length, {}).get("answers")
             differ = "-"
-            if name != PLAIN and plain:  # of the logs that both were asked about
+            if name != PLAIN and plain and found["answers"]:  # of the logs that both were asked about
                 differ = str(sum(a != b for a, b in zip(plain, found["answers"], strict=False)))
             lines.append(f"| {name} | {int(length):,} | {found['logs']} | {' | '.join(cells)} | {differ} |")
     for name, by_length in results.items():
-        if len(by_length) > 2:
+        if sum("depth 0" in found["counts"] for found in by_length.values()) > 2:
             picture = out.with_name(f"needle-{name.replace(', ', '-').replace(' ', '-')}.svg")
             shares = {
                 f"{int(length):,}": [_ratio(found["counts"].get(f"depth {n}")) for n in range(len(DEPTHS))]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import h200
-from benchmarks.load import Reply, percentile, steady_tpot
+from benchmarks.load import Reply, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear.config import Geometry
 
 BASE = json.loads(h200.CONFIG.read_text())
@@ -35,6 +35,11 @@ def test_every_run_has_a_valid_config_and_known_rows(name: str):
     assert geometry.num_layers == h200.LAYERS
     assert (len(geometry.kda_layers) == 0) == run.attention_only
     assert {row.split()[0] for row in run.rows} <= {"ttft", "tpot", "poisson", "million"}
+
+
+def test_late_tpot_leaves_out_what_came_in_a_bunch():
+    reply = Reply(asked=0.0, times=[9.0, 9.001, 9.002, 10.0, 12.0], counts=[1, 1, 1, 1, 3])
+    assert late_tpot(reply) == pytest.approx((12.0 - 9.002) / 4)
 
 
 def test_steady_tpot_counts_only_while_all_decode():
