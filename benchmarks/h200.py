@@ -5,8 +5,8 @@
 serves the 48B's config (config_48b.json beside this file) with random weights once for each run of RUNS, sends the
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
-none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. Random weights route tokens
-about evenly, which is the worst case for weight traffic.
+none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. Tokens are sampled at
+temperature 1: greedily, random weights soon answer all prompts alike, and sequences then share their experts.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,7 +42,7 @@ FLAGS = (
     "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=128 "
     "--gpu-memory-utilization=0.94 --enable-prefix-caching --cudagraph-capture-sizes 1 2 4 8 16 32 48 64 128"
 )
-# Nothing is compiled for the sampler, which is greedy, and graphs are captured once, not also to weigh them.
+# Nothing is compiled for the sampler, and graphs are captured once, not also to weigh them.
 ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0"}
 START_LIMIT, ROW_LIMIT, MILLION_LIMIT = 300, 240, 420  # seconds
 K = 1024
@@ -213,7 +214,7 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
         try:
             server.start(timeout=START_LIMIT)
             results.started(name, time.perf_counter() - begun, " ".join(flags))
-            measured = Rows(Load(server.url, server.model, config["vocab_size"]), args.scale)
+            measured = Rows(Load(server.url, server.model, config["vocab_size"], temperature=1), args.scale)
             measured.warm_up()
             for row in rows:
                 if time.monotonic() > deadline or (server.process and server.process.poll() is not None):
@@ -236,8 +237,8 @@ def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, 
         "",
         f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out docs/benchmarks/h200.md",
         "",
-        f"{layers} of the 48B's {LAYERS} layers, with random weights (they route about evenly, the worst case for "
-        f"weight traffic). ms; the floor counts weights, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
+        f"{layers} of the 48B's {LAYERS} layers, with random weights. ms; the floor counts weights, with experts chosen "
+        f"evenly, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
         "Requests of one row have different prompts.",
         "",
         *([note, ""] if note else []),
@@ -278,7 +279,8 @@ def machine() -> str:
     """The GPU and the versions that matter."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        gpu = ", ".join(f"{count} x {name}" for name, count in Counter(found).items())
     except (OSError, subprocess.CalledProcessError):
         gpu = "no GPU"
     names = ("vllm", "torch", "triton")

@@ -34,13 +34,13 @@ class Reply:
 
 
 class Load:
-    """A client of one server; `vocab` bounds the random token ids.
+    """A client of one server; `vocab` bounds the random token ids. Greedy, unless `temperature` says otherwise.
 
     What is sent together has `limit` seconds, after which TimeoutError is raised.
     """
 
-    def __init__(self, url: str, model: str, vocab: int, seed: int = 0) -> None:
-        self.url, self.model = url, model
+    def __init__(self, url: str, model: str, vocab: int, seed: int = 0, temperature: float = 0) -> None:
+        self.url, self.model, self.temperature = url, model, temperature
         self.random = random.Random(seed)
         self.vocab = vocab
         self.limit: float | None = None
@@ -49,12 +49,12 @@ class Load:
         return self.random.choices(range(32, self.vocab - 64), k=length)
 
     async def ask(self, client: httpx.AsyncClient, prompt: Sequence[int], tokens: int) -> Reply:
-        """Stream `tokens` greedy tokens. Raises RuntimeError with the server's words for any other answer."""
+        """Stream `tokens` tokens. Raises RuntimeError with the server's words for any other answer."""
         body = {
             "model": self.model,
             "prompt": list(prompt),
             "max_tokens": tokens,
-            "temperature": 0,
+            "temperature": self.temperature,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
