@@ -6,7 +6,7 @@ serves the 48B's config (config_48b.json beside this file) with random weights o
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
 none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. Tokens are sampled at
-temperature 1: greedily, random weights soon answer all prompts alike, and sequences then share their experts.
+temperature 1, lest random weights answer all prompts alike and the sequences share their experts.
 """
 
 import argparse
@@ -237,8 +237,8 @@ def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, 
         "",
         f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out docs/benchmarks/h200.md",
         "",
-        f"{layers} of the 48B's {LAYERS} layers, with random weights. ms; the floor counts weights, with experts chosen "
-        f"evenly, latents and states of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
+        f"{layers} of the 48B's {LAYERS} layers, with random weights. ms; the floor counts latents, states and "
+        f"weights, experts as if chosen evenly, of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
         "Requests of one row have different prompts.",
         "",
         *([note, ""] if note else []),
