@@ -21,11 +21,14 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import ops
-from kda_kernels.types import KdaInputs, KdaParams, KdaState
+from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
 from vllm_kimi_linear import memory, start_checks
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.metadata import KdaMetadata
 from vllm_kimi_linear.snapshots import KdaSpec
+
+# Rows of a sequence that the kernels for GPUs split where heads are few, and of one that they never do.
+SPLIT_ROWS, FEW_ROWS = 2048, 64
 
 
 class KdaInputProjection(MergedColumnParallelLinear):
@@ -193,12 +196,19 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             mixed[metadata.order.rows] = out
 
     def rehearse(self, inputs: KdaInputs, out: torch.Tensor) -> None:
-        """A prefill of all rows on the null slot: it takes the memory, and compiles the kernels, of a real one."""
+        """Prefills on the null slot: of all rows, for the memory of a real one; of a few, to compile all that it calls.
+
+        Kernels differ for sequences long enough to be split, and where states are kept at block boundaries.
+        """
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
-        nobody = torch.zeros(2, dtype=torch.int32, device=out.device)
-        cu_seqlens = torch.tensor([0, len(out)], dtype=torch.int32, device=out.device)
-        ops.prefill(inputs, self.kernel_params, state, cu_seqlens, nobody[:1], nobody[:1] > 0, out)
+        nobody = torch.zeros(1, dtype=torch.int32, device=out.device)
+        for most, keeps in ((len(out), False), (SPLIT_ROWS, True), (FEW_ROWS, False), (FEW_ROWS, True)):
+            rows = slice(min(most, len(out)))
+            cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
+            exports = Exports(cu_seqlens[1:], nobody) if keeps else None
+            some = _rows(inputs, rows)
+            ops.prefill(some, self.kernel_params, state, cu_seqlens, nobody, nobody > 0, out[rows], exports)
 
     @cached_property
     def kernel_params(self) -> KdaParams:

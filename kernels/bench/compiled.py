@@ -33,7 +33,8 @@ def report(kernel, types: dict[str, str], options: dict[str, int | bool], consta
     options.pop("launch_pdl", None)
     constants = constants | options
     signature = {n: "constexpr" if n in constants else (TYPES | types).get(n, "i32") for n in kernel.arg_names}
-    aligned = [n for n, kind in signature.items() if kind[0] == "*" or (kind == "i32" and n not in UNALIGNED)]
+    unaligned = {*UNALIGNED, *(param.name for param in kernel.params if param.do_not_specialize_on_alignment)}
+    aligned = [n for n, kind in signature.items() if (kind[0] == "*" or kind == "i32") and n not in unaligned]
     hints = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     target = GPUTarget("cuda", 90, 32)
     compiled = triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=launch)

@@ -1,5 +1,6 @@
 """Which backend serves a call, and what it says about it."""
 
+import importlib
 import shutil
 import sys
 from dataclasses import replace
@@ -109,3 +110,15 @@ def test_inputs_and_state_that_do_not_fit_are_refused(make_problem):
     with pytest.raises(ValueError, match="it must be \\[slots, 2, 16, 16\\]"):
         wrong = KdaState(state.conv, torch.zeros(4, 2, 32, 16))
         reference.decode(inputs, problem.params, wrong, problem.slots, problem.out)
+
+
+def test_no_gpu_kernel_is_compiled_anew_for_where_slots_begin():
+    """A batch's prefills are the later part of a table, at any address."""
+    pytest.importorskip("triton")
+    kernels = {"decode": ["_decode"], "verify": ["_verify"], "intra": ["prepare_kernel", "intra_kernel"]}
+    kernels |= {"output": ["output_kernel"], "states": ["states_kernel", "combine_kernel"]}
+    for module, names in kernels.items():
+        for name in names:
+            kernel = getattr(importlib.import_module(f"kda_kernels.cuda.{module}"), name)
+            (slots,) = (param for param in kernel.params if param.name == "slots")
+            assert slots.do_not_specialize_on_alignment, name

@@ -172,7 +172,7 @@ def _finish(o, scale, out, norm_eps, D: tl.constexpr, BV: tl.constexpr):
     tl.store(out + place, o.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _decode(
     qkv, forget, beta, gate, conv_weight, a_log, dt_bias, norm_weight, conv, recurrent, slots, out,
     qkv_stride, forget_stride, beta_stride, gate_stride, conv_slot, conv_tap, recurrent_slot, out_stride,

@@ -64,7 +64,7 @@ def convolved(
     return silu(y)
 
 
-@triton.jit(do_not_specialize=["begin", "end"])
+@triton.jit(do_not_specialize=["begin", "end"], do_not_specialize_on_alignment=["slots"])
 def prepare_kernel(
     qkv, forget, conv_weight, a_log, dt_bias, conv, slots, resume, cu_seqlens, chunk_sequence, first_chunk,
     q, k, v, sums, v_scales,
@@ -124,7 +124,7 @@ def prepare_kernel(
             tl.store(tl.where(part == 0, q, k) + place, (x * scale[:, None]).to(operand))
 
 
-@triton.jit(do_not_specialize=["begin", "end", "chunks"])
+@triton.jit(do_not_specialize=["begin", "end", "chunks"], do_not_specialize_on_alignment=["slots"])
 def intra_kernel(
     beta, slots, cu_seqlens, chunk_sequence, first_chunk,
     w, u, qd, kd, p, decay, scale, sums, v_scales,

@@ -11,7 +11,7 @@ from kda_kernels.cuda.elementwise import sigmoid
 from kda_kernels.cuda.rows import rows_of
 
 
-@triton.jit(do_not_specialize=["begin", "end", "length"])
+@triton.jit(do_not_specialize=["begin", "end", "length"], do_not_specialize_on_alignment=["slots"])
 def output_kernel(
     gate, norm_weight, slots, cu_seqlens, chunk_sequence, first_chunk, first_segment, qd, p, u, snapshots, units, out,
     begin, end, length, gate_stride, out_stride, norm_eps, heads,

@@ -7,7 +7,8 @@
   output   O, the norm and the gate                                   (chunk, head) in parallel
 
 Nothing is read back to the host: the number of chunks is bounded by rows / 64 + sequences, and programs beyond
-the last chunk return at once. A long call is cut into parts, one after another, so that the
+the last chunk return at once. `slots` may begin anywhere among a batch's, so no kernel is compiled anew for where it
+does. A long call is cut into parts, one after another, so that the
 workspace stays small; a part goes on from the states that the one before left in the slots.
 """
 

@@ -87,7 +87,7 @@ def through_chunks(
     return S
 
 
-@triton.jit(do_not_specialize=["begin", "end", "length", "chunks", "exports"])
+@triton.jit(do_not_specialize=["begin", "end", "length", "chunks", "exports"], do_not_specialize_on_alignment=["slots"])
 def states_kernel(
     qkv, conv, recurrent, slots, resume, cu_seqlens, first_chunk, segment_sequence, first_segment,
     w, u, kd, decay, scale, snapshots, units, starts, transitions, export_after, export_slots,
@@ -189,7 +189,7 @@ def states_kernel(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def combine_kernel(slots, first_segment, starts, transitions, heads, D: tl.constexpr, BV: tl.constexpr):
     """starts[s+1] += transitions[s] starts[s], along the segments s of a sequence but the first and the last."""
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)

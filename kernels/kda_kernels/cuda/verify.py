@@ -54,7 +54,7 @@ def verify(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "sequences"])
+@triton.jit(do_not_specialize=["rows", "sequences"], do_not_specialize_on_alignment=["slots"])
 def _verify(
     qkv, forget, beta, gate, conv_weight, a_log, dt_bias, norm_weight, conv, recurrent, cu_seqlens, slots, accepted,
     out, qkv_stride, forget_stride, beta_stride, gate_stride, conv_slot, conv_tap, recurrent_slot, out_stride,
