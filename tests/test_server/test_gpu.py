@@ -90,7 +90,6 @@ class Judge:
             rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
         seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
         assert not missed, f"{seen}; missed: {missed}"
-        assert clear > 0
         assert others <= RATIO * rough_others, seen
         return seen
 
