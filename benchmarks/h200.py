@@ -27,12 +27,14 @@ from typing import Any
 
 import httpx
 
+from benchmarks import trace
 from benchmarks.load import Load, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server
 
 CONFIG = Path(__file__).with_name("config_48b.json")
+PAGE = Path("docs/benchmarks/h200.md")
 LAYERS = 27
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12}  # bytes a second, by the data sheets
 MILLION = 1_048_000
@@ -61,12 +63,17 @@ class Run:
 # vLLM's own needs CuTe DSL for its fused GEMM and all-reduce, which one GPU does not use.
 OWN = (("VLLM_PLUGINS", ""), ("VLLM_KIMI_K3_GEMM_AR", "0"))
 ALONE = ("tpot 1 4K", "ttft 8K", "tpot 1 128K")
-ATTENTION = ("--block-size=256", "--no-enable-prefix-caching")  # blocks as long as ours
+# Blocks as long as ours; and a context that need not be computed, where a request says so.
+FILLED = {"kv_transfer_params": {"filled": True}}
+IMPORTS = (("PYTHONPATH", os.pathsep.join([str(CONFIG.parents[1]), os.environ.get("PYTHONPATH", "")])),)
+FILLING = '{"kv_connector":"FilledConnector","kv_connector_module_path":"benchmarks.filled","kv_role":"kv_both"}'
+ATTENTION = ("--block-size=256", "--no-enable-prefix-caching", f"--kv-transfer-config={FILLING}")
+FILLED_MILLION = "tpot 1 1M filled"  # to prefill it with attention alone takes longer than all else
 MANY = ("tpot 8 4K", "tpot 32 4K", "poisson", "tpot 8 128K")
 RUNS = {
-    "ours": Run((*ALONE, "million", *MANY)),
+    "ours": Run((*ALONE, "million", *MANY, "ttft 512K")),
     "vLLM": Run((*ALONE, *MANY, "million"), env=OWN),
-    "attention only": Run((*ALONE, *MANY, "million"), attention_only=True, flags=ATTENTION),
+    "attention only": Run((*ALONE, FILLED_MILLION, "ttft 512K", *MANY), True, ATTENTION, IMPORTS),
     "ours, bf16 state": Run(("tpot 1 4K", "tpot 8 4K", "tpot 32 4K"), flags=("--mamba-ssm-cache-dtype=bfloat16",)),
 }
 
@@ -83,7 +90,7 @@ def model_config(run: Run, base: dict[str, Any], layers: int = LAYERS) -> dict[s
 
 
 def tokens_of(size: str) -> int:
-    return int(size.removesuffix("K")) * K
+    return MILLION if size == "1M" else int(size.removesuffix("K")) * K
 
 
 class Rows:
@@ -112,14 +119,16 @@ class Rows:
         return self.load.prompt(max(length // self.scale, 1))
 
     def ttft(self, size: str) -> dict[str, float]:
-        """Seconds to the first token of one prompt, the median of three."""
-        prompts = [self.prompt(tokens_of(size)) for _ in range(3)]
+        """Seconds to the first token of one prompt; of a short one the median of three."""
+        prompts = [self.prompt(tokens_of(size)) for _ in range(3 if tokens_of(size) < 256 * K else 1)]
         return {"ttft": statistics.median(self.load.at_once([prompt], 1)[0].ttft for prompt in prompts)}
 
-    def tpot(self, sequences: str, size: str) -> dict[str, float]:
-        """Seconds a token while all sequences decode, and of one alone also to the first."""
+    def tpot(self, sequences: str, size: str, filled: str = "") -> dict[str, float]:
+        """Seconds a token while all sequences decode, and of one alone, unless it was filled, also to the first."""
+        self.load.extra = FILLED if filled else {}
         replies = self.load.at_once([self.prompt(tokens_of(size)) for _ in range(int(sequences))], 128)
-        alone = {"ttft": replies[0].ttft} if len(replies) == 1 else {}
+        self.load.extra = {}
+        alone = {"ttft": replies[0].ttft} if len(replies) == 1 and not filled else {}
         gaps = [b - a for reply in replies for a, b in pairwise(reply.times)]
         return {"tpot": steady_tpot(replies), "p50 gap": statistics.median(gaps), "most gap": max(gaps), **alone}
 
@@ -194,7 +203,7 @@ class Results:
     def save(self) -> None:
         self.file.write_text(json.dumps(self.runs, indent=1))
         if self.out:
-            self.out.write_text(table(self.runs, self.layers, self.gpus, self.note))
+            self.out.write_text(table(self.runs, self.layers, self.gpus, self.note, self.out))
 
 
 def serve(name: str, args: argparse.Namespace, results: Results, deadline: float) -> None:
@@ -206,10 +215,12 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
     base = json.loads((args.config or CONFIG).read_text())
     config = base if args.config else model_config(run, base, args.layers)
     flags = [*DUMMY.split(), *args.flags.split(), *run.flags, f"--tensor-parallel-size={args.gpus}"]
+    stem = f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}"
+    if args.trace:
+        flags.append(trace.flag(args.results / stem))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        log = args.results / f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}.log"
-        server = Server(folder, flags, log_path=log, env=ENV | dict(run.env))
+        server = Server(folder, flags, log_path=args.results / f"{stem}.log", env=ENV | dict(run.env))
         begun = time.perf_counter()
         try:
             server.start(timeout=START_LIMIT)
@@ -224,37 +235,44 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
                 except (RuntimeError, ValueError, OSError, httpx.HTTPError) as error:
                     sentence = " ".join(f"{type(error).__name__}: {error}".split())
                     results.add(name, row, {"error": sentence[:300]})
+            if args.trace:
+                trace.record(measured.load)
         finally:
             server.stop()
 
 
-def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, note: str = "") -> str:
+def table(
+    runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, note: str = "", out: Path = PAGE
+) -> str:
+    """The page, in Markdown; `out` is its name in the command that makes it."""
     shown = [name for name in RUNS if name in runs]
     machines = " ".join(runs[name]["machine"] for name in shown)
     gpu = next((name for name in BANDWIDTHS if name in machines), "H200")
     lines = [
         f"# The whole server on {'one GPU' if gpus == 1 else f'{gpus} GPUs'}, {layers} layers",
         "",
-        f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out docs/benchmarks/h200.md",
+        f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out {out}",
         "",
         f"{layers} of the 48B's {LAYERS} layers, with random weights. ms; the floor counts latents, states and "
         f"weights, experts as if chosen evenly, of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
         "Requests of one row have different prompts.",
         "",
         *([note, ""] if note else []),
-        "| row | " + " | ".join(shown) + " | floor |",
-        "| --- " * (len(shown) + 2) + "|",
     ]
-    whole = Geometry.from_config(model_config(Run(()), json.loads(CONFIG.read_text()), layers))
+    floors = {"floor": RUNS["ours"]} | {f"floor, {name}": RUNS[name] for name in shown if RUNS[name].attention_only}
+    base = json.loads(CONFIG.read_text())
+    models = [Geometry.from_config(model_config(run, base, layers)) for run in floors.values()]
+    lines += ["| row | " + " | ".join([*shown, *floors]) + " |", "| --- " * (1 + len(shown) + len(floors)) + "|"]
     for row in dict.fromkeys(row for run in RUNS.values() for row in run.rows):
         measured = {name: runs[name]["rows"].get(row, {}) for name in shown}
         for figure in dict.fromkeys(key for figures in measured.values() for key in figures):
             cells = [_cell(figure, measured[name].get(figure)) for name in shown]
-            floor = ""
             if figure == "tpot":
                 sequences, context = (1, MILLION) if row == "million" else _sizes(row)
-                floor = f"{tpot_floor(whole, sequences, context, BANDWIDTHS[gpu], gpus) * 1e3:.2f}"
-            lines.append(f"| {row}: {figure} | " + " | ".join(cells) + f" | {floor} |")
+                cells += [_cell("tpot", tpot_floor(m, sequences, context, BANDWIDTHS[gpu], gpus)) for m in models]
+            else:
+                cells += [""] * len(models)
+            lines.append(f"| {row}: {figure} | " + " | ".join(cells) + " |")
     lines += ["", "| server | machine | started in | flags |", "| --- | --- | --- | --- |"]
     for name in shown:
         run = runs[name]
@@ -263,7 +281,7 @@ def table(runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, 
 
 
 def _sizes(row: str) -> tuple[int, int]:
-    _, sequences, size = row.split()
+    _, sequences, size, *_ = row.split()
     return int(sequences), tokens_of(size)
 
 
@@ -296,6 +314,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="of their rows, only these")
     parser.add_argument("--layers", type=int, default=LAYERS, help="the first so many layers, for a smaller GPU")
     parser.add_argument("--gpus", type=int, default=1, help="that share each server's model (tensor parallel)")
+    parser.add_argument("--trace", action="store_true", help="and record traces, for benchmarks.trace to read")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths, for a trial")
     parser.add_argument("--config", type=Path, help="another config.json, for a trial")

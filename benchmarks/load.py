@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -36,7 +37,7 @@ class Reply:
 class Load:
     """A client of one server; `vocab` bounds the random token ids. Greedy, unless `temperature` says otherwise.
 
-    What is sent together has `limit` seconds, after which TimeoutError is raised.
+    What is sent together has `limit` seconds, after which TimeoutError is raised; every request carries `extra`.
     """
 
     def __init__(self, url: str, model: str, vocab: int, seed: int = 0, temperature: float = 0) -> None:
@@ -44,6 +45,7 @@ class Load:
         self.random = random.Random(seed)
         self.vocab = vocab
         self.limit: float | None = None
+        self.extra: dict[str, Any] = {}
 
     def prompt(self, length: int) -> list[int]:
         return self.random.choices(range(32, self.vocab - 64), k=length)
@@ -59,6 +61,7 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
+            **self.extra,
         }
         reply = Reply(time.perf_counter())
         async with client.stream("POST", "/v1/completions", json=body) as stream:

@@ -51,7 +51,7 @@ GPU_FLAGS = ("--dtype=bfloat16", "--gpu-memory-utilization=0.1")  # --cache says
 GPU_WAYS = {
     "bf16 on a GPU": Way(GPU_FLAGS, lengths=GPU_LENGTHS),
     "bf16 on a GPU, nothing cached": Way((*GPU_FLAGS, "--no-enable-prefix-caching"), lengths=(4 * K, 16 * K)),
-    "bf16 on a GPU, chunks of 256": Way((*GPU_FLAGS, "--max-num-batched-tokens=256"), lengths=(4 * K, 16 * K)),
+    "bf16 on a GPU, chunks of 256": Way((*GPU_FLAGS, "--max-num-batched-tokens=256"), lengths=GPU_LENGTHS),
     "bf16 on a GPU, state in bf16": Way((*GPU_FLAGS, "--mamba-ssm-cache-dtype=bfloat16"), lengths=GPU_LENGTHS),
 }
 

@@ -83,7 +83,7 @@ class StartChecks(VerifyAndUpdateConfig):
             cache.mamba_ssm_cache_dtype,
             current_platform.device_type,
         )
-        check_flags(vllm_config)
+        check_flags(vllm_config, states=bool(sizes.kda_layers))
         check_tokenizer(vllm_config.model_config)
         if sizes.kda_layers:
             # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.
@@ -100,8 +100,11 @@ def check_block_size(tokens: int, device: str) -> None:
         raise ConfigError(f"--block-size is {tokens}; give a multiple of {multiple}, or leave it out")
 
 
-def check_flags(vllm_config: VllmConfig) -> None:
-    """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read."""
+def check_flags(vllm_config: VllmConfig, states: bool) -> None:
+    """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read.
+
+    `states`: whether any layer keeps a state, which vLLM's connectors would have to move beside the latents.
+    """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
     unset = "it is not implemented for this model, leave it out"
@@ -112,7 +115,7 @@ def check_flags(vllm_config: VllmConfig) -> None:
         ("quantization", model.quantization, (None,), unset),
         ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
-        ("kv-transfer-config", vllm_config.kv_transfer_config, (None,), unset),
+        ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
         ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
         ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
@@ -139,11 +142,6 @@ def check_flags(vllm_config: VllmConfig) -> None:
     if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
         # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")
-    if speculative and cache.enable_prefix_caching and not current_platform.is_cpu():
-        # Exact on a CPU, and never tried on a GPU.
-        raise ConfigError(
-            f"--speculative-config method is {speculative.method} with prefix caching; add --no-enable-prefix-caching"
-        )
     for name, value, accepted, remedy in flags:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")

@@ -9,7 +9,7 @@ number of pairs and stacks are ours. A token is right or wrong by argmax, on row
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -72,6 +72,13 @@ def stack(batch: int, device: str, stacks: int = 64, letters: int = 64) -> Rows:
 TASKS: dict[str, Callable[[int, str], Rows]] = {"palindrome": palindrome, "recall": recall, "stack": stack}
 
 
+def batches(task: str, batch: int, device: str, pool: int = 32) -> Iterator[Rows]:
+    """Rows made `pool` batches at a time: `stack` loops over its steps, which takes no longer for many rows."""
+    while True:
+        ids, counts = TASKS[task](pool * batch, device)
+        yield from zip(ids.split(batch), counts.split(batch), strict=True)
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +98,9 @@ def train(task: str, out: Path, minutes: float, steps: int, batch: int, peak: fl
     model.append(linear(HIDDEN, VOCAB)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
     begun, errors, tokens = time.monotonic(), torch.zeros((), device=device), torch.zeros((), device=device)
+    rows = batches(task, batch, device)
     for step in range(1, steps + 1):
-        ids, counts = TASKS[task](batch, device)
+        ids, counts = next(rows)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(ids[:, :-1])[counts[:, :-1]].float()
         wanted = ids[:, 1:][counts[:, :-1]]

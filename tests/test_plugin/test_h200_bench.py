@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import h200
+from benchmarks import expert_tiles, h200, trace
 from benchmarks.load import Reply, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear.config import Geometry
 
@@ -71,3 +71,25 @@ def test_what_is_missing_or_failed_is_measured_again(tmp_path: Path):
     assert again.missing("ours", ["tpot 1 4K", "ttft 8K", "million"]) == ["ttft 8K", "million"]
     assert h200.Results(tmp_path, 16, 1, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
     assert h200.Results(tmp_path, 27, 2, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
+
+
+def test_a_trace_is_told_by_steps_and_kinds():
+    layer = [("fused_moe_kernel", 0, 10), ("fused_moe_kernel", 5, 10), ("decode_kernel", 20, 5), ("nvjet_tst", 30, 10)]
+    spans = [trace.Span(name, 100 * step + begin, length) for step in range(3) for name, begin, length in layer]
+    assert trace.busy(spans) == 3 * (15 + 5 + 10)
+    table = list(trace.lines(spans, layers=1))
+    assert table[0] == "3.0 steps of 80 us, of which the GPU works 38%."
+    assert {"| **experts** | 2.0 | 20 | 25% |", "| **KDA** | 1.0 | 5 | 6% |"} <= set(table)
+    assert trace.kind("void flash::combine_kernel<float>") == "latent attention"
+    assert trace.kind("triton_poi_fused_add_0") == "the rest"
+
+
+def test_tiles_worth_trying_fit_a_hopper():
+    shape = expert_tiles.Shape(experts=256, width=1024, hidden=2304, chosen=8)
+    for tokens in expert_tiles.TOKENS:
+        tiles = list(expert_tiles.candidates(shape, tokens))
+        assert 10 < len(tiles) < 50
+        assert all(
+            (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * 2 * t["num_stages"] < 1 << 18 for t in tiles
+        )
+    assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)

@@ -39,6 +39,7 @@ WAYS = {
         "--no-enable-prefix-caching",
     ),
     "drafts": (NGRAM, "--no-enable-prefix-caching"),
+    "drafts, prefixes kept": (NGRAM, "--enable-prefix-caching"),
     "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
     "two ranks": ("--tensor-parallel-size=2", "--enable-prefix-caching"),
 }
