@@ -4,6 +4,9 @@ vLLM calls `register()` in every process it starts, some of them more than once,
 names: neither torch nor vLLM is imported before vLLM asks for them.
 """
 
+import os
+from pathlib import Path
+
 __version__ = "0.1.0"
 
 ARCHITECTURE = "KimiLinearForCausalLM"
@@ -14,6 +17,9 @@ def register() -> None:
 
     Entry point `kimi_linear` of the group `vllm.general_plugins`. Idempotent.
     """
+    # Tiles for the experts on GPUs for which vLLM has none, by benchmarks/expert_tiles.py.
+    os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(Path(__file__).with_name("tiles")))
+
     from vllm.model_executor.models import ModelRegistry
 
     from vllm_kimi_linear import compat, start_checks
