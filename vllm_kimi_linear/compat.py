@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.version import __version__ as vllm_version
 
 from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
-from vllm_kimi_linear.config import ConfigError
+from vllm_kimi_linear.config_error import ConfigError
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 

@@ -21,7 +21,8 @@ from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from kda_kernels import ops
 from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory
-from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.hf_config import CheckedConfig
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from kimi_server.settings import SettingsError
 from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import ConfigError, Geometry
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config_error import ConfigError
 
 
 @dataclass(frozen=True)

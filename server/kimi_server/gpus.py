@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_server import sizes
-from vllm_kimi_linear.config import ConfigError
+from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.memory import MIB
 
 # Short name -> NVIDIA's name and the MiB that nvidia-smi shows for it.

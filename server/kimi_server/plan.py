@@ -10,7 +10,8 @@ from typing import Any
 
 from kimi_server.gpus import Machine
 from kimi_server.sizes import gib
-from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.forecast import Forecast, forecast, longest_context
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}

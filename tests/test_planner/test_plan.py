@@ -13,7 +13,8 @@ from kimi_server.gpus import machine
 from kimi_server.plan import Choice, Request, choose
 from kimi_server.plan_report import commands, report
 from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import ConfigError, Geometry
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.memory import GIB
 
 CONFIG_48B = json.loads((Path(__file__).parents[2] / "benchmarks" / "config_48b.json").read_text())

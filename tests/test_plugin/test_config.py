@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vllm_kimi_linear import demo
-from vllm_kimi_linear.config import ConfigError, Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config_error import ConfigError
 
 CONFIG_48B = json.loads((Path(__file__).parents[2] / "benchmarks" / "config_48b.json").read_text())
 

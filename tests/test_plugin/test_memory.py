@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vllm_kimi_linear import demo, memory, start_checks
-from vllm_kimi_linear.config import ConfigError, Geometry
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config_error import ConfigError
 
 CONFIG_48B = json.loads((Path(__file__).parents[2] / "benchmarks" / "config_48b.json").read_text())
 MIB, GIB = 1 << 20, 1 << 30

@@ -1,15 +1,10 @@
-"""What cannot work stops the start with one sentence; what is accepted starts and answers as the reference does.
-
-Run as a program, this file does one of its jobs in a process of its own: it builds vLLM's configuration for a
-list of cases, or lets vLLM's engine answer for a list of checkpoints.
-"""
+"""What cannot work stops the start with one sentence; what can is accepted."""
 
 import contextlib
 import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,12 +13,12 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 
+from tests.own_process import in_own_process
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.demo import demo_config, write_checkpoint
 from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 REMOVED = object()  # a key that the config.json of the case lacks
 
@@ -38,7 +33,6 @@ def linear(**changes: Any) -> dict[str, Any]:
         "short_conv_kernel_size": 4,
     }
     return {"linear_attn_config": {k: v for k, v in (fields | changes).items() if v is not REMOVED}}
-
 
 
 def compressed(name: str) -> dict[str, Any]:
@@ -170,14 +164,14 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def build(folder: Path) -> dict[str, list[str]]:
+def build(cases: dict[str, tuple[dict[str, Any], str]]) -> dict[str, list[str]]:
     """Case -> [class, message] of what building its configuration raises, or [] where it is accepted."""
     from vllm.engine.arg_utils import EngineArgs
 
     results: dict[str, list[str]] = {}
     # vLLM tries twice to read a config.json that it cannot, with a pause between.
     with mock.patch("time.sleep"):
-        for name, (arguments, model) in json.loads((folder / "cases.json").read_text()).items():
+        for name, (arguments, model) in cases.items():
             try:
                 EngineArgs(model=model, **{"max_model_len": 8192} | arguments).create_engine_config()
                 results[name] = []
@@ -206,7 +200,7 @@ def outcomes(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         name: (arguments, str(write_model(demo_model, changes, folder / str(index))))
         for index, (name, (changes, arguments)) in enumerate(table.items())
     }
-    return run_here(folder, "build", cases)
+    return in_own_process(build, cases)
 
 
 def test_no_case_stands_in_both_tables() -> None:
@@ -327,90 +321,3 @@ def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[s
     assert 0 < longest < 1 << 20
     assert " a rank and 64.0 MiB are there, " in line
     assert f" short: --max-model-len {longest} fits, or give more with " in line
-
-
-# Layouts that are accepted, with what writes them.
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "all MLA": {"preset": "all-mla"},
-    "one MLA layer": {"preset": "one-mla"},
-    "dense": {"preset": "dense"},
-    "in shards": {"layers": 4, "shards": 3},
-    "A_log as [H]": {"layers": 4},
-}
-PROMPT = list(range(100, 160))
-
-
-def answer(folder: Path) -> dict[str, list[int]]:
-    """Layout -> 24 greedy tokens from vLLM's engine, one after the other in this process."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    answers = {}
-    for name, model in json.loads((folder / "cases.json").read_text()).items():
-        engine = LLM(
-            model=model,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            max_num_batched_tokens=64,
-            kv_cache_memory_bytes=64 << 20,
-            enable_prefix_caching=False,
-        )
-        sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-        [output] = engine.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
-        answers[name] = list(output.outputs[0].token_ids)
-        del engine
-        cleanup_dist_env_and_memory()
-    return answers
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("layouts")
-    paths = {name: folder / str(index) for index, name in enumerate(LAYOUTS)}
-    for name, options in LAYOUTS.items():
-        write_checkpoint(paths[name], **options)
-    file = paths["A_log as [H]"] / "model.safetensors"
-    tensors = {n: t.flatten() if n.endswith("A_log") else t for n, t in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    return paths
-
-
-@pytest.fixture(scope="module")
-def answers(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    cases = {name: str(path) for name, path in layouts.items()}
-    return run_here(tmp_path_factory.mktemp("answers"), "answer", cases, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_answers_as_the_reference(
-    layouts: dict[str, Path], answers: dict[str, list[int]], layout: str
-) -> None:
-    model = layouts[layout]
-    if layout == "A_log as [H]":  # the same values as in the usual shape, the only one the reference reads
-        file = model / "model.safetensors"
-        tensors = {n: t.view(1, 1, -1, 1) if n.endswith("A_log") else t for n, t in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    assert len(answers[layout]) == 24
-    score = Oracle(model).score(PROMPT, answers[layout])
-    assert score.agrees
-
-
-def run_here(folder: Path, job: str, cases: Any, **environment: str) -> Any:
-    """Run this file's function `job` on `cases`, in a process of its own."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    process = subprocess.run(
-        [sys.executable, __file__, job, str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[2])
-    results = {"build": build, "answer": answer}[sys.argv[1]](target)
-    (target / "results.json").write_text(json.dumps(results))
