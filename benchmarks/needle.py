@@ -26,6 +26,7 @@ MODEL = Path("examples/demo_model/checkpoint")
 DEPTHS = tuple(n / 10 for n in range(10))
 MARGIN = 64  # tokens that a question and the template add
 CACHE = "4G"
+PATIENCE = {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "300"}  # s; vLLM gives a million tokens 30
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def serve(name: str, way: Way, args: argparse.Namespace, results: dict[str, Any]
     if not any("batched-tokens" in flag for flag in flags):
         flags.append("--max-num-batched-tokens=4096")
     log_path = args.results / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-    with Server(args.model, flags, log_path=log_path, env=way.env) as server:
+    with Server(args.model, flags, log_path=log_path, env=PATIENCE | way.env) as server:
         for length in args.lengths or way.lengths:
             if length in way.lengths:
                 logs, each = (args.logs, args.each) if length <= 16 * K else (args.long_logs, args.each)
