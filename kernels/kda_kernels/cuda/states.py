@@ -87,7 +87,10 @@ def through_chunks(
     return S
 
 
-@triton.jit(do_not_specialize=["begin", "end", "length", "chunks", "exports"], do_not_specialize_on_alignment=["slots"])
+@triton.jit(
+    do_not_specialize=["begin", "end", "length", "chunks", "exports"],
+    do_not_specialize_on_alignment=["slots", "export_after", "export_slots"],
+)
 def states_kernel(
     qkv, conv, recurrent, slots, resume, cu_seqlens, first_chunk, segment_sequence, first_segment,
     w, u, kd, decay, scale, snapshots, units, starts, transitions, export_after, export_slots,
