@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -97,9 +98,9 @@ def attempt(call: Callable[[], Tensor], tile: Tile | None) -> Tensor | None:
 
 def compile_all(shape: Shape, pairs: list[tuple[int, Tile]]) -> None:
     """Compile in a process of its own: what it leaves in Triton's cache the measurement finds there."""
-    experts, calls = Experts(shape), dict[int, Callable[[], Tensor]]()
+    call = cache(Experts(shape).call)
     for tokens, tile in pairs:
-        attempt(calls.setdefault(tokens, experts.call(tokens)), tile)
+        attempt(call(tokens), tile)
     torch.cuda.synchronize()
 
 
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="write what was gained here")
     parser.add_argument("--tables", type=Path, default=TABLES, help="the folder that gets the table")
     parser.add_argument("--ranks", type=int, default=1, help="that share each expert (tensor parallel)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="the numbers of tokens to tune for")
     args = parser.parse_args()
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
@@ -180,7 +181,8 @@ def main() -> None:
         args.tables.mkdir(parents=True, exist_ok=True)
         name = get_config_file_name(shape.experts, shape.width, None)
         (args.tables / name).write_text(json.dumps({"triton_version": triton.__version__, **table}, indent=1) + "\n")
-        command = f"python -m benchmarks.expert_tiles --ranks {args.ranks} --out {args.out}"
+        tuned = " ".join(map(str, found))
+        command = f"python -m benchmarks.expert_tiles --ranks {args.ranks} --tokens {tuned} --out {args.out}"
         args.out.write_text(page(shape, found, command))
 
 

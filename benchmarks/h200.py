@@ -5,8 +5,9 @@
 serves the 48B's config (config_48b.json beside this file) with random weights once for each run of RUNS, sends the
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
-none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. Tokens are sampled at
-temperature 1, lest random weights answer all prompts alike and the sequences share their experts.
+none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. vLLM simulates an even
+choice of experts: with the weights that its dummy loader makes up nearly all tokens would choose the same ones, for
+the logits come out near 1e-6 and the routers' biases near 1e-3.
 """
 
 import argparse
@@ -44,8 +45,12 @@ FLAGS = (
     "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=128 "
     "--gpu-memory-utilization=0.94 --enable-prefix-caching --cudagraph-capture-sizes 1 2 4 8 16 32 48 64 128"
 )
-# Nothing is compiled for the sampler, and graphs are captured once, not also to weigh them.
-ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0"}
+# Nothing is compiled for the sampler, graphs are captured once, not also to weigh them, and tokens part among experts.
+ENV = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+}
 START_LIMIT, ROW_LIMIT, MILLION_LIMIT = 300, 240, 420  # seconds
 K = 1024
 
@@ -65,7 +70,7 @@ OWN = (("VLLM_PLUGINS", ""), ("VLLM_KIMI_K3_GEMM_AR", "0"))
 ALONE = ("tpot 1 4K", "ttft 8K", "tpot 1 128K")
 # Blocks as long as ours; and a context that need not be computed, where a request says so.
 FILLED = {"kv_transfer_params": {"filled": True}}
-IMPORTS = (("PYTHONPATH", os.pathsep.join([str(CONFIG.parents[1]), os.environ.get("PYTHONPATH", "")])),)
+IMPORTS = (("PYTHONPATH", os.pathsep.join(filter(None, [str(CONFIG.parents[1]), os.environ.get("PYTHONPATH")]))),)
 FILLING = '{"kv_connector":"FilledConnector","kv_connector_module_path":"benchmarks.filled","kv_role":"kv_both"}'
 ATTENTION = ("--block-size=256", "--no-enable-prefix-caching", f"--kv-transfer-config={FILLING}")
 FILLED_MILLION = "tpot 1 1M filled"  # to prefill it with attention alone takes longer than all else
@@ -216,16 +221,15 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
     config = base if args.config else model_config(run, base, args.layers)
     flags = [*DUMMY.split(), *args.flags.split(), *run.flags, f"--tensor-parallel-size={args.gpus}"]
     stem = f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}"
-    if args.trace:
-        flags.append(trace.flag(args.results / stem))
+    tracing = [trace.flag(args.results / stem)] if args.trace else []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        server = Server(folder, flags, log_path=args.results / f"{stem}.log", env=ENV | dict(run.env))
+        server = Server(folder, [*flags, *tracing], log_path=args.results / f"{stem}.log", env=ENV | dict(run.env))
         begun = time.perf_counter()
         try:
             server.start(timeout=START_LIMIT)
-            results.started(name, time.perf_counter() - begun, " ".join(flags))
-            measured = Rows(Load(server.url, server.model, config["vocab_size"], temperature=1), args.scale)
+            results.started(name, time.perf_counter() - begun, " ".join(flags) + " --profiler-config=..." * args.trace)
+            measured = Rows(Load(server.url, server.model, config["vocab_size"]), args.scale)
             measured.warm_up()
             for row in rows:
                 if time.monotonic() > deadline or (server.process and server.process.poll() is not None):

@@ -35,13 +35,13 @@ class Reply:
 
 
 class Load:
-    """A client of one server; `vocab` bounds the random token ids. Greedy, unless `temperature` says otherwise.
+    """A client of one server; `vocab` bounds the random token ids. Greedy.
 
     What is sent together has `limit` seconds, after which TimeoutError is raised; every request carries `extra`.
     """
 
-    def __init__(self, url: str, model: str, vocab: int, seed: int = 0, temperature: float = 0) -> None:
-        self.url, self.model, self.temperature = url, model, temperature
+    def __init__(self, url: str, model: str, vocab: int, seed: int = 0) -> None:
+        self.url, self.model = url, model
         self.random = random.Random(seed)
         self.vocab = vocab
         self.limit: float | None = None
@@ -56,7 +56,7 @@ class Load:
             "model": self.model,
             "prompt": list(prompt),
             "max_tokens": tokens,
-            "temperature": self.temperature,
+            "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 
@@ -112,10 +112,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=26, help="that have experts")
     args = parser.parse_args()
-    traces: list[Path] = sorted(args.folder.rglob("*.json*"), key=lambda path: path.stat().st_mtime)
+    traces = sorted(args.folder.rglob("*.json*"), key=lambda path: path.stat().st_mtime)
     for path in traces:
-        spans: Any = read(path)
-        if any(span.name == EXPERTS for span in spans):
+        spans = read(path)
+        if any(span.name == EXPERTS for span in spans):  # other processes leave traces without any
             print(f"## {path.relative_to(args.folder)}", "", *lines(spans, args.layers), "", sep="\n")
 
 

@@ -161,6 +161,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blocks of 32": ({}, {"block_size": 32}),
     "drafts by n-grams": ({}, {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True}),
     "a million tokens": ({}, {"max_model_len": 1048576}),
+    "KV transfer of latents alone": (
+        linear(kda_layers=[], full_attn_layers=list(range(1, demo_config()["num_hidden_layers"] + 1))),
+        {"kv_transfer_config": CONNECTOR},
+    ),
 }
 
 
