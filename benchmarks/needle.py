@@ -26,7 +26,7 @@ MODEL = Path("examples/demo_model/checkpoint")
 DEPTHS = tuple(n / 10 for n in range(10))
 MARGIN = 64  # tokens that a question and the template add
 CACHE = "4G"
-PATIENCE = {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "300"}  # s; vLLM gives a million tokens 30
+PATIENCE = {"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "300"}  # s; on a busy machine vLLM's 30 ran out at a million tokens
 
 
 @dataclass(frozen=True)
