@@ -131,6 +131,8 @@ def test_every_way(
         print(f"{name}: {value}")
     if "--speculative-config" in str(way.server.flags):
         assert way.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+    if "--enable-prefix-caching" in way.server.flags:
+        assert sum(answer.cached_tokens for answer in together) > 0
     if "--num-gpu-blocks-override=25" in way.server.flags:
         assert way.metric("vllm:num_preemptions_total") > 0
 
