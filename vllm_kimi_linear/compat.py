@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -18,6 +18,8 @@ logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers a
 
 KNOWN_VERSIONS = ("0.32.",)
 POLL_SECONDS = 1e-4
+WIDE = 4  # times as many parts of a context as vLLM's default, where few sequences decode
+FEW = 8  # tokens of a step that count as few, however small the largest graph is
 
 
 def apply() -> None:
@@ -31,6 +33,7 @@ def apply() -> None:
         say_what_fits()
         say_what_is_short()
         keep_scheduling_on_cpu()
+        split_contexts_of_few()
         sleep_between_polls_on_cpu()
         keep_draft_states_on_cpu()
 
@@ -271,6 +274,52 @@ def say_what_is_short() -> None:
 
     vars(get_kv_cache_configs)["keeps_kimi_linear"] = True
     engine.get_kv_cache_configs = get_kv_cache_configs
+
+
+def split_contexts_of_few() -> None:
+    """Let the latent attention of a few long sequences use the whole GPU.
+
+    Symptom: one sequence of a million tokens decodes at a third of the memory's bandwidth (`docs/gpu.md`).
+    Cause: in a CUDA graph FLASH_ATTN_MLA cuts a sequence into at most 32 parts, one for each multiprocessor, of which
+        a Hopper has 132. The bound is there for the buffers of partial results, which grow with it and with the
+        tokens of the step: a quarter of the largest graph's tokens can have four times the parts in the same bytes.
+    Upstream: vllm-project/vllm#35899, closed, did so for all sizes of a graph.
+    Remove when: the bound depends on the size of the graph.
+
+    A value of `--attention-config.flash_attn_max_num_splits_for_cuda_graph` that is not the default stands.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return
+    from vllm.config import AttentionConfig
+    from vllm.v1.attention.backends.mla.flashattn_mla import FlashAttnMLAMetadataBuilder as Builder
+
+    original: Callable = Builder._build_decode
+    if hasattr(original, "keeps_kimi_linear"):
+        return
+    default = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
+
+    @functools.wraps(original)
+    def build_decode(self, *, num_decode_tokens, **kwargs):
+        config = self.vllm_config
+        if (
+            config.model_config.architecture == ARCHITECTURE
+            and config.attention_config.flash_attn_max_num_splits_for_cuda_graph == default
+            and self.max_num_splits >= default  # else graphs are off, or batches invariant
+        ):
+            few = few_tokens(config.compilation_config.cudagraph_capture_sizes)
+            self.max_num_splits = default * (WIDE if num_decode_tokens <= few else 1)
+        return original(self, num_decode_tokens=num_decode_tokens, **kwargs)
+
+    vars(build_decode)["keeps_kimi_linear"] = True
+    Builder._build_decode = build_decode
+
+
+def few_tokens(graphs: Sequence[int]) -> int:
+    """The largest graph's tokens, of these, that count as few: a step and the graph that it is padded to agree."""
+    bound = max([FEW, *(size // WIDE for size in graphs)])
+    return max((size for size in graphs if size <= bound), default=0)
 
 
 def sleep_between_polls_on_cpu() -> None:
