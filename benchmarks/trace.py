@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -46,20 +46,21 @@ def flag(folder: Path) -> str:
     return f"--profiler-config={json.dumps(asked, separators=(',', ':'))}"
 
 
-def record(load: Load, sequences: int = 1, context: int = 4096, prefill: int = 32768, seconds: float = 0.4) -> None:
-    """Two traces: of decoding `sequences` sequences for some time, and of reading one prompt of `prefill` tokens."""
+def record(load: Load, batches: Sequence[int] = (1, 32), context: int = 4096, prefill: int = 32768) -> None:
+    """A trace of decoding each number of sequences for some time, and one of reading a prompt of `prefill` tokens."""
 
     def profile(action: str) -> None:
         httpx.post(f"{load.url}/{action}_profile", timeout=120).raise_for_status()
 
-    prompts = [load.prompt(context) for _ in range(sequences)]
-    decoding = Thread(target=load.at_once, args=(prompts, 2000))
-    decoding.start()
-    time.sleep(3)
-    profile("start")
-    time.sleep(seconds)
-    profile("stop")
-    decoding.join()
+    for sequences in batches:
+        prompts = [load.prompt(context) for _ in range(sequences)]
+        decoding = Thread(target=load.at_once, args=(prompts, max(2000 // sequences, 400)))
+        decoding.start()
+        time.sleep(3)  # by then all prompts are read
+        profile("start")
+        time.sleep(0.4)
+        profile("stop")
+        decoding.join()
     prompt = load.prompt(prefill)
     profile("start")
     load.at_once([prompt], 1)

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -93,3 +95,24 @@ def test_tiles_worth_trying_fit_a_hopper():
             (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * 2 * t["num_stages"] < 1 << 18 for t in tiles
         )
     assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)
+
+
+def test_traces_of_one_sequence_of_many_and_of_a_prompt(monkeypatch):
+    asked: list[str] = []
+
+    def post(url: str, timeout: float) -> SimpleNamespace:
+        asked.append(url.rpartition("/")[2])
+        return SimpleNamespace(raise_for_status=lambda: None)
+
+    load: Any = SimpleNamespace(
+        url="http://server",
+        prompt=lambda length: length,
+        at_once=lambda prompts, tokens: asked.append(f"{len(prompts)} x {prompts[0]}, {tokens}"),
+    )
+    monkeypatch.setattr(trace.httpx, "post", post)
+    monkeypatch.setattr(trace.time, "sleep", lambda _: None)
+    trace.record(load)
+    around = ["start_profile", "stop_profile"]
+    assert sorted(asked[:3]) == ["1 x 4096, 2000", *around]
+    assert sorted(asked[3:6]) == ["32 x 4096, 400", *around]
+    assert asked[6:] == ["start_profile", "1 x 32768, 1", "stop_profile"]
