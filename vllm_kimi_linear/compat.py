@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -308,7 +308,7 @@ def split_contexts_of_few() -> None:
             and config.attention_config.flash_attn_max_num_splits_for_cuda_graph == default
             and self.max_num_splits >= default  # else graphs are off, or batches invariant
         ):
-            few = few_tokens(config.compilation_config.cudagraph_capture_sizes)
+            few = few_tokens(tuple(config.compilation_config.cudagraph_capture_sizes))
             self.max_num_splits = default * (WIDE if num_decode_tokens <= few else 1)
         return original(self, num_decode_tokens=num_decode_tokens, **kwargs)
 
@@ -316,7 +316,8 @@ def split_contexts_of_few() -> None:
     Builder._build_decode = build_decode
 
 
-def few_tokens(graphs: Sequence[int]) -> int:
+@functools.cache  # asked in every step
+def few_tokens(graphs: tuple[int, ...]) -> int:
     """The largest graph's tokens, of these, that count as few: a step and the graph that it is padded to agree."""
     bound = max([FEW, *(size // WIDE for size in graphs)])
     return max((size for size in graphs if size <= bound), default=0)

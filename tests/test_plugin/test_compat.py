@@ -74,7 +74,7 @@ def test_parts_stay_as_they_are_where_somebody_chose_them(parts):
 
 
 @pytest.mark.parametrize(
-    ("graphs", "few"), [([1, 2, 4, 8], 8), ([1, 2, 4], 4), ([1, 2, 4, 8, 16, 24, 32], 8), ([512, 128, 1], 128), ([], 0)]
+    ("graphs", "few"), [((1, 2, 4, 8), 8), ((1, 2, 4), 4), ((1, 2, 4, 8, 16, 24, 32), 8), ((512, 128, 1), 128), ((), 0)]
 )
 def test_a_step_counts_as_few_if_its_graph_does(graphs, few):
     assert compat.few_tokens(graphs) == few
