@@ -94,7 +94,7 @@ def lines(spans: list[Span], layers: int) -> Iterator[str]:
     """The table of one trace of a model with so many layers of experts, times a step."""
     steps = sum(span.name == EXPERTS for span in spans) / (2 * layers)
     whole = spans[-1].begin + spans[-1].length - spans[0].begin
-    yield f"{steps:.1f} steps of {whole / steps:.0f} us, of which the GPU works {busy(spans) / whole:.0%}."
+    yield f"{steps:.1f} steps of {whole / steps:.0f} us, of which the GPU works {busy(spans) / steps:.0f}."
     yield ""
     yield "| kernel | launches a step | us a step | share |"
     yield "| --- | --- | --- | --- |"

@@ -80,7 +80,7 @@ def test_a_trace_is_told_by_steps_and_kinds():
     spans = [trace.Span(name, 100 * step + begin, length) for step in range(3) for name, begin, length in layer]
     assert trace.busy(spans) == 3 * (15 + 5 + 10)
     table = list(trace.lines(spans, layers=1))
-    assert table[0] == "3.0 steps of 80 us, of which the GPU works 38%."
+    assert table[0] == "3.0 steps of 80 us, of which the GPU works 30."
     assert {"| **experts** | 2.0 | 20 | 25% |", "| **KDA** | 1.0 | 5 | 6% |"} <= set(table)
     assert trace.kind("void flash::combine_kernel<float>") == "latent attention"
     assert trace.kind("triton_poi_fused_add_0") == "the rest"
