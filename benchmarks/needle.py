@@ -150,8 +150,8 @@ def page(results: dict[str, Any], out: Path) -> str:
         "",
         "Right answers of those asked, through `vllm serve` and the chat template, greedy. The model was trained on",
         "conversations of up to 32,768 tokens. `differ`: how many answers are not those that the plain server, or for",
-        f"bf16 the one of {PLAIN}, gives to the same questions. Where fewer were asked, `--logs`, `--long-logs` and `--each`",
-        "said so; rows of a GPU are from `--gpu`.",
+        f"bf16 the one of {PLAIN}, gives to the same questions. Where fewer were asked,",
+        "`--logs`, `--long-logs` and `--each` said so; rows of a GPU are from `--gpu`.",
         "",
     ]
     lines += ["| served | tokens | logs | " + " | ".join(KINDS) + " | differ |", "| --- " * (len(KINDS) + 4) + "|"]
