@@ -240,7 +240,7 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
                     sentence = " ".join(f"{type(error).__name__}: {error}".split())
                     results.add(name, row, {"error": sentence[:300]})
             if args.trace:
-                trace.record(measured.load)
+                trace.Recorder(measured.load, args.results / stem).all(args.scale)
         finally:
             server.stop()
 

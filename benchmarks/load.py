@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from threading import Semaphore
 from typing import Any
 
 import httpx
@@ -37,7 +38,8 @@ class Reply:
 class Load:
     """A client of one server; `vocab` bounds the random token ids. Greedy.
 
-    What is sent together has `limit` seconds, after which TimeoutError is raised; every request carries `extra`.
+    What is sent together has `limit` seconds, after which TimeoutError is raised; every request carries `extra`, and
+    `begun` is released once for each at its first token.
     """
 
     def __init__(self, url: str, model: str, vocab: int, seed: int = 0) -> None:
@@ -46,6 +48,7 @@ class Load:
         self.vocab = vocab
         self.limit: float | None = None
         self.extra: dict[str, Any] = {}
+        self.begun = Semaphore(0)
 
     def prompt(self, length: int) -> list[int]:
         return self.random.choices(range(32, self.vocab - 64), k=length)
@@ -75,6 +78,8 @@ class Load:
                     raise RuntimeError(str(event["error"]))
                 for choice in event["choices"]:
                     if choice.get("token_ids"):
+                        if not reply.times:
+                            self.begun.release()
                         reply.times.append(time.perf_counter())
                         reply.counts.append(len(choice["token_ids"]))
                         reply.tokens += choice["token_ids"]

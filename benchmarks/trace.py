@@ -1,4 +1,4 @@
-"""Where the GPU's time goes in a decode step and in a prefill, from the traces of vLLM's own profiler.
+"""Where the GPU's time goes in decode steps, a prefill and random arrivals, from the traces of vLLM's own profiler.
 
     python -m benchmarks.trace FOLDER
 
@@ -11,9 +11,11 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Semaphore
 from typing import NamedTuple
 
 import httpx
@@ -32,6 +34,10 @@ KINDS = {
 }
 
 
+DECODES = ((1, 4096), (8, 4096), (32, 4096), (8, 131072))  # sequences, tokens of context
+PREFILL = 32768
+
+
 class Span(NamedTuple):
     """One kernel, copy or fill on the GPU; microseconds."""
 
@@ -46,25 +52,60 @@ def flag(folder: Path) -> str:
     return f"--profiler-config={json.dumps(asked, separators=(',', ':'))}"
 
 
-def record(load: Load, batches: Sequence[int] = (1, 32), context: int = 4096, prefill: int = 32768) -> None:
-    """A trace of decoding each number of sequences for some time, and one of reading a prompt of `prefill` tokens."""
+class Recorder:
+    """Has a server that was started with `flag(folder)` trace itself under a client's load."""
 
-    def profile(action: str) -> None:
-        httpx.post(f"{load.url}/{action}_profile", timeout=120).raise_for_status()
+    def __init__(self, load: Load, folder: Path) -> None:
+        self.load, self.folder = load, folder
 
-    for sequences in batches:
-        prompts = [load.prompt(context) for _ in range(sequences)]
-        decoding = Thread(target=load.at_once, args=(prompts, max(2000 // sequences, 400)))
-        decoding.start()
-        time.sleep(3)  # by then all prompts are read
-        profile("start")
-        time.sleep(0.4)
-        profile("stop")
-        decoding.join()
-    prompt = load.prompt(prefill)
-    profile("start")
-    load.at_once([prompt], 1)
-    profile("stop")
+    def all(self, scale: int = 1) -> None:
+        """Steps of each number of sequences, a prompt, and random arrivals; `scale` divides all lengths."""
+        for sequences, context in DECODES:
+            self.decode(sequences, context // scale)
+        self.prefill(PREFILL // scale)
+        self.arrivals(2048 // scale)
+
+    def decode(self, sequences: int, context: int) -> None:
+        """Some steps in which so many sequences decode."""
+        self.load.begun = Semaphore(0)
+        prompts = [self.load.prompt(context) for _ in range(sequences)]
+        with ThreadPoolExecutor(1) as pool:
+            decoding = pool.submit(self.load.at_once, prompts, max(2000 // sequences, 500))
+            for _ in prompts:
+                if not self.load.begun.acquire(timeout=self.load.limit):
+                    raise RuntimeError(f"not all of {sequences} prompts of {context} tokens had a token in time")
+            with self.traced(f"decode-{sequences}x{context}"):
+                time.sleep(0.4)
+            decoding.result()
+
+    def prefill(self, length: int) -> None:
+        """One prompt of so many tokens."""
+        prompt = self.load.prompt(length)
+        with self.traced(f"prefill-{length}"):
+            self.load.at_once([prompt], 1)
+
+    def arrivals(self, length: int, seconds: float = 10) -> None:
+        """Steps that read prompts and decode, while 16 prompts a second arrive at random, after some seconds of it."""
+        prompts = [self.load.prompt(length) for _ in range(256)]
+        with ThreadPoolExecutor(1) as pool:
+            arriving = pool.submit(self.load.poisson, prompts, 256, rate=16)
+            time.sleep(seconds)
+            with self.traced(f"arrivals-{length}"):
+                time.sleep(0.8)
+            arriving.result()
+
+    @contextmanager
+    def traced(self, name: str) -> Iterator[None]:
+        """Trace what runs meanwhile, in files whose names begin with this one."""
+        before = set(self.folder.rglob("*.json*"))
+        self._profiler("start")
+        yield
+        self._profiler("stop")
+        for path in set(self.folder.rglob("*.json*")) - before:
+            path.rename(path.with_name(f"{name}.{path.name}"))
+
+    def _profiler(self, action: str) -> None:
+        httpx.post(f"{self.load.url}/{action}_profile", timeout=120).raise_for_status()
 
 
 def read(path: Path) -> list[Span]:

@@ -97,22 +97,39 @@ def test_tiles_worth_trying_fit_a_hopper():
     assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)
 
 
-def test_traces_of_one_sequence_of_many_and_of_a_prompt(monkeypatch):
-    asked: list[str] = []
+def test_traces_are_named_by_what_was_asked(tmp_path: Path, monkeypatch):
+    """A trace lies between the prompts' first tokens and their last."""
+    calls: list[str] = []
 
     def post(url: str, timeout: float) -> SimpleNamespace:
-        asked.append(url.rpartition("/")[2])
+        calls.append(url.rpartition("/")[2])
+        if calls[-1] == "stop_profile":
+            (tmp_path / f"rank0.{len(calls)}.json").touch()
         return SimpleNamespace(raise_for_status=lambda: None)
 
-    load: Any = SimpleNamespace(
-        url="http://server",
-        prompt=lambda length: length,
-        at_once=lambda prompts, tokens: asked.append(f"{len(prompts)} x {prompts[0]}, {tokens}"),
-    )
+    def at_once(prompts: list[int], tokens: int) -> None:
+        calls.append(f"{len(prompts)} x {prompts[0]}")
+        load.begun.release(len(prompts))
+
+    load: Any = SimpleNamespace(url="http://server", limit=5, prompt=lambda length: length, at_once=at_once)
+    load.poisson = lambda prompts, tokens, rate: calls.append(f"{rate} a second of {prompts[0]}")
     monkeypatch.setattr(trace.httpx, "post", post)
     monkeypatch.setattr(trace.time, "sleep", lambda _: None)
-    trace.record(load)
+    trace.Recorder(load, tmp_path).all(scale=2)
     around = ["start_profile", "stop_profile"]
-    assert sorted(asked[:3]) == ["1 x 4096, 2000", *around]
-    assert sorted(asked[3:6]) == ["32 x 4096, 400", *around]
-    assert asked[6:] == ["start_profile", "1 x 32768, 1", "stop_profile"]
+    assert calls[:3] == ["1 x 2048", *around]
+    assert calls[6:12] == ["32 x 2048", *around, "8 x 65536", *around]
+    assert calls[12:15] == ["start_profile", "1 x 16384", "stop_profile"]
+    assert set(calls[15:]) == {"16 a second of 1024", *around}
+    names = sorted(path.name.partition(".")[0] for path in tmp_path.iterdir())
+    assert names == [
+        "arrivals-1024",
+        *(f"decode-{n}" for n in ("1x2048", "32x2048", "8x2048", "8x65536")),
+        "prefill-16384",
+    ]
+
+
+def test_a_trace_of_prompts_that_never_begin_is_given_up(tmp_path: Path):
+    load: Any = SimpleNamespace(limit=0.01, prompt=lambda length: length, at_once=lambda prompts, tokens: None)
+    with pytest.raises(RuntimeError, match="not all of 8 prompts of 4096 tokens"):
+        trace.Recorder(load, tmp_path).decode(8, 4096)
