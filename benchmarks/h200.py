@@ -45,11 +45,12 @@ FLAGS = (
     "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=128 "
     "--gpu-memory-utilization=0.94 --enable-prefix-caching --cudagraph-capture-sizes 1 2 4 8 16 32 48 64 128"
 )
+ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 # Nothing is compiled for the sampler, graphs are captured once, not also to weigh them, and tokens part among experts.
 ENV = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
-    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+    ROUTING: "uniform_random",
 }
 START_LIMIT, ROW_LIMIT, MILLION_LIMIT = 300, 240, 420  # seconds
 K = 1024
