@@ -112,6 +112,7 @@ class Rows:
 
     def measure(self, row: str) -> dict[str, float]:
         self.load.limit = MILLION_LIMIT if row == "million" else ROW_LIMIT
+        self.load.random.seed(row)  # the same prompts and arrivals for every server, whatever rows it had before
         kind, *rest = row.split()
         measures: dict[str, Callable[..., dict[str, float]]] = {
             "ttft": self.ttft,

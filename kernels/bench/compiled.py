@@ -19,9 +19,9 @@ COMMAND = "PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchm
 ROWS = {name: "*bf16" for name in ("qkv", "forget", "beta", "gate", "conv", "norm_weight", "out")}
 TABLES = ("slots", "cu_seqlens", "chunk_sequence", "first_chunk", "segment_sequence", "first_segment")
 TABLES += ("accepted", "export_after", "export_slots")
-FLOATS = ("conv_weight", "a_log", "dt_bias", "recurrent", "decay", "scale", "v_scales", "units", "starts", "sums")
+FLOATS = ("conv_weight", "a_log", "dt_bias", "recurrent", "decay", "scale", "strengths", "v_scales", "units", "starts")
 OPERANDS = ("w", "u", "qd", "kd", "p", "snapshots", "q", "k", "v")
-TYPES = ROWS | {name: "*i32" for name in TABLES} | {name: "*fp32" for name in (*FLOATS, "transitions")}
+TYPES = ROWS | {name: "*i32" for name in TABLES} | {name: "*fp32" for name in (*FLOATS, "sums", "transitions")}
 TYPES |= {name: "*fp16" for name in OPERANDS} | {"resume": "*i1", "norm_eps": "fp32"}
 UNALIGNED = ("begin", "end", "length", "heads", "chunks", "sequences", "beta_stride", "rows", "steps", "exports")
 
@@ -52,9 +52,9 @@ def report(kernel, types: dict[str, str], options: dict[str, int | bool], consta
 
 def variants(dim: int):
     """(name, kernel, argument types, launch options, constants) of what runs for bf16 rows and 4 taps."""
-    decode, verify, prefill, intra, states, output = (
+    decode, verify, prefill, prepare, intra, states, output = (
         importlib.import_module(f"kda_kernels.cuda.{name}")
-        for name in ("decode", "verify", "prefill", "intra", "states", "output")
+        for name in ("decode", "verify", "prefill", "prepare", "intra", "states", "output")
     )
     size, chunk = {"D": dim}, {"D": dim, "C": prefill.CHUNK}
     columns = {"BV": min(dim, prefill.COLUMNS)}
@@ -67,7 +67,7 @@ def variants(dim: int):
         yield f"decode, {name}", decode._decode, types, options, constants
         yield f"verify, {name}", verify._verify, types, more, constants
     constants = chunk | {"TAPS": 4, "QKV_ALIGN": 16, "FORGET_ALIGN": 16}
-    yield "prepare", intra.prepare_kernel, {}, prefill.PREPARE, constants
+    yield "prepare", prepare.prepare_kernel, {}, prefill.PREPARE, constants
     yield "intra", intra.intra_kernel, {}, prefill.INTRA, chunk | {"LEVELS": prefill.CHUNK.bit_length() - 1}
     passes = {"states": (0, 0, 0), "states, exported": (0, 0, 1), "states of segments": (1, 0, 0)}
     passes |= {"states of segments, exported": (1, 0, 1), "summary": (1, 1, 0)}

@@ -115,8 +115,8 @@ def test_inputs_and_state_that_do_not_fit_are_refused(make_problem):
 def test_no_gpu_kernel_is_compiled_anew_for_where_slots_begin():
     """A batch's prefills are the later part of a table, at any address, and a call without exports passes those."""
     pytest.importorskip("triton")
-    kernels = {"decode": ["_decode"], "verify": ["_verify"], "intra": ["prepare_kernel", "intra_kernel"]}
-    kernels |= {"output": ["output_kernel"], "states": ["states_kernel", "combine_kernel"]}
+    kernels = {"decode": ["_decode"], "verify": ["_verify"], "prepare": ["prepare_kernel"]}
+    kernels |= {"intra": ["intra_kernel"], "output": ["output_kernel"], "states": ["states_kernel", "combine_kernel"]}
     tables = {"slots", "export_after", "export_slots"}
     for module, names in kernels.items():
         for name in names:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import expert_tiles, h200, trace
-from benchmarks.load import Reply, late_tpot, percentile, steady_tpot
+from benchmarks.load import Load, Reply, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear.config import Geometry
 
 BASE = json.loads(h200.CONFIG.read_text())
@@ -37,6 +37,23 @@ def test_every_run_has_a_valid_config_and_known_rows(name: str):
     assert geometry.num_layers == h200.LAYERS
     assert (len(geometry.kda_layers) == 0) == run.attention_only
     assert {row.split()[0] for row in run.rows} <= {"ttft", "tpot", "poisson", "million"}
+
+
+def test_every_server_has_the_same_requests(monkeypatch):
+    """Whatever rows it had before."""
+    sent: list[list[list[int]]] = []
+
+    def at_once(prompts: list[list[int]], tokens: int) -> list[Reply]:
+        sent.append(prompts)
+        return [Reply(asked=0.0, times=[1.0, 2.0], counts=[1, 1]) for _ in prompts]
+
+    load = Load("http://server", "model", vocab=1000)
+    monkeypatch.setattr(load, "at_once", at_once)
+    rows = h200.Rows(load, scale=64)
+    for row in ("tpot 8 4K", "ttft 8K", "tpot 8 4K"):
+        rows.measure(row)
+    assert sent[0] == sent[-1]
+    assert sent[0] != sent[1]
 
 
 def test_late_tpot_leaves_out_what_came_in_a_bunch():

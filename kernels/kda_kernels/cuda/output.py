@@ -1,4 +1,4 @@
-"""Prefill, third pass: O = (exp(G) q~) S + P N, then the gated norm (docs/kda.md sections 5 and 6).
+"""Prefill, last pass: O = (exp(G) q~) S + P N, then the gated norm (docs/kda.md sections 5 and 6).
 
 One program serves one (chunk, head), all in parallel. Arguments as in the other two passes;
 gate [T, P] and out [T, P] are activations with any row stride.

@@ -1,7 +1,7 @@
 """Prefill: runs of tokens of many sequences, in passes over chunks of 64 rows.
 
   table    which sequence each chunk belongs to                       one small program a sequence
-  prepare  convolution, normalisation, gate                           (16 rows, head) in parallel
+  prepare  convolution, normalisation, gate                           (q, k, v or g of a chunk, head) in parallel
   intra    what a chunk can know without the state                    (chunk, head) in parallel
   states   S from chunk to chunk, and the slots' new states           (value columns, head, sequence)
   output   O, the norm and the gate                                   (chunk, head) in parallel
@@ -19,20 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kda_kernels.cuda.intra import intra_kernel, prepare_kernel
+from kda_kernels.cuda.intra import intra_kernel
 from kda_kernels.cuda.output import output_kernel
+from kda_kernels.cuda.prepare import prepare_kernel
 from kda_kernels.cuda.rows import cut
 from kda_kernels.cuda.states import combine_kernel, states_kernel
 from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState, check_call, check_sequences
 
 CHUNK = 64
 COLUMNS = 32
-PREPARE = {"BLOCK": 16, "num_warps": 4}
+PREPARE = {"GROUP": 4, "num_warps": 1}
 INTRA = {"COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 STATES = {"num_warps": 4, "num_stages": 3}
 OUTPUT = {"num_warps": 4}
 COMBINE = {"num_warps": 8}
-PROGRAMS = 132  # a program of the second pass for each multiprocessor of a Hopper GPU
+PROGRAMS = 132  # a program of `states` for each multiprocessor of a Hopper GPU
 PART = 1 << 19  # rows x heads of one part: 0.9 GB of workspace for head size 128
 
 
@@ -84,10 +85,10 @@ def _part(
     w, u, qd, kd = (torch.empty(tiles, dtype=operand, device=device) for _ in range(4))
     p = torch.empty(chunks, heads, CHUNK, CHUNK, dtype=operand, device=device)
     snapshots = torch.empty(chunks, heads, dim, dim, dtype=operand, device=device)
-    sums = snapshots.view(torch.float32)  # of g; the second pass, which writes snapshots, has no use for them
+    sums = snapshots.view(torch.float32)  # of g; `states`, which writes snapshots, has no use for them
     if sums.shape[2] * sums.shape[3] < CHUNK * dim:
         sums = torch.empty(tiles, dtype=torch.float32, device=device)
-    v_scales = torch.empty(chunks, heads, CHUNK, dtype=torch.float32, device=device)
+    strengths, v_scales = torch.empty(2, chunks, heads, CHUNK, dtype=torch.float32, device=device)
     decay = torch.empty(chunks, heads, dim, dtype=torch.float32, device=device)
     scale = torch.empty(heads, chunks, dtype=torch.float32, device=device)
     length = _segment_length(chunks, heads * (dim // columns) * sequences)
@@ -98,9 +99,10 @@ def _part(
     table_kernel[(sequences,)](cu_seqlens, first_chunk, chunk_sequence, begin, end, sequences, chunks, 1, 0, C=CHUNK)
     if chunks:
         prepare_kernel[(chunks * 4, heads)](
-            *(inputs.qkv, inputs.forget, params.conv_weight, params.a_log, params.dt_bias),
+            *(inputs.qkv, inputs.forget, inputs.beta, params.conv_weight, params.a_log, params.dt_bias),
             *(state.conv, slots, resume, cu_seqlens, chunk_sequence, first_chunk),
-            *(qd, kd, u, sums, v_scales, begin, end, qkv_stride, inputs.forget.stride(0), *conv, heads),
+            *(qd, kd, u, sums, strengths, v_scales, begin, end),
+            *(qkv_stride, inputs.forget.stride(0), inputs.beta.stride(0), *conv, heads),
             D=dim,
             C=CHUNK,
             TAPS=taps,
@@ -109,8 +111,7 @@ def _part(
             **PREPARE,
         )
         intra_kernel[(chunks, heads)](
-            *(inputs.beta, slots, cu_seqlens, chunk_sequence, first_chunk),
-            *(w, u, qd, kd, p, decay, scale, sums, v_scales, begin, end, inputs.beta.stride(0), heads, chunks),
+            *(slots, chunk_sequence, w, u, qd, kd, p, decay, scale, sums, strengths, v_scales, heads, chunks),
             D=dim,
             C=CHUNK,
             LEVELS=CHUNK.bit_length() - 1,

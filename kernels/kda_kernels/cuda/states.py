@@ -1,8 +1,8 @@
-"""Prefill, second pass: the states, chunk after chunk (docs/kda.md section 6).
+"""Prefill, third pass: the states, chunk after chunk (docs/kda.md section 6).
 
 One program serves BV value columns of one (sequence, head), or of one segment of `length` chunks, in fp32:
   N = U - W S    S_next = diag(exp(G_last)) S + (exp(G_last - G) k)^T N
-and leaves N (over U) and the S that each chunk starts from to the third pass. Operands are fp16, so N and S are
+and leaves N (over U) and the S that each chunk starts from to the last pass. Operands are fp16, so N and S are
 kept relative to a power of two, `unit`, chosen from the largest of the initial state and all chunks' v, with a
 factor of 4096 to spare.
 
