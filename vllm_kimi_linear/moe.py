@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
@@ -10,6 +11,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.expert_rehearsal import rehearsal
 
 
 class GatedMlp(nn.Module):
@@ -92,6 +94,7 @@ class MixtureOfExperts(nn.Module):
             from vllm_kimi_linear.cpu.experts import use_onednn_experts
 
             use_onednn_experts(self.experts)
+        rehearsal.register_warmup(self, get_current_vllm_config())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x)
