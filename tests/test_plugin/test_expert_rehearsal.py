@@ -37,7 +37,7 @@ def start(folder: str) -> dict[str, Any]:
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, inputs, out, name=name: ran.append((name, len(out))))
     registry.warmup()
-    expert_rehearsal.logger.warning_once = lambda text, *values: warnings.append(text % values)  # type: ignore[method-assign]
+    expert_rehearsal.logger.warning_once = lambda text, *values: warnings.append(text % values)
     for layer in layers.values():
         layer.experts = None
     registry.warmup()
