@@ -35,15 +35,10 @@ class ExpertRehearsal(VllmJitKernel[Step]):
 
     def compile(self, step: Step) -> None:
         """Run the layer; where that fails, say so and let the server start: its first requests are only slower."""
-        x = torch.zeros(
-            step.tokens,
-            step.config.model_config.get_hidden_size(),
-            dtype=step.config.model_config.dtype,
-            device=next(step.layer.parameters()).device,
-        )
+        model, device = step.config.model_config, next(step.layer.parameters()).device
         try:
             with torch.inference_mode(), set_forward_context(None, step.config, num_tokens=step.tokens):
-                step.layer(x)
+                step.layer(torch.zeros(step.tokens, model.get_hidden_size(), dtype=model.dtype, device=device))
         except Exception as error:  # a rehearsal is not worth a server
             logger.warning_once("Kimi Linear: experts could not be run with %d tokens: %s", step.tokens, error)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import expert_tiles, h200, trace
+from benchmarks import chunks, expert_tiles, h200, trace
 from benchmarks.load import Load, Reply, late_tpot, percentile, steady_tpot
 from vllm_kimi_linear.config import Geometry
 
@@ -54,6 +54,11 @@ def test_every_server_has_the_same_requests(monkeypatch):
         rows.measure(row)
     assert sent[0] == sent[-1]
     assert sent[0] != sent[1]
+
+
+def test_answers_in_other_chunk_sizes_are_compared_with_the_first():
+    text = chunks.page({4096: {10: [5, 6, 5, 6]}, 256: {10: [5, 6, 7, 6]}}, Path("page.md"))
+    assert "| 10 | 256 | 3 of 4 | 2 |" in text
 
 
 def test_late_tpot_leaves_out_what_came_in_a_bunch():
