@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,16 @@ STATE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 def test_in_the_interpreter():
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += [str(Path(__file__).with_name(name)) for name in ("test_exports.py", "test_verify.py")]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_exports.py", "test_verify.py"))]
+
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, file], env=env, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor() as pool:  # all at once, for the interpreter is slow
+        for done in pool.map(run, files):
+            assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+            assert " passed" in done.stdout
 
 
 @pytest.fixture
