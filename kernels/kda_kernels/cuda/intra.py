@@ -16,8 +16,7 @@ differences of G stay right to 2^-12 after a chunk of nothing but such steps. Th
 from where `prepare` put G; each row is the anchor of one level, so that they are few.
 
 It is a kernel of its own, for one that also prepared the rows was slower: unrolled over a chunk its code did not fit
-the instruction cache, and at 255 registers too few of its programs fit a multiprocessor to hide the latency of the
-loads. For the same reason it takes COLUMNS of the D channels at a time.
+the instruction cache. It takes COLUMNS of the D channels at a time, for with all of them registers spill.
 
 Operands are fp16 rather than bf16: all but U are bounded by 1 (the recurrence contracts), and three more bits
 make the result eight times more accurate. U is stored relative to a power of two, `scale`.
