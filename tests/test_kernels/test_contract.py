@@ -3,51 +3,10 @@
 import pytest
 import torch
 
+from tests.test_kernels.hostile import HOSTILE
+
 LENGTHS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
-def steps_of(z: float):
-    def change(problem):
-        problem.inputs.forget.fill_(z)
-        problem.params.dt_bias.zero_()
-        problem.params.a_log.fill_(2.7725887)  # exp: 16
-
-    return change
-
-
-def one_step_of(z: float):
-    def change(problem):
-        row = problem.inputs.forget.shape[0] // 2
-        problem.inputs.forget[row] = z
-
-    return change
-
-
-def beta_of(logit: float):
-    return lambda problem: problem.inputs.beta.fill_(logit)
-
-
-def zero_keys(problem):
-    width = problem.inputs.forget.shape[1]
-    problem.inputs.qkv[:, width : 2 * width] = 0
-    problem.state.conv[..., width : 2 * width] = 0
-
-
-def large_rows(problem):
-    problem.inputs.qkv.mul_(300)
-
-
-HOSTILE = {
-    "all gates -87": steps_of(5.4375),
-    "all gates -1e-6": steps_of(-16.6),
-    "one gate -87 or less": one_step_of(90.0),
-    "one gate of minus infinity": one_step_of(1e30),
-    "beta 0": beta_of(-40.0),
-    "beta 1": beta_of(40.0),
-    "zero keys": zero_keys,
-    "large rows": large_rows,
-}
 
 
 def check(problem, backend, solve, relative_error, call="prefill"):

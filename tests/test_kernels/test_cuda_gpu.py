@@ -9,6 +9,7 @@ import torch
 
 from kda_kernels import reference
 from kda_kernels.types import Exports, KdaInputs, KdaState
+from tests.test_kernels.hostile import HOSTILE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +68,15 @@ def check(problem, cuda, relative_error, call="prefill"):
 def test_prefill(lengths, dtype, dim, cuda, make_problem, relative_error):
     resume = [n % 2 == 0 for n in range(len(lengths))]
     check(make_problem(lengths, dim=dim, dtype=dtype, resume=resume, strided=True), cuda, relative_error)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_hostile(call, dtype, hostile, cuda, make_problem, relative_error):
+    problem = make_problem([1] * 3 if call == "decode" else [70, 9, 64], dim=128, dtype=dtype, resume=True)
+    HOSTILE[hostile](problem)
+    check(problem, cuda, relative_error, call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

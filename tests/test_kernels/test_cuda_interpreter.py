@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_kernels.hostile import HOSTILE
+
 pytest.importorskip("triton")
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,34 +69,6 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
             assert (problem.out[bounds[n] : bounds[n + 1]] == 0).all()
     store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
     assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the rows
-
-
-def every_gate(z):
-    def change(problem):
-        problem.inputs.forget.fill_(z)
-        problem.params.dt_bias.zero_()
-        problem.params.a_log.fill_(2.7725887)  # exp: 16
-
-    return change
-
-
-def one_gate(z):
-    def change(problem):
-        problem.inputs.forget[problem.inputs.forget.shape[0] // 2] = z
-
-    return change
-
-
-HOSTILE = {
-    "all gates -87": every_gate(5.4375),
-    "all gates -1e-6": every_gate(-16.6),
-    "one gate -87 or less": one_gate(90.0),
-    "one gate of minus infinity": one_gate(1e30),
-    "beta 0": lambda problem: problem.inputs.beta.fill_(-40.0),
-    "beta 1": lambda problem: problem.inputs.beta.fill_(40.0),
-    "large rows": lambda problem: problem.inputs.qkv.mul_(30000),
-    "zero rows": lambda problem: (problem.inputs.qkv.zero_(), problem.state.conv.nan_to_num_().zero_()),
-}
 
 
 @inside
