@@ -2,7 +2,8 @@
 
     python -m benchmarks.trace FOLDER
 
-prints, for every trace in a folder of `benchmarks.h200 --trace`, time by kind of kernel and the longest kernels.
+prints, for every trace in a folder of `benchmarks.h200 --trace`, time by kind of kernel and the longest kernels; with
+--steps also each step by itself, for those of random arrivals differ.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Semaphore
 from typing import NamedTuple
@@ -32,8 +34,6 @@ KINDS = {
     "dense products": r"gemm|gemv|cutlass|nvjet|xmma|splitk|cublas|bmm",
     "the rest": r"",
 }
-
-
 DECODES = ((1, 4096), (8, 4096), (32, 4096), (8, 131072))  # sequences, tokens of context
 PREFILL = 32768
 
@@ -149,16 +149,31 @@ def lines(spans: list[Span], layers: int) -> Iterator[str]:
         yield f"| {shown} | {len(lengths) / steps:.1f} | {sum(lengths) / steps:.0f} | {sum(lengths) / whole:.0%} |"
 
 
+def each(spans: list[Span], layers: int) -> Iterator[str]:
+    """A line for every whole step, from its first experts to the next one's, in us."""
+    begins = [i for i, span in enumerate(spans) if span.name == EXPERTS][:: 2 * layers]
+    yield "| step | GPU works | " + " | ".join(KINDS) + " |"
+    yield "| --- " * (2 + len(KINDS)) + "|"
+    for begin, end in pairwise(begins):
+        step = spans[begin:end]
+        parts = [sum(span.length for span in step if kind(span.name) == name) for name in KINDS]
+        times = [spans[end].begin - spans[begin].begin, busy(step), *parts]
+        yield "| " + " | ".join(f"{time:.0f}" for time in times) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=26, help="that have experts")
+    parser.add_argument("--steps", action="store_true", help="print each step by itself, too")
     args = parser.parse_args()
     traces = sorted(args.folder.rglob("*.json*"), key=lambda path: path.stat().st_mtime)
     for path in traces:
         spans = read(path)
         if any(span.name == EXPERTS for span in spans):  # other processes leave traces without any
             print(f"## {path.relative_to(args.folder)}", "", *lines(spans, args.layers), "", sep="\n")
+            if args.steps:
+                print(*each(spans, args.layers), "", sep="\n")
 
 
 if __name__ == "__main__":

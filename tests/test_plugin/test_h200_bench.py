@@ -104,6 +104,7 @@ def test_a_trace_is_told_by_steps_and_kinds():
     table = list(trace.lines(spans, layers=1))
     assert table[0] == "3.0 steps of 80 us, of which the GPU works 30."
     assert {"| **experts** | 2.0 | 20 | 25% |", "| **KDA** | 1.0 | 5 | 6% |"} <= set(table)
+    assert list(trace.each(spans, layers=1))[2:] == ["| 100 | 30 | 20 | 0 | 5 | 10 | 0 |"] * 2
     assert trace.kind("void flash::combine_kernel<float>") == "latent attention"
     assert trace.kind("triton_poi_fused_add_0") == "the rest"
 
