@@ -31,8 +31,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kimi_linear import demo, memory
+from vllm_kimi_linear.checkpoints import kept_boundaries
 from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.snapshots import KdaSpec, kept_blocks
+from vllm_kimi_linear.snapshots import KdaSpec
 
 REQUESTS, PROMPT, ANSWER, TOKENS_A_STEP = 64, 4096, 512, 8192
 GIB = 1 << 30
@@ -172,7 +173,7 @@ def bytes_table() -> list[str]:
             )
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
-            kept = [len(kept_blocks(length // plan.block_tokens)) for length in lengths]
+            kept = [len(kept_boundaries(length // plan.block_tokens)) for length in lengths]
             snapshots = [f"{count}, {count * plan.snapshot_bytes / GIB:.2f} GiB" for count in kept]
             latents = [f"{length * plan.mla_bytes_per_token / GIB:.2f} GiB" for length in lengths]
             cells = [str(ranks), state, f"{plan.block_tokens} tokens", f"{waste:.1%}", *snapshots, *latents]

@@ -13,6 +13,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
 from vllm_kimi_linear.config_error import ConfigError
+from vllm_kimi_linear.patches import send_checkpoints
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -28,6 +29,7 @@ def apply() -> None:
     if _is_known():
         snapshots.register()
         end_chunks_at_blocks()
+        send_checkpoints.apply()
         ask_groups_once_a_block()
         count_snapshots()
         say_what_fits()
@@ -110,23 +112,22 @@ def end_chunks_at_blocks() -> None:
 
     @functools.wraps(original)
     def split(self, request, num_new_tokens, num_new_local_computed_tokens=0, num_external_computed_tokens=0):
-        managers = _kda_managers(self.kv_cache_manager.coordinator)
+        managers = snapshots.kda_managers(self.kv_cache_manager.coordinator)
         if not managers:
             return original(
                 self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
             )
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
-        if start >= prefill_end:
-            return num_new_tokens
-        # A request that replays this one recomputes its last token; another leaves it at the junction seen before.
-        for manager in managers:
-            manager.expect_reuse(request.request_id, (request.num_tokens - 1, request.shared_prefix_boundary))
         block, end = managers[0].block_size, start + num_new_tokens
+        if start >= prefill_end:
+            snapshots.plan(managers, request, start, start)
+            return num_new_tokens
         if start % block:  # a block larger than a step: go on to its end
-            return min(end, (start // block + 1) * block) - start
-        if end < prefill_end and end // block * block > start:
+            end = min(end, (start // block + 1) * block)
+        elif end < prefill_end and end // block * block > start:
             end = end // block * block
+        snapshots.plan(managers, request, start, end)
         return end - start
 
     vars(split)["keeps_kimi_linear"] = True
@@ -153,7 +154,7 @@ def ask_groups_once_a_block() -> None:
     }
 
     def settled(coordinator: Any, request_id: str) -> int:
-        managers = _kda_managers(coordinator)
+        managers = snapshots.kda_managers(coordinator)
         return managers[0].settled.get(request_id, 0) if managers else 0
 
     @functools.wraps(originals["get_num_blocks_to_allocate"])
@@ -177,20 +178,12 @@ def ask_groups_once_a_block() -> None:
     def cache_blocks(self, request, num_computed_tokens):
         if num_computed_tokens >= settled(self, request.request_id):
             originals["cache_blocks"](self, request, num_computed_tokens)
-            if managers := _kda_managers(self):
+            if managers := snapshots.kda_managers(self):
                 snapshots.settle(managers, request.request_id)
 
     vars(cache_blocks)["keeps_kimi_linear"] = True
     for patch in (get_num_blocks_to_allocate, allocate_new_blocks, remove_skipped_blocks, cache_blocks):
         setattr(Coordinator, patch.__name__, patch)
-
-
-def _kda_managers(coordinator: Any) -> list[snapshots.KdaManager]:
-    """The managers of KDA layers among a coordinator's, looked up once."""
-    if (found := vars(coordinator).get("kda_managers")) is None:
-        found = [m for m in coordinator.single_type_managers if isinstance(m, snapshots.KdaManager)]
-        coordinator.kda_managers = found
-    return found
 
 
 def count_snapshots() -> None:
@@ -211,7 +204,7 @@ def count_snapshots() -> None:
     @functools.wraps(original)
     def make_stats(self, *args, **kwargs):
         stats = original(self, *args, **kwargs)
-        managers = _kda_managers(self.kv_cache_manager.coordinator)
+        managers = snapshots.kda_managers(self.kv_cache_manager.coordinator)
         if stats is not None and managers and managers[0].count is not None:
             stats.waiting_lora_adapters.update(managers[0].count.stats)
         return stats

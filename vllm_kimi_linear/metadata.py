@@ -7,7 +7,7 @@ A CUDA graph of a decode step replays with the addresses it was captured with: w
 buffers of the builder, filled up with null slots to the size of the graph.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kda_kernels.types import Exports
+from vllm_kimi_linear.checkpoints import StateCheckpoints
 from vllm_kimi_linear.state_check import StateCheck
 
 
@@ -79,10 +80,8 @@ class Drafts:
 class Prefills:
     cu_seqlens: torch.Tensor  # [prefills + 1] int32, counted from the first prefill row
     resume: torch.Tensor  # [prefills] bool: go on from the slot's state, else start from zero
-    # Block boundaries inside the prompts: prefill rows before each, and where its block, if it has one, is named.
-    rows_before: torch.Tensor  # [boundaries] int32
-    boundary_requests: torch.Tensor  # [boundaries] int64, rows of the block table
-    boundary_columns: torch.Tensor  # [boundaries] int64
+    checkpoints: tuple[StateCheckpoints, ...]  # of those requests that keep states, in the order of the rows
+    checkpoint_offsets: torch.Tensor  # [all their positions] int32: prefill rows before each
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,12 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.draft_tokens = vllm_config.num_speculative_tokens
-        self.keeps_snapshots = vllm_config.cache_config.mamba_cache_mode == "align"
+        self.group = 0
+        self.checkpoints: Sequence[StateCheckpoints | None] = ()
         self.check: StateCheck | None = None
         if vllm_config.additional_config.get("check_states") and not self.draft_tokens:
-            self.check = StateCheck(kv_cache_spec.block_size if self.keeps_snapshots else 0)
+            aligned = vllm_config.cache_config.mamba_cache_mode == "align"
+            self.check = StateCheck(kv_cache_spec.block_size if aligned else 0)
         requests = vllm_config.scheduler_config.max_num_seqs
         self.slots = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.zeros(requests + 1, dtype=torch.int32, device=device)
@@ -136,6 +137,10 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         if self.supports_update_block_table:
             # The runner looks for this name, and then finds the slots of all groups in one launch.
             self.mamba_aligned_state_indices: torch.Tensor | None = None
+
+    def keep_states(self, group: int, checkpoints: Sequence[StateCheckpoints | None]) -> None:
+        """The states that the next step keeps, of each request in the order of the batch, in blocks of this group."""
+        self.group, self.checkpoints = group, checkpoints
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -164,7 +169,8 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         self, metadata: KdaMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> KdaMetadata:
         """The metadata of another group of KDA layers, which differs in its slots alone."""
-        return self._with_slots(metadata, self._group_slots(blk_table, None), blk_table)
+        self.checkpoints = ()
+        return self._with_slots(metadata, self._group_slots(blk_table, None))
 
     def _build(
         self, common: CommonAttentionMetadata, continuing: list[bool], accepted: torch.Tensor | None
@@ -172,8 +178,14 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         starts = common.query_start_loc_cpu.tolist()
         lengths = [end - start for start, end in pairwise(starts)]
         requests = sum(length > 0 for length in lengths)  # empty ones, at the end, pad a graph
+        checkpoints, self.checkpoints = self.checkpoints, ()
         if self.check:
-            self.check.step(common.block_table_tensor.tolist(), _context_lens(common).tolist(), lengths[:requests])
+            kept = [
+                tuple(zip(found.positions, found.blocks[self.group], strict=True)) if found else ()
+                for found in checkpoints
+            ]
+            table, contexts = common.block_table_tensor.tolist(), _context_lens(common).tolist()
+            self.check.step(table, contexts, lengths[:requests], kept)
         ranked = sorted(range(requests), key=lambda request: not continuing[request])
         count = sum(continuing[:requests])
         order, prefills = None, None
@@ -183,7 +195,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         if count < requests:
             contexts = _context_lens(common).tolist()
             sizes = [(request, contexts[request], lengths[request]) for request in ranked[count:]]
-            prefills = self._prefills(sizes)
+            prefills = self._prefills(sizes, checkpoints)
             tokens = sum(lengths[request] for request in ranked[:count])
         else:
             count, tokens = common.num_reqs, common.num_actual_tokens
@@ -200,23 +212,23 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             order=order,
         )
         slots = self._group_slots(common.block_table_tensor, common.seq_lens)
-        return self._with_slots(metadata, slots, common.block_table_tensor)
+        return self._with_slots(metadata, slots)
 
-    def _prefills(self, sizes: list[tuple[int, int, int]]) -> Prefills:
+    def _prefills(
+        self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]
+    ) -> Prefills:
         """`sizes`: (request, tokens before this step, tokens in it) of each."""
-        block = self.kv_cache_spec.block_size if self.keeps_snapshots else sys.maxsize
-        boundaries, row = [], 0
+        kept, offsets, row = [], [], 0
         for request, context, length in sizes:
-            inside = range(context // block + 1, -(-(context + length) // block))
-            boundaries += [(row + end * block - context, request, end - 1) for end in inside]
+            if request < len(checkpoints) and (found := checkpoints[request]):
+                kept.append(found)
+                offsets += [row + position - context for position in found.positions]
             row += length
-        rows_before, requests, columns = zip(*boundaries, strict=True) if boundaries else ((), (), ())
         return Prefills(
             cu_seqlens=self._to_device([0, *accumulate(length for _, _, length in sizes)], torch.int32),
             resume=self._to_device([context > 0 for _, context, _ in sizes], torch.bool),
-            rows_before=self._to_device(list(rows_before), torch.int32),
-            boundary_requests=self._to_device(list(requests), torch.int64),
-            boundary_columns=self._to_device(list(columns), torch.int64),
+            checkpoints=tuple(kept),
+            checkpoint_offsets=self._to_device(offsets, torch.int32),
         )
 
     def _drafts(
@@ -242,7 +254,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         mode = self.vllm_config.cache_config.mamba_cache_mode
         return mamba_get_block_table_tensor(block_table, seq_lens, self.kv_cache_spec, mode)
 
-    def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor, block_table: torch.Tensor) -> KdaMetadata:
+    def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor) -> KdaMetadata:
         """`metadata` with this group's slots. Every group in every step: where all decode, it must cost little."""
         requests, count, prefills = metadata.num_requests, metadata.continuing, metadata.prefills
         if metadata.order is not None:
@@ -257,9 +269,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         if prefills is None:
             return replace(metadata, continuing_slots=continuing)
         exports = None
-        if len(prefills.rows_before):
-            blocks = block_table[prefills.boundary_requests, prefills.boundary_columns]
-            exports = Exports(prefills.rows_before, blocks.to(torch.int32))
+        if prefills.checkpoints:
+            blocks = list(chain.from_iterable(found.blocks[self.group] for found in prefills.checkpoints))
+            exports = Exports(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
         ours = slots[count:requests, 0].contiguous()
         return replace(metadata, continuing_slots=continuing, prefill_slots=ours, exports=exports)
 

@@ -1,16 +1,15 @@
-"""Which states along a prompt are kept for the prefix cache, and the blocks they are kept in.
+"""The blocks that states along a prompt are kept in for the prefix cache.
 
 vLLM keeps the state of a recurrent layer where a chunk of a prompt happens to end. Here a chunk leaves states behind
-at boundaries of its own choice inside it: the manager puts a block into the table at each, the prefill kernel, which
-passes there anyway, writes the state, and the block is published like any other. Nothing else is asked of the
-scheduler or the worker: a column of the block table that holds a block is a state to write.
+at boundaries inside it, too (`checkpoints.py` says at which): `plan` decides when the scheduler cuts the chunk,
+`allocate_new_blocks` takes a block for each, `take_checkpoints` sends positions and blocks to the workers with the
+step, the prefill kernel, which passes there anyway, writes the states, and the blocks are published like any other.
 
-Snapshots may be evicted as soon as the chunk is done; where blocks are scarce only the last few of a chunk are taken.
+Kept states may be evicted as soon as the chunk is done; where blocks are scarce only the last few of a chunk are kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -21,24 +20,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_kimi_linear import memory
+from vllm_kimi_linear.checkpoints import StateCheckpoints, affordable_columns, columns_to_keep, kept_boundaries
 from vllm_kimi_linear.snapshot_metrics import SnapshotCount
-
-SHARE = 10  # a request that shares P tokens with an earlier one computes at most P / SHARE of them again
-SPARE = 4  # snapshots are taken while as many times the blocks that they fill are free
-
-
-@cache
-def kept_blocks(limit: int) -> frozenset[int]:
-    """Boundaries, counted in blocks, whose states are kept of a prompt of up to `limit` blocks.
-
-    Every one at first, then in steps that grow with the position: from no position is the way back to the one
-    before it longer than a block or a tenth of the position.
-    """
-    kept, at = set(), 1
-    while at <= limit:
-        kept.add(at)
-        at = max(at + 1, at * SHARE // (SHARE - 1))
-    return frozenset(kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +52,15 @@ class KdaManager(MambaManager):
 
     def __init__(self, kv_cache_spec: KdaSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self.kept = kept_blocks(kv_cache_spec.most_blocks)
+        self.kept = kept_boundaries(kv_cache_spec.most_blocks)
         self.groups = kv_cache_spec.groups
-        self.reused: dict[str, tuple[int, ...]] = {}  # boundaries where a request is known to be resumed, in blocks
-        self.wanted: dict[str, list[int]] = {}  # columns that the next allocation of a request fills
+        self.planned: dict[str, list[int]] = {}  # columns whose states the chunk being scheduled keeps
+        self.filled: dict[str, dict[int, int]] = {}  # column -> block, of the step being scheduled
         self.count: SnapshotCount | None = None  # of the first group, for all
         if self.enable_caching and not isinstance(self.block_pool.metrics_collector, SnapshotCount):
             self.count = SnapshotCount(self.kv_cache_group_id, self.block_pool.metrics_collector)
             self.block_pool.metrics_collector = self.count
         self.settled: dict[str, int] = {}  # tokens up to which a request asks nothing of any group (see `settle`)
-
-    def expect_reuse(self, request_id: str, tokens: Sequence[int]) -> None:
-        """Keep the states at the last boundaries up to these positions, too."""
-        self.reused[request_id] = tuple(position // self.block_size for position in tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -104,20 +83,7 @@ class KdaManager(MambaManager):
             apply_admission_cap,
             prefill_end,
         )
-        if self.mamba_cache_mode != "align" or apply_admission_cap:
-            return needed
-        first = len(new_computed_blocks) + len(self.req_to_blocks[request_id])
-        last = cdiv(num_tokens_main_model, self.block_size) - 1  # the running state's
-        wanted = [
-            column
-            for column in range(max(first, cdiv(total_computed_tokens, self.block_size)), last)
-            if column + 1 in self.kept or column + 1 in self.reused.get(request_id, ())
-        ]
-        # All groups are asked before any takes a block, so that they see the same number and choose the same columns.
-        affordable = self.block_pool.get_num_free_blocks() // (SPARE * self.groups)
-        wanted = wanted[max(0, len(wanted) - affordable) :]
-        self.wanted[request_id] = wanted
-        return needed + len(wanted)
+        return needed if apply_admission_cap else needed + len(self.planned.get(request_id, ()))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -125,10 +91,15 @@ class KdaManager(MambaManager):
         blocks = self.req_to_blocks[request_id]
         first = len(blocks)
         added = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        columns = self.wanted.pop(request_id, [])
+        columns = self.planned.pop(request_id, [])
         for column, block in zip(columns, self.block_pool.get_new_blocks(len(columns)), strict=True):
+            # Where a draft's block lay before the chunk, the worker's table, which only grows, goes on to name it.
             assert blocks[column].is_null
-            blocks[column] = added[column - first] = block
+            blocks[column] = block
+            if column >= first:
+                added[column - first] = block
+        if columns:
+            self.filled[request_id] = {column: blocks[column].block_id for column in columns}
         return added
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -146,8 +117,8 @@ class KdaManager(MambaManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.settled.pop(request_id, None)
-        self.reused.pop(request_id, None)
-        self.wanted.pop(request_id, None)
+        self.planned.pop(request_id, None)
+        self.filled.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -165,9 +136,47 @@ class KdaManager(MambaManager):
     ) -> list[bool] | None:
         """Publish what was kept on purpose: also while an answer grows, whose every boundary has a state for a step."""
         assert isinstance(kv_cache_spec, KdaSpec)
-        kept = kept_blocks(kv_cache_spec.most_blocks)
+        kept = kept_boundaries(kv_cache_spec.most_blocks)
         reused = {position // kv_cache_spec.block_size for position in reachable_boundaries}
         return [block + 1 in kept or block + 1 in reused for block in range(start_block, end_block)]
+
+
+def kda_managers(coordinator: Any) -> list[KdaManager]:
+    """The managers of KDA layers among a coordinator's, looked up once."""
+    if (found := vars(coordinator).get("kda_managers")) is None:
+        found = [manager for manager in coordinator.single_type_managers if isinstance(manager, KdaManager)]
+        coordinator.kda_managers = found
+    return found
+
+
+def plan(managers: Sequence[KdaManager], request: Request, start: int, end: int) -> None:
+    """Decide which states the next chunk of a request keeps, from `start` to `end` tokens; none if it is empty.
+
+    Besides those along every prompt: the last before its end, where a request that replays this one goes on, and the
+    last before the place where another was seen to leave it.
+    """
+    manager = managers[0]
+    columns: list[int] = []
+    if manager.mamba_cache_mode == "align" and start < end:
+        reused = {at // manager.block_size for at in (request.num_tokens - 1, request.shared_prefix_boundary)}
+        affordable = affordable_columns(manager.block_pool.get_num_free_blocks(), manager.groups)
+        columns = columns_to_keep(start, end, manager.block_size, manager.kept | reused, affordable)
+    if columns or request.request_id in manager.planned:  # left behind where there were too few blocks
+        for each in managers:
+            each.planned[request.request_id] = columns
+
+
+def take_checkpoints(managers: Sequence[KdaManager]) -> dict[str, StateCheckpoints]:
+    """What the step that was just scheduled keeps, by request; once."""
+    found = {}
+    for request_id, columns in managers[0].filled.items():
+        found[request_id] = StateCheckpoints(
+            positions=tuple((column + 1) * managers[0].block_size for column in columns),
+            blocks={manager.kv_cache_group_id: tuple(manager.filled[request_id].values()) for manager in managers},
+        )
+    for manager in managers:
+        manager.filled.clear()
+    return found
 
 
 def settle(managers: Sequence[KdaManager], request_id: str) -> None:

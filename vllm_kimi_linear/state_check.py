@@ -15,8 +15,17 @@ class StateCheck:
         self.block = block
         self.tokens: dict[int, int] = {}  # block -> tokens that its state holds
 
-    def step(self, table: Sequence[Sequence[int]], contexts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Request i goes on from contexts[i] tokens with lengths[i] more; raises RuntimeError if its state does not."""
+    def step(
+        self,
+        table: Sequence[Sequence[int]],
+        contexts: Sequence[int],
+        lengths: Sequence[int],
+        kept: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> None:
+        """Request i goes on from contexts[i] tokens with lengths[i] more; raises RuntimeError if its state does not.
+
+        kept[i]: (tokens, block) of the states that it leaves behind inside this step.
+        """
         for request, (row, context, length) in enumerate(zip(table, contexts, lengths, strict=False)):
             if context and length and (held := self.tokens.get(source := row[self._column(context)])) != context:
                 raise RuntimeError(
@@ -27,10 +36,7 @@ class StateCheck:
             end = context + length
             if length:
                 self.tokens[row[self._column(end)]] = end
-            if self.block:
-                for boundary in range(context // self.block + 1, (end - 1) // self.block + 1):
-                    if row[boundary - 1]:  # else no state is kept there
-                        self.tokens[row[boundary - 1]] = boundary * self.block
+        self.tokens.update((block, position) for states in kept for position, block in states)
 
     def _column(self, tokens: int) -> int:
         return (tokens - 1) // self.block if self.block else 0

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from vllm_kimi_linear.checkpoints import StateCheckpoints
 from vllm_kimi_linear.metadata import KdaMetadata, KdaMetadataBuilder
 
 MOST = 8
@@ -147,18 +148,27 @@ def test_slots_that_the_runner_found_for_all_groups_are_taken_as_they_lie():
     assert swapped.prefill_slots.tolist() == [7]
 
 
-def test_states_inside_a_chunk_go_to_the_blocks_of_its_columns():
-    """Blocks of 16; a chunk that ends on an edge, one over an edge, one between two."""
-    common = step([16, 30, 8], [0, 16, 4], columns=4)
-    common.block_table_tensor[1, 1] = 0  # no block there: nothing is kept
-    metadata = builder(block=16).build(0, common)
+def test_states_are_kept_where_the_scheduler_says():
+    """Blocks of 16; the middle one of three requests keeps two states in its 46 tokens, each group in its own block."""
+    common = step([16, 46, 8], [0, 16, 4], columns=4)
+    kept = StateCheckpoints(positions=(32, 48), blocks={3: (70, 71), 5: (80, 81)})
+    kda, other = builder(block=16), builder(block=16)
+    kda.keep_states(3, [None, kept, None])
+    other.keep_states(5, [None, kept, None])
+    other.mamba_aligned_state_indices = torch.tensor([[17], [18], [19]], dtype=torch.int32)
+    metadata = kda.build(0, common)
     assert metadata.exports is not None
-    assert metadata.exports.after.tolist() == [32]
-    assert metadata.exports.slots.tolist() == [0]
-    common.block_table_tensor[1, 1] = 7
-    kept = builder(block=16).build(0, common).exports
-    assert kept is not None and kept.slots.tolist() == [7]
-    assert builder().build(0, common).exports is None  # without prefix caching
+    assert metadata.exports.after.tolist() == [16 + 16, 16 + 32]
+    assert metadata.exports.slots.tolist() == [70, 71]
+    moved = other.update_block_table(metadata, common.block_table_tensor, torch.zeros(0))
+    assert moved.exports is not None
+    assert moved.exports.slots.tolist() == [80, 81]
+    assert kda.build(0, common).exports is None  # what was said holds for one step
+
+
+def test_columns_that_name_a_block_are_no_states_to_keep():
+    """As a block table has them that held drafts before a chunk."""
+    assert builder(draft_tokens=2, block=16).build(0, step([64], [16], columns=8)).exports is None
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])

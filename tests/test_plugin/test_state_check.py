@@ -7,7 +7,7 @@ from vllm_kimi_linear.state_check import StateCheck
 
 def test_chunks_decodes_and_a_hit():
     check = StateCheck(block=4)
-    check.step([[7, 8, 9]], [0], [9])  # writes 9 tokens in its last column, and keeps 4 and 8 on the way
+    check.step([[7, 8, 9]], [0], [9], [[(4, 7), (8, 8)]])  # 9 tokens in its last column, 4 and 8 on the way
     check.step([[7, 8, 9]], [9], [1])
     check.step([[7, 8, 9], [7, 8, 5]], [10, 8], [1, 2])  # the second found 8 tokens in the cache
 
@@ -27,7 +27,7 @@ def test_a_sequence_with_one_block():
 )
 def test_other_tokens_are_found(row: list[int], context: int):
     check = StateCheck(block=4)
-    check.step([[0, 8, 9]], [0], [10])
+    check.step([[0, 8, 9]], [0], [10], [[(8, 8)]])
     check.step([[8]], [0], [3])
     with pytest.raises(RuntimeError, match=f"from {context} tokens"):
         check.step([row], [context], [1])
