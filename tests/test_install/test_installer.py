@@ -246,10 +246,24 @@ def test_step_that_fails_says_what_was_printed_last(installer: ModuleType, tmp_p
     assert "the reason\n[exit 3]" in (tmp_path / "log").read_text()
 
 
-def test_step_shows_that_it_lives(installer: ModuleType, tmp_path: Path, capsys) -> None:
+def test_step_shows_that_it_lives(
+    installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     steps = installer.Steps(tmp_path / "log", tmp_path, {})
     steps.pause = 0.05
-    script = "import time; print('Collecting torch', flush=True); time.sleep(0.6); print('end')"
+    show, shown_once = steps._show, tmp_path / "shown"
+
+    def seen(title: str, state: str, last: bool = False) -> None:
+        show(title, state, last)
+        if "Collecting torch" in state:
+            shown_once.touch()
+
+    monkeypatch.setattr(steps, "_show", seen)
+    script = (
+        "import pathlib, time; print('Collecting torch', flush=True)\n"
+        f"while not pathlib.Path({str(shown_once)!r}).exists(): time.sleep(0.01)\n"
+        "print('end')"
+    )
     assert steps.run("working", [sys.executable, "-c", script]) == (0, "Collecting torch\nend\n")
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "[1] working: ..."
