@@ -14,7 +14,7 @@ EXTRAS ?= server,test
 DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
 DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
-DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M
+DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M --gpu-memory-utilization 0.1
 MODEL ?= $(DEMO_MODEL)
 ARGS ?=
 
