@@ -14,7 +14,7 @@ EXTRAS ?= server,test
 DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
 DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
-DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M
+DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M --gpu-memory-utilization 0.1
 MODEL ?= $(DEMO_MODEL)
 ARGS ?=
 
@@ -23,9 +23,9 @@ NOT_HERE := not soak and not browser and not container and not cluster and not g
 
 export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
-demo test test-all: export HF_HUB_OFFLINE := 1
+demo test test-all soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo serve lint test test-all clean
+.PHONY: help install demo serve lint test test-all soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -56,6 +56,9 @@ test: lint ## lint, and every test that needs no special tool
 
 test-all: install ## every tier whose tool is present; writes docs/verification.md
 	@$(BIN)/python tests/run_all.py
+
+soak: install ## random traffic for 30 minutes, or ARGS='--minutes 8': nothing dies, lies or leaks
+	@$(BIN)/python -m tests.soak $(if $(shell command -v nvidia-smi),--gpu) $(ARGS)
 
 clean: ## remove .venv, the demo checkpoint and build output
 	@rm -rf .venv .venv.lock .demo build dist *.egg-info deploy/cpu-alias/build deploy/cpu-alias/*.egg-info

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,14 @@ def nvidia_gpu_present() -> bool:
     if not shutil.which("nvidia-smi"):
         return False
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.returncode == 0 and "GPU" in listed.stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60)
+        said = " ".join((listed.stdout + listed.stderr).split())[:200] or "nothing"
+        if listed.returncode == 0 and "GPU" in listed.stdout:
+            return True
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    print(f"nvidia-smi shows no GPU ({said}): installing for a CPU. DEVICE=cuda installs for a GPU.", flush=True)
+    return False
 
 
 def choose_device(asked: str, installed: str, gpu_present: Callable[[], bool] = nvidia_gpu_present) -> str:
@@ -64,6 +69,16 @@ def choose_device(asked: str, installed: str, gpu_present: Callable[[], bool] = 
     return asked or installed or ("cuda" if gpu_present() else "cpu")
 
 
+def compiler() -> str:
+    """The program that CC names, which may be followed by another and by options; gcc where it names none."""
+    given = os.environ.get("CC", "")
+    try:
+        words = shlex.split(given)
+    except ValueError:  # a quote without its end
+        words = given.split()
+    return words[0] if words else "gcc"
+
+
 def missing_tools(
     device: str,
     find_module: Callable[[str], object] = importlib.util.find_spec,
@@ -74,7 +89,7 @@ def missing_tools(
     missing = []
     if not (find_module("venv") and find_module("ensurepip")):
         missing.append("Python's venv module is missing (Debian: apt install python3-venv).")
-    if not find_program(os.environ.get("CC", "gcc")):
+    if not find_program(compiler()):
         missing.append("A C compiler is missing (Debian: apt install gcc); another than gcc is named by CC.")
     if device == "cpu":
         try:
@@ -140,6 +155,17 @@ def decide(stamp: Mapping[str, str] | None, wanted: Mapping[str, str], works: bo
     return "nothing"
 
 
+def check_place(venv: Path) -> None:
+    """Raises Failed where something stands that no install made: an environment made anew replaces all of it."""
+    marks = ("pyvenv.cfg", "install.log", STAMP)
+    if venv.exists() and not (venv.is_dir() and (any((venv / mark).exists() for mark in marks) or _is_empty(venv))):
+        raise Failed(f"--venv is {str(venv)!r}, which is no environment and would be lost: name another folder.")
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
 def read_stamp(venv: Path) -> dict[str, str] | None:
     """The environment's stamp, or None where there is none that can be read."""
     try:
@@ -156,6 +182,8 @@ def child_environment() -> dict[str, str]:
     """The caller's environment without what would make pip install elsewhere, ask, or import another tree."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    if not kept.get("CC", "").strip():
+        kept.pop("CC", None)  # setuptools would run the empty name
     return kept | {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -235,7 +263,8 @@ def main() -> int:
     arguments = parser.parse_args()
     venv = arguments.venv.absolute()
     try:
-        with open(venv.with_name(venv.name + ".lock"), "w") as lock:
+        venv.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{venv}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -247,6 +276,8 @@ def main() -> int:
             todo = decide(stamp, wanted, python_works(venv / "bin" / "python"))
             if todo == "nothing":
                 return 0
+            if todo == "anew":
+                check_place(venv)
             if missing := missing_tools(device):
                 raise Failed("\n".join(missing))
             (venv / STAMP).unlink(missing_ok=True)
@@ -254,6 +285,9 @@ def main() -> int:
             (venv / STAMP).write_text(json.dumps(wanted))
     except Failed as error:
         print(f"make install: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"make install: {error}; --venv names another folder.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nmake install: stopped; `make install` starts again.", file=sys.stderr)

@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,19 @@ class Seen:
         return [value for key, value in self.headers if key == name]
 
 
+def _set_event() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
 @dataclass
 class Upstream:
     """What the stand-in does, and what it has seen.
 
     `hold`: seconds before the first token; `tokens` are streamed `pace` seconds apart. `cut_after`: how many tokens
-    are sent before the connection breaks, -1 for none and not even the first comment.
+    are sent before the connection breaks, -1 for none and not even the first comment. `held`: whether the answer to a
+    request with this body is held before its end, until its client leaves. `go`: no token comes before it is set.
     """
 
     hold: float = 0.0
@@ -68,6 +75,8 @@ class Upstream:
     cut_after: int | None = None
     cuts: int = 1 << 30  # how many requests are broken off; the later ones are not
     half_event: bool = False  # break off in the middle of an event
+    held: Callable[[dict[str, Any]], bool] = lambda body: False
+    go: threading.Event = field(default_factory=_set_event)
     healthy: bool = True
     health_seconds: float = 0.0
     prompt_tokens: int = 7
@@ -140,19 +149,28 @@ class Upstream:
             await send({"type": "http.response.start", "status": 200, "headers": head})
             async for event in self.events():
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+            if self.held(asked):
+                await asyncio.Event().wait()
             if self.cut_after is None:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
-        await asyncio.sleep(self.hold)
+        if self.held(asked):
+            await asyncio.Event().wait()
+        await self.first_token()
         choices = [{"index": 0, "message": {"role": "assistant", "content": '"usage":{"prompt_tokens":1}'}}]
         whole = json.dumps({"choices": choices, "usage": self.counts()}).encode()
         await self.reply(send, 200, whole, len(whole) if self.cut_after is None else self.cut_after)
+
+    async def first_token(self) -> None:
+        await asyncio.sleep(self.hold)
+        while not self.go.is_set():  # set in another thread
+            await asyncio.sleep(0.005)
 
     async def events(self) -> AsyncIterator[bytes]:
         comment, *rest = self.transcript()
         if self.cut_after != -1:
             yield comment
-        await asyncio.sleep(self.hold)
+        await self.first_token()
         for number, event in enumerate(rest):
             if self.cut_after is not None and number >= self.cut_after:
                 if self.half_event:

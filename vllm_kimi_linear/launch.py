@@ -17,6 +17,9 @@ from types import TracebackType
 # keeps others for its front end, which on a small machine is half of it, and the same half for every server.
 DEFAULT_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
+# What tells a server its size; `--memory` is that of `kimi-linear serve`.
+SIZES = ("--kv-cache-memory-bytes", "--gpu-memory-utilization", "--memory")
+
 
 class StartError(RuntimeError):
     """The server ended, or stayed silent, before it was ready; `log` holds what it printed."""
@@ -42,6 +45,7 @@ def vllm_program() -> list[str]:
 class Server:
     """`vllm serve MODEL *flags` on a free loopback port; a context manager that stops it and its children.
 
+    The command has to name a size: a server without one takes most of the memory, and does not start beside another.
     `log_path` receives everything the server prints. Its environment is DEFAULT_ENV, over it this process's
     own, over that `env`.
     """
@@ -74,7 +78,12 @@ class Server:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def start(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
-        """Start and return when /health answers; raises StartError if it ends or `timeout` seconds pass."""
+        """Start and return when /health answers; raises StartError if it ends or `timeout` seconds pass.
+
+        Raises ValueError if nothing names the server's size.
+        """
+        if not any(word.startswith(SIZES) for word in self.command) and "VLLM_CPU_KVCACHE_SPACE" not in self.env:
+            raise ValueError(f"{' '.join(self.command)} names no size: give it {SIZES[0]}, such as 256M")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             # A session of its own, so that stop() reaches the engine and worker processes as well.

@@ -1,12 +1,10 @@
 """What a server may run on: GPUs that are probed or named, or a CPU's memory."""
 
-import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_server import sizes
+from kimi_server import nvidia, sizes
 from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.memory import MIB
 
@@ -27,7 +25,6 @@ GPUS = {
     "RTX-4090": ("NVIDIA GeForce RTX 4090", 24564),
     "RTX-5090": ("NVIDIA GeForce RTX 5090", 32607),
 }
-QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 GPU_SHARE = 0.9  # vLLM's --gpu-memory-utilization
 CPU_SHARE = 0.5  # of what is free: the server's processes themselves, and others, need the rest
 
@@ -57,25 +54,40 @@ def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int
         if device == "cpu":
             raise ConfigError(f"--gpus is {gpus!r} with --device cpu; leave one of the two out")
         return _named(gpus, size)
-    found = [] if device == "cpu" else probe()
+    found = [] if device == "cpu" else nvidia.probe()
     if found:
-        name, least = min(found, key=lambda gpu: gpu[1])
-        if len({each for each, _ in found}) > 1:
-            kinds = ", ".join(sorted({each for each, _ in found}))
-            raise ConfigError(f"--gpus is unset and this machine has {kinds}; name those to use, such as 2xH100-80GB")
-        return _gpus(name, len(found), size or least)
+        return _probed(found, size)
     if device == "cuda":
-        raise ConfigError("--device is cuda and nvidia-smi shows no GPU; name some with --gpus, such as 4xH100-80GB")
+        raise ConfigError("--device is cuda and no GPU was found; name some with --gpus, such as 4xH100-80GB")
     if size is not None:
         return Machine("cpu", "CPU rank", ranks, size, size)
     free = available_memory() // ranks
     return Machine("cpu", "CPU rank", ranks, free, int(free * CPU_SHARE))
 
 
+def _probed(found: list[nvidia.Gpu], size: int | None) -> Machine:
+    """Equal GPUs, each with `size` bytes or what is shown of the least."""
+    kinds = sorted({gpu.name for gpu in found})
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"--gpus is unset and this machine has {', '.join(kinds)}; name those to use, such as 2xH100-80GB"
+        )
+    name = kinds[0]
+    if size is None:
+        if unsized := [gpu.shown for gpu in found if gpu.total is None]:
+            short = name.removeprefix("NVIDIA ").replace(" ", "-")
+            raise ConfigError(
+                f"nvidia-smi shows {unsized[0]} for the memory of {name} ({nvidia.NO_SIZE[unsized[0]]}); give what one "
+                f"GPU may use with --memory 100G, or all of it with --gpus {len(found)}x{short} --memory 100G"
+            )
+        size = min(gpu.total for gpu in found if gpu.total is not None)
+    return _gpus(name, len(found), size)
+
+
 def _named(gpus: str, size: int | None) -> Machine:
     """4xH100-80GB, H200, or NVIDIA's own name."""
     found = re.fullmatch(r"(?:(\d+)\s*[xX]\s*)?(.+)", gpus.strip(), re.ASCII)
-    count = int(found[1] or 1) if found else 0
+    count = int(found[1] or 1) if found and len(found[1] or "") <= 4 else 0
     if not found or not count:
         raise ConfigError(f"--gpus is {gpus!r}; give a number and a name, such as 4xH100-80GB")
     known = {short.upper(): row for short, row in GPUS.items()} | {row[0].upper(): row for row in GPUS.values()}
@@ -88,20 +100,6 @@ def _named(gpus: str, size: int | None) -> Machine:
 
 def _gpus(name: str, count: int, total: int) -> Machine:
     return Machine("cuda", name, count, total, int(total * GPU_SHARE))
-
-
-def probe() -> list[tuple[str, int]]:
-    """Name and bytes of every GPU that CUDA_VISIBLE_DEVICES leaves; [] where nvidia-smi is missing or fails."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "":
-        return []
-    command = [*QUERY, "-i", visible] if visible else QUERY
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return [(name.strip(), int(mib) * MIB) for name, mib in rows]
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -9,7 +9,7 @@ FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 def parse(flag: str, text: str, example: str) -> int:
     """A whole number from 1, with a factor or none; raises ConfigError naming the flag."""
-    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper(), re.ASCII)
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)", text.strip().upper(), re.ASCII)
     if not found or not int(found[1]):
         raise ConfigError(f"{flag} is {text!r}; give a whole number from 1, such as {example}")
     return int(found[1]) * FACTORS[found[2]]

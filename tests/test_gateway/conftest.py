@@ -32,8 +32,8 @@ class Running:
         """The log."""
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 10) -> None:
-        """Wait for something that must come soon."""
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        """Wait for something that must come."""
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"it did not happen: {what}"

@@ -15,7 +15,7 @@ SETTINGS = AdmissionSettings(prefill_tokens=1000, short_prompt=50, short_reserve
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             await test()
 
     asyncio.run(bounded())
@@ -208,20 +208,28 @@ def test_a_cancelled_request_gives_back_what_it_got_in_the_same_moment() -> None
     run(test)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int) -> None:
-    """Held, waiting, cancelled, refused, released twice: at no time above the budget, at the end nothing left."""
+@pytest.mark.parametrize("deadline", [0.05, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int, deadline: float) -> None:
+    """Held, waiting, cancelled, refused, released twice: at no time above the budget, at the end nothing left.
+
+    They come, hold and leave by rounds of the event loop, so that all but the deadline is as drawn on any machine.
+    """
 
     async def test() -> None:
         choose = random.Random(seed)
         settings = AdmissionSettings(
-            prefill_tokens=1000, short_prompt=50, short_reserve=200, queue=60, deadline_seconds=0.05
+            prefill_tokens=1000, short_prompt=50, short_reserve=200, queue=60, deadline_seconds=deadline
         )
         admission = Admission(settings, 2)
         outcomes: dict[str, int] = {}
 
+        async def rounds(most: int) -> None:
+            for _ in range(choose.randrange(most)):
+                await asyncio.sleep(0)
+
         async def one() -> None:
-            await asyncio.sleep(choose.random() * 0.5)
+            await rounds(1000)
             outcome = "granted"
             try:
                 tokens = choose.choice([1, 20, 50, 51, 300, 5000])
@@ -230,7 +238,7 @@ def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int) -> 
                     assert 0 <= lanes["long"] <= 800
                     assert sum(lanes.values()) <= 1000
                 try:
-                    await asyncio.sleep(choose.random() * 0.02)
+                    await rounds(30)
                 finally:
                     grant.release()
                     grant.release()
@@ -240,12 +248,12 @@ def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int) -> 
 
         tasks = [asyncio.create_task(one()) for _ in range(1000)]
         while not all(task.done() for task in tasks):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
             choose.choice(tasks).cancel()
         for task in tasks:
             assert task.cancelled() or task.exception() is None
-        assert outcomes["granted"] > 100
         assert any(task.cancelled() for task in tasks)
+        assert deadline < 1 or outcomes["granted"] > 100
         assert admission.outstanding == [{"short": 0, "long": 0}] * 2
         assert not any(admission.lines.values())
 

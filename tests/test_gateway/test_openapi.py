@@ -42,7 +42,7 @@ def gateway(start_module: Start) -> Running:
 @schema.parametrize()
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described(case: schemathesis.Case, gateway: Running) -> None:
-    case.call_and_validate(base_url=gateway.url, checks=CHECKS, timeout=20)
+    case.call_and_validate(base_url=gateway.url, checks=CHECKS, timeout=120)
     assert gateway.outstanding == 0
 
 

@@ -62,7 +62,7 @@ class Process:
 
 @pytest.fixture
 def upstream() -> Upstream:
-    return Upstream(tokens=100, pace=0.01)
+    return Upstream(tokens=100)
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def upstream_url(upstream: Upstream) -> Iterator[str]:
 
 def stream(url: str, texts: list[str], first: threading.Barrier) -> None:
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=STREAM, trust_env=False, timeout=60) as reply:
-        chunks = reply.iter_text()
+        chunks = reply.iter_text()  # the first is a comment, which comes before any token
         text = next(chunks)
-        first.wait(30)
+        first.wait(120)
         texts.append(text + "".join(chunks))
 
 
@@ -86,12 +86,13 @@ def run_streams(process: Process, count: int) -> tuple[list[threading.Thread], l
     threads = [threading.Thread(target=stream, args=(process.url, texts, first)) for _ in range(count)]
     for thread in threads:
         thread.start()
-    first.wait(30)
+    first.wait(120)
     return threads, texts
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, number: int) -> None:
+    upstream.go.clear()
     with Process(tmp_path, [upstream_url]) as gateway:
         threads, texts = run_streams(gateway, 10)
         gateway.process.send_signal(number)
@@ -101,32 +102,33 @@ def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, 
         refused = httpx.post(f"{gateway.url}/v1/chat/completions", json=CHAT, trust_env=False)
         assert (refused.status_code, refused.headers["connection"]) == (503, "close")
         assert refused.headers["retry-after"]
+        upstream.go.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
         assert texts == [b"".join(upstream.transcript()).decode()] * 10
-        assert gateway.process.wait(30) == 0
+        assert gateway.process.wait(120) == 0
         lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
         assert sorted(line["status"] for line in lines) == [200] * 10 + [503]
         assert "Traceback" not in gateway.errors.read_text()
 
 
 def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
-    upstream.tokens = 100_000
+    upstream.held = lambda body: True
     with Process(tmp_path, [upstream_url], drain_seconds=0.3) as gateway:
         threads, texts = run_streams(gateway, 3)
         gateway.process.terminate()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
         for text in texts:
             error = json.loads(text.rsplit("data: ", 1)[1])["error"]
             assert "stopped" in error["message"]
         assert len(texts) == 3
-        assert gateway.process.wait(30) == 0
+        assert gateway.process.wait(120) == 0
         assert "Traceback" not in gateway.errors.read_text()
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
-    upstream.tokens = 100_000
+    upstream.held = lambda body: True
     with Process(tmp_path, [upstream_url]) as gateway:
         client = httpx.Client(trust_env=False)
         with client, client.stream("POST", f"{gateway.url}/v1/chat/completions", json=STREAM) as reply:
@@ -136,7 +138,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, upstream: Upstream, upstr
             while gateway.get("/readyz") == 200:
                 time.sleep(0.005)
             gateway.process.terminate()
-            gateway.process.wait(30)
+            gateway.process.wait(120)
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

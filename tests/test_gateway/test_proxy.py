@@ -96,10 +96,13 @@ def test_the_client_leaves_and_the_replica_learns(start) -> None:
 
 
 def test_the_client_leaves_before_the_first_token(start) -> None:
-    upstream = Upstream(hold=60)
+    upstream = Upstream(held=lambda body: True)
     gateway = start(upstream)
-    with gateway.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=CHAT, timeout=0.3)
+    body = json.dumps(CHAT).encode()
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1]))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        gateway.until(lambda: upstream.running == 1, "the replica has the request")
     gateway.until(lambda: upstream.cancelled == 1, "the replica noticed")
     gateway.until_idle()
 

@@ -5,10 +5,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +94,13 @@ def outstanding(gateway: Process) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(names))
 
 
+def arrived(gateway: Process) -> float:
+    """Prompts that were let in, those that are answered too."""
+    text = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
+    lines = re.findall(r"^kimi_gateway_queue_seconds_count\S* (\S+)$", text, re.MULTILINE)
+    return sum(map(float, lines))
+
+
 def test_the_list_of_routes_is_that_of_vllm(replicas: list[Server]) -> None:
     paths = httpx.get(f"{replicas[0].url}/openapi.json", trust_env=False).json()["paths"]
     served = {(method.upper(), path) for path in paths for method in paths[path] if path.startswith("/v1/")}
@@ -156,6 +165,10 @@ def test_sigterm_under_load_loses_nothing(gateway: Process, replicas: list[Serve
     streams += [Stream(gateway, body(replicas[0].model, session, 5, 3000)) for session in range(10, 16)]
     for stream in streams[:10]:
         assert stream.begun.wait(120)
+    end = time.monotonic() + 120
+    while arrived(gateway) < 16:
+        assert time.monotonic() < end, gateway.log.read_text()
+        time.sleep(0.02)
     gateway.process.terminate()
     for stream in streams:
         stream.join(240)

@@ -67,13 +67,15 @@ def test_the_metrics(start) -> None:
 
 
 def test_a_prompt_is_outstanding_until_its_first_token(start) -> None:
-    upstream = Upstream(hold=0.5, tokens=2000, pace=0.01)
+    upstream = Upstream(held=lambda body: True)
+    upstream.go.clear()
     gateway = start(upstream)
     body = {"prompt": [1] * 5000, "stream": True}
     with gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as reply:
         chunks = reply.iter_raw()
         assert next(chunks) == b": keep-alive\n\n"
         assert gateway.outstanding == 5000
+        upstream.go.set()
         assert b"data" in next(chunks)
         assert gateway.outstanding == 0
         assert gateway.gateway.replicas.all[0].running == 1

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -83,6 +85,69 @@ def test_missing_tools_are_named(installer: ModuleType, monkeypatch: pytest.Monk
     (numa,) = missing("cpu", load_library=no_library)
     assert ("python3-venv" in venv, "apt install gcc" in compiler, "libnuma1" in numa) == (True, True, True)
     assert missing("cuda", load_library=no_library) == []
+
+
+@pytest.mark.parametrize(
+    ("cc", "asked"),
+    [
+        (None, "gcc"),
+        ("", "gcc"),
+        ("  ", "gcc"),
+        ("ccache gcc", "ccache"),
+        ("gcc -m64 -O2", "gcc"),
+        ("'/opt/my tools/gcc' -O2", "/opt/my tools/gcc"),
+    ],
+)
+def test_the_compiler_is_the_first_word_of_cc(
+    installer: ModuleType, monkeypatch: pytest.MonkeyPatch, cc: str | None, asked: str
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    looked_for: list[str] = []
+
+    def find(name: str) -> bool:
+        looked_for.append(name)
+        return True
+
+    assert installer.missing_tools("cuda", find_module=bool, find_program=find) == []
+    assert looked_for == [asked]
+    assert installer.child_environment().get("CC", "").strip() == (cc or "").strip()
+    assert ("CC" in installer.child_environment()) == bool(cc and cc.strip())
+
+
+@pytest.mark.parametrize("cc", ["no-such-compiler gcc", "'unclosed gcc"])
+def test_a_compiler_that_is_not_there(installer: ModuleType, monkeypatch: pytest.MonkeyPatch, cc: str) -> None:
+    monkeypatch.setenv("CC", cc)
+    [sentence] = installer.missing_tools("cuda", find_module=bool)
+    assert "C compiler is missing" in sentence
+
+
+@pytest.mark.parametrize(
+    ("script", "present", "said"),
+    [
+        ("echo 'GPU 0: NVIDIA H200'", True, ""),
+        ("echo 'No devices were found'", False, "No devices were found"),
+        ("echo 'version mismatch' >&2; exit 18", False, "version mismatch"),
+        (r"printf '\377'; exit 9", False, "\ufffd"),
+    ],
+)
+def test_an_nvidia_smi_that_fails_is_told(
+    installer: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys,
+    script: str,
+    present: bool,
+    said: str,
+) -> None:
+    monkeypatch.setattr(installer.glob, "glob", lambda pattern: [])
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert installer.nvidia_gpu_present() == present
+    printed = capsys.readouterr().out
+    assert printed == "" if present else said in printed and "DEVICE=cuda" in printed
 
 
 def test_torch_from_the_configured_index(installer: ModuleType) -> None:
@@ -186,7 +251,7 @@ def test_fingerprint_sees_dependencies_and_version(installer: ModuleType, tmp_pa
 def run_main(installer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """main() on an environment in tmp_path, its real work replaced by what the test gives."""
 
-    def run(work) -> tuple[int, list[str]]:
+    def run(work, venv: str | Path = tmp_path / "venv") -> tuple[int, list[str]]:
         done: list[str] = []
 
         def fake_install(root: Path, venv: Path, device: str, todo: str, extras: str) -> None:
@@ -198,7 +263,7 @@ def run_main(installer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setattr(installer, "install", fake_install)
         monkeypatch.setattr(installer, "python_works", lambda python: True)
         monkeypatch.setattr(installer, "missing_tools", lambda device: [])
-        monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(tmp_path / "venv"), "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(venv), "--device", "cpu"])
         return installer.main(), done
 
     return run
@@ -207,6 +272,44 @@ def run_main(installer: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_finished_install_is_left_alone(run_main) -> None:
     assert run_main(lambda: None) == (0, ["anew"])
     assert run_main(lambda: None) == (0, [])
+
+
+def test_the_environment_may_be_anywhere(run_main, tmp_path: Path) -> None:
+    for venv in (tmp_path / "no" / "such" / "folder", tmp_path / "with a space" / "my venv"):
+        assert run_main(lambda: None, venv) == (0, ["anew"])
+        assert run_main(lambda: None, venv) == (0, [])
+    (tmp_path / "empty").mkdir()
+    assert run_main(lambda: None, tmp_path / "empty") == (0, ["anew"])
+
+
+def test_what_is_no_environment_is_not_replaced(run_main, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("mine")
+    monkeypatch.chdir(tmp_path / "home")
+    for venv in (tmp_path / "file", tmp_path / "home", ""):
+        assert run_main(lambda: pytest.fail("ran"), venv) == (1, [])
+        [sentence] = capsys.readouterr().err.splitlines()
+        assert sentence.startswith("make install: --venv is ") and sentence.endswith("name another folder.")
+    assert (tmp_path / "file").read_text() == (tmp_path / "home" / "letter").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", [PermissionError, OSError])
+def test_a_place_that_cannot_be_written_gets_one_sentence(
+    installer: ModuleType, run_main, tmp_path: Path, monkeypatch, capsys, kind: type[OSError]
+) -> None:
+    (tmp_path / "file").write_text("")
+    venv = tmp_path / "file" / "venv"
+    if kind is PermissionError:  # whoever runs the tests may write everywhere
+        venv = tmp_path / "venv"
+
+        def refuse(*arguments: object, **more: object) -> None:
+            raise PermissionError(13, "Permission denied", str(tmp_path))
+
+        monkeypatch.setattr(installer.Path, "mkdir", refuse)
+    assert run_main(lambda: None, venv) == (1, [])
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert re.search(r" (Permission denied|Not a directory|File exists): '/.*'; --venv names another", sentence)
 
 
 def test_failed_install_is_not_taken_for_a_finished_one(installer: ModuleType, run_main, capsys) -> None:
@@ -246,10 +349,24 @@ def test_step_that_fails_says_what_was_printed_last(installer: ModuleType, tmp_p
     assert "the reason\n[exit 3]" in (tmp_path / "log").read_text()
 
 
-def test_step_shows_that_it_lives(installer: ModuleType, tmp_path: Path, capsys) -> None:
+def test_step_shows_that_it_lives(
+    installer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     steps = installer.Steps(tmp_path / "log", tmp_path, {})
     steps.pause = 0.05
-    script = "import time; print('Collecting torch', flush=True); time.sleep(0.6); print('end')"
+    show, shown_once = steps._show, tmp_path / "shown"
+
+    def seen(title: str, state: str, last: bool = False) -> None:
+        show(title, state, last)
+        if "Collecting torch" in state:
+            shown_once.touch()
+
+    monkeypatch.setattr(steps, "_show", seen)
+    script = (
+        "import pathlib, time; print('Collecting torch', flush=True)\n"
+        f"while not pathlib.Path({str(shown_once)!r}).exists(): time.sleep(0.01)\n"
+        "print('end')"
+    )
     assert steps.run("working", [sys.executable, "-c", script]) == (0, "Collecting torch\nend\n")
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "[1] working: ..."

@@ -36,7 +36,7 @@ def script(folder: Path, name: str, *arguments: str) -> str:
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "OUT": str(folder)}
     environment.pop("MODEL", None)
     path = ROOT / "deploy" / "runs" / name
-    done = subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -66,14 +66,16 @@ def test_what_is_printed_is_what_is_run(tmp_path: Path, name: str, arguments: tu
 
 
 def test_replicas_end_with_their_script(tmp_path: Path) -> None:
-    for program, body in (("vllm", f"echo $$ >> {tmp_path}/pids; exec sleep 600"), ("kimi-linear", "sleep 1")):
+    (tmp_path / "pids").touch()
+    running = f'[ "$1" != gateway ] || until [ "$(grep -c . {tmp_path}/pids)" -ge 2 ]; do sleep 0.1; done'
+    for program, body in (("vllm", f"echo $$ >> {tmp_path}/pids; exec sleep 600"), ("kimi-linear", running)):
         (tmp_path / program).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path)}
-    subprocess.run([ROOT / "deploy/runs/two-replicas.sh"], env=environment, timeout=60, check=True)
+    subprocess.run([ROOT / "deploy/runs/two-replicas.sh"], env=environment, timeout=300, check=True)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, f"{alive} still run"
         time.sleep(0.05)
