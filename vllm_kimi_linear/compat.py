@@ -13,7 +13,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
 from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.patches import send_checkpoints
+from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode, send_checkpoints
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -38,6 +38,7 @@ def apply() -> None:
         split_contexts_of_few()
         sleep_between_polls_on_cpu()
         keep_draft_states_on_cpu()
+        cpu_spec_decode.apply()
 
 
 def _is_known() -> bool:
@@ -349,6 +350,12 @@ def keep_draft_states_on_cpu() -> None:
     if current_platform.is_cpu():
         MambaSpecDecodeGPUContext.run_fused_postprocess = draft_states.keep_at_block_ends
         MambaSpecDecodeGPUContext.run_fused_precopy = draft_states.move_to_new_block
+
+
+def mend_cpu_runner() -> None:
+    """Apply what patches the CPU's model runner. Called in the worker, where it is imported anyway. Idempotent."""
+    if _is_known():
+        cpu_seeds.apply()
 
 
 def make_pipeline_buffers_on_cpu() -> None:

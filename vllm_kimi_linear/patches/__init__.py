@@ -1,1 +1,1 @@
-"""Patches of vLLM, one a file."""
+"""Patches of vLLM, one a module: symptom, cause, upstream, when it goes away, and `apply()`."""
