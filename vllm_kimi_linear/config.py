@@ -45,6 +45,7 @@ class Geometry:
     renormalize: bool
     routed_scaling_factor: float
     rms_norm_eps: float
+    tied_embeddings: bool  # the output matrix is the embedding
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 
@@ -74,11 +75,15 @@ class Geometry:
     def from_config(
         cls, config: Mapping[str, Any], *, tensor_parallel: int = 1, pipeline_parallel: int = 1
     ) -> "Geometry":
-        """Checks a config.json. Raises ConfigError at the first field that cannot be run."""
+        """Checks a config.json, the original's or one that transformers saved.
+
+        Raises ConfigError at the first field that cannot be run.
+        """
         for size, flag in ((tensor_parallel, "tensor-parallel"), (pipeline_parallel, "pipeline-parallel")):
             if not is_int(size) or size < 1:
                 raise ConfigError(f"--{flag}-size is {size!r}; give a whole number from 1")
-        geometry = cls(**checked_fields(config), tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
+        fields = checked_fields(original_keys(config))
+        geometry = cls(**fields, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
         _check_parallel(geometry)
         return geometry
 
@@ -86,9 +91,7 @@ class Geometry:
     def from_hf(cls, hf_config: Any, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> "Geometry":
         """Checks a loaded config object: vLLM's KimiLinearConfig, or transformers' own class of that name."""
         return cls.from_config(
-            original_keys(hf_config.to_dict()),
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
+            hf_config.to_dict(), tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
         )
 
 

@@ -27,7 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "activation_situ_linear_beta": (None,),
     "topk_method": (None, "noaux_tc"),
     "num_nextn_predict_layers": (None, 0),
-    "tie_word_embeddings": (None, False),
     "rope_scaling": (None,),
 }
 
@@ -45,6 +44,7 @@ def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "layer_moe": moe,
         "intermediate_size": 0 if all(moe) else _positive(config, "intermediate_size"),
         "rms_norm_eps": _positive_number(config, "rms_norm_eps"),
+        "tied_embeddings": _flag(config, "tie_word_embeddings", False),
         **_kda_fields(config["linear_attn_config"], "kda" in kinds),
         **_mla_fields(config),
         **(_moe_fields(config) if any(moe) else dict.fromkeys(_MOE_FIELDS, 0)),
@@ -52,11 +52,11 @@ def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def original_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's spelling of a config object's fields.
+    """A config in the original's spelling, whoever wrote it or holds it.
 
-    vLLM's class keeps it. transformers' class renames the linear-attention fields and writes the layouts out as
-    layer_types and mlp_layer_types; it has no linear_attn_config unless config.json gave one, and it implements
-    only NoPE and the sigmoid router, so that it has no field for either.
+    vLLM's class keeps that spelling. transformers' class, and what it saves, has other names for the linear-attention
+    fields and writes the layouts out as layer_types and mlp_layer_types; it has no linear_attn_config unless it was
+    given one, and it implements only NoPE and the sigmoid router, so that it has no field for either.
     """
     config = dict(fields)
     if "layer_types" not in config or "mlp_layer_types" not in config:

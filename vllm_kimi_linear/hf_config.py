@@ -9,6 +9,7 @@ from typing import Any
 from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig
 
 from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config_fields import original_keys
 
 
 class CheckedConfig(KimiLinearConfig):
@@ -16,4 +17,4 @@ class CheckedConfig(KimiLinearConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises ConfigError with one sentence for a config.json that does not describe a model we run."""
         Geometry.from_config(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(original_keys(config_dict), **kwargs)

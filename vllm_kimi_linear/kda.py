@@ -8,11 +8,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import divide, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
@@ -82,6 +78,12 @@ def _load_conv(param: nn.Parameter, loaded_weight: torch.Tensor, shard: int) -> 
     param.data.narrow(0, shard * rows, rows).copy_(part)
 
 
+def _load_gate(param: nn.Parameter, loaded_weight: torch.Tensor, shard: int) -> None:
+    """Load this rank's rows of f_b_proj or g_b_proj [P, D] into the packed [2, P, D]."""
+    rows = param.shape[1]
+    param.data[shard].copy_(loaded_weight.narrow(0, get_tensor_model_parallel_rank() * rows, rows))
+
+
 def state_dtypes(model: ModelConfig, cache: CacheConfig) -> tuple[torch.dtype, torch.dtype]:
     """Of the convolution's state and of the recurrent one, which is fp32 unless --mamba-ssm-cache-dtype says bf16."""
     return model.dtype, torch.bfloat16 if cache.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
@@ -113,17 +115,9 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         heads = divide(geometry.kda_heads, self.tp_size)
 
         self.in_proj = KdaInputProjection(geometry, quant_config, f"{prefix}.in_proj")
-        self.f_b_proj = ColumnParallelLinear(
-            head_dim, width, bias=False, quant_config=quant_config, prefix=f"{prefix}.f_b_proj"
-        )
-        self.g_b_proj = ColumnParallelLinear(
-            head_dim, width, bias=False, quant_config=quant_config, prefix=f"{prefix}.g_b_proj"
-        )
-        self.gates_b: torch.Tensor | None = None
-        if quant_config is None and not current_platform.is_cpu():
-            # One batched GEMM serves both, so their weights lie one behind the other: [2, P, D].
-            self.gates_b = torch.stack((self.f_b_proj.weight.data, self.g_b_proj.weight.data))
-            self.f_b_proj.weight.data, self.g_b_proj.weight.data = self.gates_b
+        # f_b and g_b, one behind the other, so that one batched GEMM serves both.
+        self.gates_b = nn.Parameter(torch.empty(2, self.width, head_dim), requires_grad=False)
+        self.gates_b.weight_loader = _load_gate
         self.o_proj = RowParallelLinear(
             width, geometry.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
@@ -155,11 +149,12 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def _gates(self, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """low [T, 2D], f_a(x) | g_a(x) -> forget and gate, [T, P] each."""
-        if self.gates_b is not None:
-            forget, gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
+        if current_platform.is_cpu():
+            from vllm_kimi_linear.cpu.products import linear
+
+            forget, gate = map(linear, low.chunk(2, dim=-1), self.gates_b)
         else:
-            forget_low, gate_low = low.chunk(2, dim=-1)
-            forget, gate = self.f_b_proj(forget_low)[0], self.g_b_proj(gate_low)[0]
+            forget, gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
         return forget, gate
 
     def mix(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:

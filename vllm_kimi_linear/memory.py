@@ -44,7 +44,8 @@ def weights(geometry: Geometry) -> Iterator[Weight]:
         for name, shape, split in feed_forward:
             yield Weight(f"{at}.{name}", shape, split, layer, name.endswith("e_score_correction_bias"))
     yield Weight("model.norm.weight", (g.hidden_size,), False)
-    yield Weight("lm_head.weight", (g.vocab_size, g.hidden_size), True)
+    if not g.tied_embeddings:
+        yield Weight("lm_head.weight", (g.vocab_size, g.hidden_size), True)
 
 
 def _kda_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
@@ -96,12 +97,14 @@ def parameters(geometry: Geometry) -> int:
 
 def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None = None) -> int:
     """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total = 0
+    total, last = 0, geometry.num_layers - 1
     for w in weights(geometry):
-        layer = w.layer
-        if layer is None:
-            layer = 0 if w.name.startswith("model.embed_tokens") else geometry.num_layers - 1
-        if layers is None or layer in layers:
+        beside = {w.layer}
+        if w.name.startswith("model.embed_tokens"):
+            beside = {0, last} if geometry.tied_embeddings else {0}
+        elif w.layer is None:
+            beside = {last}
+        if layers is None or not beside.isdisjoint(layers):
             ranks = geometry.tensor_parallel if w.split else 1
             total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
     return total

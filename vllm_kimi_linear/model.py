@@ -71,7 +71,7 @@ class KimiLinearModel(nn.Module):
             VocabParallelEmbedding(
                 geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens"
             )
-            if pipeline.is_first_rank
+            if pipeline.is_first_rank or (geometry.tied_embeddings and pipeline.is_last_rank)
             else PPMissingLayer()
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
@@ -127,9 +127,14 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             if get_pp_group().is_last_rank
             else PPMissingLayer()
         )
+        if self.geometry.tied_embeddings and get_pp_group().is_last_rank:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cpu():
+            from vllm_kimi_linear.cpu.products import use_plain_products
+
+            use_plain_products(self)
             compat.mend_cpu_runner()
             if not get_pp_group().is_first_rank:
                 compat.make_pipeline_buffers_on_cpu()

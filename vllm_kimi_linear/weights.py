@@ -6,15 +6,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 
-# Parts of KdaInputProjection and of the packed convolution, in the order they lie there.
+# Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
 IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
+GATES_B = ("f_b_proj", "g_b_proj")
 CONV = ("q_conv1d", "k_conv1d", "v_conv1d")
 GATE_UP = ("gate_proj", "up_proj")
 EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
+
+
+# A buffer that older code saved; nothing here rotates.
+SPARE = re.compile(r".*\.rotary_emb\.inv_freq")
+# Tensors of a model as transformers holds it while it runs, some stacked; it saves them in the original layout.
+RUNNING = re.compile(r".*\.(forget_gate\..*|conv1d\.weight|experts\.(gate_up|down)_proj)")
+
+logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
 class WeightError(ValueError):
@@ -43,6 +53,11 @@ def targets(geometry: Geometry) -> dict[str, Target]:
     return table
 
 
+def other_names(table: dict[str, Target]) -> dict[str, str]:
+    """Names that transformers saves tensors under -> those of `table`: a dense feed-forward as block_sparse_moe."""
+    return {name.replace(".mlp.", ".block_sparse_moe."): name for name in table if ".mlp." in name}
+
+
 def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
     """Parameter and loader arguments of one tensor; in a KDA layer the projections are packed."""
     expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w[123])\.weight", name)
@@ -56,6 +71,8 @@ def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
     if kda and stem.endswith("self_attn"):
         if part in IN_PROJ:
             return f"{stem}.in_proj.weight", (IN_PROJ.index(part),)
+        if part in GATES_B:
+            return f"{stem}.gates_b", (GATES_B.index(part),)
         if part in CONV:
             return f"{stem}.conv_weight", (CONV.index(part),)
         if part == "o_norm":
@@ -70,24 +87,29 @@ def load(model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torc
     for one that the config does not call for, one whose shape is wrong, one stored twice, or one that is missing.
     """
     table = targets(geometry)
+    others = other_names(table)
     parameters = dict(model.named_parameters())
     missing, loaded = set(table), set()
     for name, tensor in weights:
-        target = table.get(name)
+        if SPARE.fullmatch(name):
+            logger.info_once("Skipping rotary_emb.inv_freq of the checkpoint: this model rotates nothing")
+            continue
+        original = others.get(name, name)
+        target = table.get(original)
         if target is None:
-            raise WeightError(
-                f"checkpoint tensor {name} is not part of this model: "
-                "remove it, or correct the layer lists and sizes in config.json"
-            )
+            remedy = "remove it, or correct the layer lists and sizes in config.json"
+            if RUNNING.fullmatch(name):
+                remedy = "save the model by transformers' save_pretrained, in the original layout"
+            raise WeightError(f"checkpoint tensor {name} is not part of this model: {remedy}")
         if tuple(tensor.shape) not in target.shapes:
             wanted = " or ".join(str(list(shape)) for shape in target.shapes)
             raise WeightError(
                 f"checkpoint tensor {name} has shape {list(tensor.shape)} where config.json asks for {wanted}: "
                 "correct the sizes in config.json or use the checkpoint they belong to"
             )
-        if name not in missing:
+        if original not in missing:
             raise WeightError(f"checkpoint tensor {name} is stored twice: remove one of the two")
-        missing.discard(name)
+        missing.discard(original)
         if target.parameter in parameters:  # else another pipeline stage holds its layer
             _load_one(parameters[target.parameter], tensor, target.arguments)
             loaded.add(target.parameter)

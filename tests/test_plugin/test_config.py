@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rope scaling": (changed(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling is .*must be unset"),
     "rope parameters": (changed(rope_parameters={"rope_type": "yarn"}), "rope_parameters is .*leave it unset"),
     "grouped query": (changed(num_key_value_heads=8), "num_key_value_heads is 8; .* num_attention_heads = 32"),
-    "tied": (changed(tie_word_embeddings=True), "tie_word_embeddings is True; .* must be unset or false"),
+    "tied": (changed(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'; give true or false"),
     "attention bias": (changed(attention_bias=True), "attention_bias is True"),
     "nextn": (changed(num_nextn_predict_layers=1), "num_nextn_predict_layers is 1; .* must be unset or 0"),
     "quantised": (changed(quantization_config={"quant_method": "fp8"}), "quantization_config is of 'fp8'; .* serve"),

@@ -81,7 +81,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "grouped heads": ({"num_key_value_heads": 2}, {}, "num_key_value_heads", "2"),
     "more experts chosen than there are": ({"num_experts_per_token": 9}, {}, "num_experts_per_token", "9"),
     "draft layers": ({"num_nextn_predict_layers": 1}, {}, "num_nextn_predict_layers", "1"),
-    "tied embeddings": ({"tie_word_embeddings": True}, {}, "tie_word_embeddings", "True"),
     "rotary positions": ({"mla_use_nope": False}, {}, "mla_use_nope", "False"),
     "MLA output gate": ({"mla_use_output_gate": True}, {}, "mla_use_output_gate", "True"),
     "quantised checkpoint": ({"quantization_config": GPTQ}, {}, "quantization_config", "gptq"),

@@ -1,8 +1,8 @@
 """Mixture of experts on the CPU: one pair of vLLM's packed oneDNN matrix products for each expert in use.
 
 vLLM's portable grouped kernel reads expert weights at a fraction of the memory bandwidth and multiplies at a
-fraction of oneDNN's rate on chips without AMX (docs/benchmarks/cpu.md has both). Routing, loading, sharding
-and the reduction over ranks stay vLLM's.
+fraction of oneDNN's rate on chips without AMX (docs/benchmarks/cpu.md has both). It runs where oneDNN has no product
+of the weights' dtype (`products.py`). Routing, loading, sharding and the reduction over ranks stay vLLM's.
 """
 
 import torch
@@ -14,15 +14,28 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.utils import replace_parameter
 
+from vllm_kimi_linear.cpu.products import has_onednn
+
 # oneDNN compiles a product for each number of rows it meets; that many are kept for each expert.
 PRIMITIVES = 32
 
 
 def use_onednn_experts(runner: MoERunner) -> None:
-    """Let unquantised experts of `runner` run on oneDNN. Call it before the weights are processed."""
-    method = runner.routed_experts.quant_method
-    if isinstance(method, UnquantizedFusedMoEMethod):
-        method.experts_cls = OneDnnExperts
+    """Let unquantised experts of `runner` run on oneDNN if it can. Call it before the weights are processed."""
+    layer = runner.routed_experts
+    if isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+        method = PackedExpertsMethod(layer.moe_config)
+        if has_onednn(layer.w13_weight.dtype):
+            method.experts_cls = OneDnnExperts
+        runner._replace_quant_method(method)
+
+
+class PackedExpertsMethod(UnquantizedFusedMoEMethod):
+    """vLLM's, but for a reload of weights, after which it goes on with those that were packed before."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.moe_kernel = None  # made anew, and packed, as at the first load
+        super().process_weights_after_loading(layer)
 
 
 class OneDnnExperts(CPUUnquantizedExperts):
@@ -81,5 +94,5 @@ def _pack(layer: torch.nn.Module, name: str) -> list[_custom_ops.CPUDNNLGEMMHand
     """Pack the parameter [experts, out, in] for oneDNN and free it; its shape stays, vLLM reads it."""
     weight = getattr(layer, name)
     packed = [_custom_ops.create_onednn_mm(expert.t(), PRIMITIVES) for expert in weight]
-    replace_parameter(layer, name, weight.new_empty(1).expand(weight.shape))
+    replace_parameter(layer, name, weight.to("meta"))
     return packed

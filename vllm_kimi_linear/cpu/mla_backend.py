@@ -211,6 +211,10 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         both = both.view(self.latent_dim, self.num_heads, -1).transpose(0, 1)
         return both[..., : self.nope_dim].contiguous(), both[..., self.nope_dim :].contiguous()
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """After a reload of weights, too: what was derived from the old ones goes."""
+        vars(self).pop("expansion", None)
+
     def do_kv_cache_update(
         self,
         kv_c_normed: torch.Tensor,
