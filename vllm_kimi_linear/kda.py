@@ -260,11 +260,10 @@ def _kimi_delta_attention(
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     inputs = KdaInputs(qkv=qkv, forget=forget, beta=beta, gate=gate)
-    metadata = (context.attn_metadata or {}).get(layer_name)
-    if metadata is None:  # vLLM measures the memory that a step takes, or warms up
+    if context.attn_metadata is None:  # vLLM measures the memory that a step takes, or warms up
         layer.rehearse(inputs, out)
     else:
-        layer.mix(inputs, out, metadata)
+        layer.mix(inputs, out, context.attn_metadata[layer_name])
 
 
 def _kimi_delta_attention_fake(
