@@ -129,8 +129,10 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         )
         self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        if current_platform.is_cpu() and not get_pp_group().is_first_rank:
-            compat.make_pipeline_buffers_on_cpu()
+        if current_platform.is_cpu():
+            compat.sleep_between_polls_on_cpu()
+            if not get_pp_group().is_first_rank:
+                compat.make_pipeline_buffers_on_cpu()
         _, state = state_dtypes(vllm_config.model_config, vllm_config.cache_config)
         start_checks.log_implementation(vllm_config, self.geometry, state)
 
