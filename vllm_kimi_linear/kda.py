@@ -255,11 +255,13 @@ def _kimi_delta_attention(
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     inputs = KdaInputs(qkv=qkv, forget=forget, beta=beta, gate=gate)
-    metadata = (context.attn_metadata or {}).get(layer_name)
-    if metadata is None:  # vLLM measures the memory that a step takes, or warms up
+    metadata = context.attn_metadata or {}
+    if layer_name in metadata:
+        layer.mix(inputs, out, metadata[layer_name])
+    elif any(isinstance(found, KdaMetadata) for found in metadata.values()):
+        raise KeyError(f"{layer_name} is missing from this step's metadata, which other KDA layers have")
+    else:  # vLLM measures the memory that a step takes, or warms up other layers
         layer.rehearse(inputs, out)
-    else:
-        layer.mix(inputs, out, metadata)
 
 
 def _kimi_delta_attention_fake(

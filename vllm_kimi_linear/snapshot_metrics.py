@@ -7,16 +7,11 @@ Both carry the labels `model_name` and `engine`, as vLLM's own. All groups of KD
 positions, so one group is counted.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from prometheus_client import Counter, Gauge
-from vllm.config import VllmConfig
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
-
-from vllm_kimi_linear import ARCHITECTURE
 
 HELD, EVICTED = "kimi_linear_snapshots_held", "kimi_linear_snapshots_evicted"
 
@@ -53,37 +48,40 @@ class SnapshotCount:
         if self.before:
             self.before.reset()
 
-    @property
-    def stats(self) -> dict[str, int]:
-        return {HELD: self.held, EVICTED: self.evicted}
+    def take(self) -> dict[str, int]:
+        """What is held now, and what was evicted since this was last called."""
+        evicted, self.evicted = self.evicted, 0
+        return {HELD: self.held, EVICTED: evicted}
 
 
-class SnapshotMetrics(AggregateStatLoggerBase):
-    """Shows the counts of each engine; entry point `kimi_linear` of the group `vllm.stat_logger_plugins`."""
+class SnapshotMetrics:
+    """Shows the counts of each engine."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
-        self.model = vllm_config.model_config.served_model_name
-        self.seen = dict.fromkeys(engine_indexes, 0)
-        self.held: Gauge | None = None
-        if vllm_config.model_config.architecture == ARCHITECTURE:
-            labels = ["model_name", "engine"]
-            self.held = Gauge(HELD, "Positions whose state of all KDA layers is in the prefix cache.", labels)
-            self.evicted = Counter(EVICTED, "Positions whose state left the prefix cache for something else.", labels)
-
-    def record(
-        self,
-        scheduler_stats: SchedulerStats | None,
-        iteration_stats: IterationStats | None,
-        mm_cache_stats: MultiModalCacheStats | None = None,
-        engine_idx: int = 0,
+    def __init__(
+        self, gauge: type[Gauge], counter: type[Counter], labels_by_engine: Mapping[int, Sequence[object]]
     ) -> None:
-        counts: dict[str, Any] = scheduler_stats.waiting_lora_adapters if scheduler_stats else {}
-        if self.held is None or HELD not in counts:
-            return
-        labels = (self.model, str(engine_idx))
-        self.held.labels(*labels).set(counts[HELD])
-        self.evicted.labels(*labels).inc(counts[EVICTED] - self.seen[engine_idx])
-        self.seen[engine_idx] = counts[EVICTED]
+        """The classes of metrics that this process uses; each engine's model_name and engine."""
+        for collector in list(REGISTRY._collector_to_names):  # as vLLM withdraws its own: of an engine before this one
+            if getattr(collector, "_name", None) in (HELD, EVICTED):
+                REGISTRY.unregister(collector)
+        labels = ["model_name", "engine"]
+        # Several API servers share the metrics, and each hears of some steps.
+        held = gauge(
+            HELD,
+            "Positions whose state of all KDA layers is in the prefix cache.",
+            labelnames=labels,
+            multiprocess_mode="mostrecent",
+        )
+        evicted = counter(
+            EVICTED, "Positions whose state left the prefix cache for something else.", labelnames=labels
+        )
+        self.engines = {
+            engine: (held.labels(*values), evicted.labels(*values)) for engine, values in labels_by_engine.items()
+        }
 
-    def log_engine_initialized(self) -> None:
-        pass
+    def record(self, counts: Mapping[str, int], engine: int) -> None:
+        """Show what `SnapshotCount.take` gave in the process of this engine; nothing where it sent nothing."""
+        if HELD in counts:
+            held, evicted = self.engines[engine]
+            held.set(counts[HELD])
+            evicted.inc(counts[EVICTED])

@@ -20,7 +20,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
 from kda_kernels import ops
-from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory
+from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory, vllm_version
 from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
 from vllm_kimi_linear.config_error import ConfigError
 from vllm_kimi_linear.forecast import longest_context
@@ -76,6 +76,9 @@ class StartChecks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         sizes = geometry(vllm_config)
         cache = vllm_config.cache_config
+        if not vllm_version.is_known():
+            cache.enable_prefix_caching = False
+            logger.warning_once("Kimi Linear: %s.", vllm_version.unsupported())
         if current_platform.is_cpu():
             check_cpu(sizes)
         check_cache_dtypes(
@@ -108,6 +111,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
+    mamba, offload, scheduler = vllm_config.mamba_config, vllm_config.offload_config, vllm_config.scheduler_config
     unset = "it is not implemented for this model, leave it out"
     unread = "nothing reads it for this model, leave it out"
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
@@ -122,24 +126,48 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
         ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
         ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
-        ("mamba-backend", vllm_config.mamba_config.backend, (MambaBackendEnum.TRITON,), unread),
+        ("mamba-cache-mode", cache.mamba_cache_mode, ("none", "align"), "prefix caching sets it, leave it out"),
+        (
+            "prefix-cache-retention-interval",
+            cache.prefix_cache_retention_interval,
+            (0,),
+            "states are kept at distances of the model's own, leave it out",
+        ),
+        ("enable-mamba-shared-prefix-checkpoint", cache.enable_mamba_shared_prefix_checkpoint, (False,), unread),
+        ("use-replayssm", cache.use_replayssm, (False,), unread),
+        ("mamba-backend", mamba.backend, (MambaBackendEnum.TRITON,), unread),
+        ("enable-mamba-cache-stochastic-rounding", mamba.enable_stochastic_rounding, (False,), unread),
+        ("mamba-cache-philox-rounds", mamba.stochastic_rounding_philox_rounds, (0,), unread),
+        ("gdn-prefill-backend", extra.get("gdn_prefill_backend"), (None,), unread),
         ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
         ("kda-decode-backend", extra.get("kda_decode_backend"), (None,), unread),
+        ("prefill-context-parallel-size", parallel.prefill_context_parallel_size, (1,), unset),
+        ("enable-dbo", parallel.enable_dbo, (False,), unset),
+        ("ubatch-size", parallel.ubatch_size, (0, 1), unset),
+        ("enable-eplb", parallel.enable_eplb, (False,), unset),
+        ("enable-elastic-ep", parallel.enable_elastic_ep, (False,), unset),
+        ("enable-hc-sp", parallel.enable_hc_sp, (False,), unread),
+        ("cpu-offload-gb", offload.uva.cpu_offload_gb, (0,), unset),
+        ("offload-group-size", offload.prefetch.offload_group_size, (0,), unset),
         (
             "disable-hybrid-kv-cache-manager",
-            bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            bool(scheduler.disable_hybrid_kv_cache_manager),
             (False,),
             "this model keeps two kinds of state, leave it out",
         ),
     ]
     if current_platform.is_cpu():
         flags += [
-            ("cpu-offload-gb", vllm_config.offload_config.uva.cpu_offload_gb, (0,), "this is the CPU, leave it out"),
             ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
         ]
+    if cache.enable_prefix_caching:
+        remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"
+        flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), remedy))
+        remedy = "prefix caching needs it, leave it out or add --no-enable-prefix-caching"
+        flags.append(("enable-chunked-prefill", scheduler.enable_chunked_prefill, (True,), remedy))
     if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
         # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
         raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")

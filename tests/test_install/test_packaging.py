@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from vllm_kimi_linear.install_check import SERIES, is_known
+
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ALIAS = tomllib.loads((ROOT / "deploy/cpu-alias/pyproject.toml").read_text())
@@ -103,6 +105,7 @@ plugins = metadata.entry_points(group="vllm.general_plugins")
 print(json.dumps({
     "version": [metadata.version("vllm-kimi-linear"), vllm_kimi_linear.__version__],
     "requires": metadata.requires("vllm-kimi-linear"),
+    "works_with": metadata.metadata("vllm-kimi-linear").get_all("Requires"),
     "plugins": {plugin.name: plugin.value for plugin in plugins},
     "callable": all(callable(plugin.load()) for plugin in plugins),
     "found": [name for name in ("kda_kernels", "kernels", "server") if importlib.util.find_spec(name)],
@@ -117,7 +120,17 @@ print(json.dumps({
     assert seen["callable"]
     assert seen["found"] == ["kda_kernels"]
     assert seen["heavy"] == []
-    assert all("extra ==" in line for line in seen["requires"]), "the base distribution requires nothing"
+    assert all("extra ==" in line for line in seen["requires"]), "the base distribution fetches nothing"
+    [vllm] = map(Requirement, seen["works_with"])
+    assert vllm == EXTRAS["cuda"]["vllm"], "it states the vLLM that it works with"
+
+
+def test_the_stated_vllm_is_the_one_that_is_known() -> None:
+    stated, series = EXTRAS["cuda"]["vllm"].specifier, Version(SERIES)
+    outside = f"{series.major}.{series.minor + 1}.0", f"{series.major}.{series.minor - 1}.9"
+    assert stated.contains(f"{SERIES}.0") and stated.contains(f"{SERIES}.9")
+    assert not any(stated.contains(version) or is_known(version) for version in outside)
+    assert is_known(ALIAS["project"]["version"])
 
 
 def test_script_of_the_wheel_is_the_command_line(bare_python: Path) -> None:

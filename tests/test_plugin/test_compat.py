@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import version
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
@@ -18,19 +19,21 @@ def test_waiting_processes_leave_the_cores(monkeypatch):
     naps: list[float] = []
     monkeypatch.setattr(shm_broadcast, "sched_yield", None)  # put back at the end, whatever is applied here
     monkeypatch.setattr(time, "sleep", naps.append)
-    compat.apply()  # takes the replaced sleep
+    compat.sleep_between_polls_on_cpu()  # takes the replaced sleep
     shm_broadcast.sched_yield()
     assert naps == [compat.POLL_SECONDS]
 
 
 def test_unknown_version_is_left_alone(monkeypatch):
-    def original() -> None:
+    def fails() -> None:
         raise AssertionError
 
-    monkeypatch.setattr(shm_broadcast, "sched_yield", original)
-    monkeypatch.setattr(compat, "vllm_version", "0.99.0")
+    monkeypatch.setattr(version, "__version__", "0.99.0")
+    monkeypatch.setattr(compat, "end_chunks_at_blocks", fails)
+    monkeypatch.setattr(shm_broadcast, "sched_yield", fails)
     compat.apply()
-    assert shm_broadcast.sched_yield is original
+    compat.sleep_between_polls_on_cpu()
+    assert shm_broadcast.sched_yield is fails
 
 
 @pytest.fixture

@@ -1,29 +1,66 @@
-"""The tables of tiles that the package ships for vLLM's kernel of the experts."""
+"""The tables of tiles that the package ships for vLLM's kernel of the experts: their form, and for whom they are."""
 
 import json
-import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.model_executor.layers.fused_moe import fused_moe
 
-import vllm_kimi_linear
+from vllm_kimi_linear.patches import expert_tiles
 
-TABLES = sorted(Path(vllm_kimi_linear.__file__).with_name("tiles").glob("*.json"))
+TABLES = sorted(expert_tiles.TILES.glob("*.json"))
 
 
-def test_vllm_looks_for_them_where_they_are(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(params=TABLES, ids=lambda table: table.name)
+def table(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def found(table: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[int, Any] | None]:
+    """What vLLM finds for the sizes of `table`, on its GPU, in a step through these layers."""
+    sizes = re.match(r"E=(\d+),N=(\d+),device_name=(.*)\.json$", table.name)
+    assert sizes
+    experts, width, device = int(sizes[1]), int(sizes[2]), sizes[3]
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: device)
+    monkeypatch.setattr(fused_moe, "get_moe_configs", fused_moe.get_moe_configs)  # put back at the end
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
-    vllm_kimi_linear.register()
-    assert TABLES and {str(table.parent) for table in TABLES} == {os.environ["VLLM_TUNED_CONFIG_FOLDER"]}
+    fused_moe.get_moe_configs.__wrapped__.cache_clear()
+
+    def find(*layers: nn.Module) -> dict[int, Any] | None:
+        named = {str(number): layer for number, layer in enumerate(layers)}
+        with override_forward_context(ForwardContext(no_compile_layers=named, attn_metadata=None, slot_mapping={})):
+            return fused_moe.get_moe_configs(experts, width, None, 0, 0)
+
+    return find
 
 
-def test_a_folder_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/mine")
-    vllm_kimi_linear.register()
-    assert os.environ["VLLM_TUNED_CONFIG_FOLDER"] == "/mine"
+def test_a_step_through_our_experts_finds_them(found, table: Path):
+    ours = nn.Identity()
+    expert_tiles.apply(ours)
+    expert_tiles.apply(ours)
+    tiles = found(nn.Identity(), ours)
+    assert tiles == {int(key): tile for key, tile in json.loads(table.read_text()).items() if key != "triton_version"}
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_another_model_does_not(found):
+    expert_tiles.apply(nn.Identity())
+    assert found(nn.Identity()) is None
+
+
+def test_a_folder_of_the_user_takes_their_place(found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Path):
+    (tmp_path / table.name).write_text('{"1": {"BLOCK_SIZE_M": 16}}')
+    ours = nn.Identity()
+    expert_tiles.apply(ours)
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    assert found(ours) == {1: {"BLOCK_SIZE_M": 16}}
+
+
 def test_every_table_is_of_whole_tiles_by_rising_tokens(table: Path):
     tiles = {int(tokens): tile for tokens, tile in json.loads(table.read_text()).items() if tokens != "triton_version"}
     assert list(tiles) == sorted(tiles)

@@ -147,7 +147,43 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "--attention-backend",
         "CPU_MLA",
     ),
+    "another attention backend, by name": (
+        {},
+        {"attention_backend": "CPU_MLA"},
+        "--attention-backend",
+        "CPU_MLA",
+    ),
     "another Mamba kernel": ({}, {"mamba_backend": "flashinfer"}, "--mamba-backend", "FLASHINFER"),
+    "states of every block": ({}, {"mamba_cache_mode": "all"}, "--mamba-cache-mode", "all"),
+    "states at an interval": (
+        {},
+        {"prefix_cache_retention_interval": 112},
+        "--prefix-cache-retention-interval",
+        "112",
+    ),
+    "states where prefixes part": (
+        {},
+        {"enable_mamba_shared_prefix_checkpoint": True},
+        "--enable-mamba-shared-prefix-checkpoint",
+        "True",
+    ),
+    "replayed states": ({}, {"use_replayssm": True}, "--use-replayssm", "True"),
+    "rounded states": (
+        {},
+        {"enable_mamba_cache_stochastic_rounding": True},
+        "--enable-mamba-cache-stochastic-rounding",
+        "True",
+    ),
+    "rounds of rounding": ({}, {"mamba_cache_philox_rounds": 4}, "--mamba-cache-philox-rounds", "4"),
+    "another GDN prefill": ({}, {"gdn_prefill_backend": "triton"}, "--gdn-prefill-backend", "triton"),
+    "hyperconnections": ({}, {"enable_hc_sp": True}, "--enable-hc-sp", "True"),
+    "layers offloaded": ({}, {"offload_group_size": 2}, "--offload-group-size", "2"),
+    "whole prompts with prefix caching": (
+        {},
+        {"enable_chunked_prefill": False, "enable_prefix_caching": True, "max_num_batched_tokens": 8192},
+        "--enable-chunked-prefill",
+        "False",
+    ),
     "another KDA prefill": ({}, {"kda_prefill_backend": "triton"}, "--kda-prefill-backend", "triton"),
     "another KDA decode": ({}, {"kda_decode_backend": "triton"}, "--kda-decode-backend", "triton"),
 }
@@ -165,6 +201,53 @@ ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"kv_transfer_config": CONNECTOR},
     ),
 }
+
+
+# Refused too, but on a CPU vLLM refuses them before, or sets them back: flag -> where its value stands, the value.
+ELSEWHERE: dict[str, tuple[str, Any]] = {
+    "decode_context_parallel_size": ("parallel_config.decode_context_parallel_size", 4),
+    "prefill_context_parallel_size": ("parallel_config.prefill_context_parallel_size", 2),
+    "enable_dbo": ("parallel_config.enable_dbo", True),
+    "ubatch_size": ("parallel_config.ubatch_size", 2),
+    "enable_eplb": ("parallel_config.enable_eplb", True),
+    "enable_elastic_ep": ("parallel_config.enable_elastic_ep", True),
+}
+
+
+def check_elsewhere(model: str) -> dict[str, str]:
+    """Flag -> the sentence of `check_flags` where the platform is no CPU."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from vllm_kimi_linear.config_error import ConfigError
+    from vllm_kimi_linear.start_checks import check_flags
+
+    config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
+    config.cache_config.mamba_block_size = None  # vLLM has filled it in since
+    said = {}
+    with mock.patch.object(type(current_platform), "is_cpu", lambda self: False):
+        check_flags(config, states=True)
+        for flag, (path, value) in ELSEWHERE.items():
+            part, name = path.split(".")
+            before = getattr(owner := getattr(config, part), name)
+            setattr(owner, name, value)
+            try:
+                check_flags(config, states=True)
+            except ConfigError as error:
+                said[flag] = str(error)
+            setattr(owner, name, before)
+        config.cache_config.enable_prefix_caching = False
+        config.parallel_config.decode_context_parallel_size = 4
+        check_flags(config, states=True)
+    return said
+
+
+def test_refused_elsewhere(demo_model: Path) -> None:
+    said = in_own_process(check_elsewhere, str(demo_model))
+    assert said.keys() == ELSEWHERE.keys()
+    for flag, (_, value) in ELSEWHERE.items():
+        assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
+    assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
 
 
 def build(cases: dict[str, tuple[dict[str, Any], str]]) -> dict[str, list[str]]:
