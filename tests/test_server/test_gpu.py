@@ -40,6 +40,11 @@ WAYS = {
     ),
     "drafts": (NGRAM, "--no-enable-prefix-caching"),
     "drafts, prefixes kept": (NGRAM, "--enable-prefix-caching"),
+    "drafts, prefixes kept, chunks of few blocks": (
+        NGRAM,
+        "--enable-prefix-caching",
+        "--max-num-batched-tokens=768",  # four blocks, more than there are drafts
+    ),
     "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
     "two ranks": ("--tensor-parallel-size=2", "--enable-prefix-caching"),
 }
