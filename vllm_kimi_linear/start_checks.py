@@ -162,6 +162,12 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
+            (
+                "speculative-config rejection_sample_method",
+                speculative and speculative.rejection_sample_method,
+                (None, "standard"),
+                "a CPU has only the standard one, leave it out",
+            ),
         ]
     if cache.enable_prefix_caching:
         remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"

@@ -43,6 +43,7 @@ def compressed(name: str) -> dict[str, Any]:
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 NGRAM = {"method": "ngram_gpu", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+SYNTHETIC = {"method": "ngram", "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 # what is wrong -> (changes to config.json, engine arguments, the field and the value that the sentence names)
@@ -130,6 +131,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "data parallel": ({}, {"data_parallel_size": 2}, "--data-parallel-size", "2"),
     "more stages than layers": ({}, {"pipeline_parallel_size": 9}, "--pipeline-parallel-size", "9"),
     "speculation": ({}, {"speculative_config": NGRAM}, "--speculative-config", "ngram_gpu"),
+    "drafts accepted by a rate": (
+        {},
+        {"speculative_config": NGRAM | SYNTHETIC},
+        "--speculative-config rejection_sample_method",
+        "synthetic",
+    ),
     "KV sharing": ({}, {"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill", "True"),
     "KV transfer": ({}, {"kv_transfer_config": CONNECTOR}, "--kv-transfer-config", "ExampleConnector"),
     "KV offloading": ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size", "1.0"),

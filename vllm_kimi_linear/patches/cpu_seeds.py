@@ -21,7 +21,7 @@ def apply() -> None:
     """Let a token that is dropped be drawn from no request's generator. Called in a worker on a CPU. Idempotent."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
 
-    if "_sample" in vars(Runner):
+    if hasattr(Runner._sample, "keeps_kimi_linear"):
         return
     sample: Callable = Runner._sample
     bookkeeping: Callable = Runner._bookkeeping_sync
@@ -40,5 +40,6 @@ def apply() -> None:
         finally:
             self.input_batch.generators.update(self.generators_of_dropped)
 
+    vars(_sample)["keeps_kimi_linear"] = True
     Runner._sample = _sample
     Runner._bookkeeping_sync = _bookkeeping_sync
