@@ -28,7 +28,8 @@ def held_weight_bytes(geometry: Geometry, dtype: str) -> int:
     from Hopper on keep it in `dtype`), and the two halves of kv_b_proj that vLLM copies for absorbed attention.
     """
     g, ranks, size = geometry, geometry.tensor_parallel, DTYPE_BYTES[dtype]
-    vocabulary = 2 * (-g.vocab_size % VOCABULARY_MULTIPLE) // ranks * g.hidden_size
+    matrices = 1 if g.tied_embeddings else 2
+    vocabulary = matrices * (-g.vocab_size % VOCABULARY_MULTIPLE) // ranks * g.hidden_size
     projection = -_projection_rows(g) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
     absorbed = g.attention_heads // ranks * (g.qk_nope_head_dim + g.v_head_dim) * g.kv_lora_rank * len(g.mla_layers)
     router = g.num_experts * g.hidden_size * sum(g.layer_moe) * (DTYPE_BYTES["float32"] - size)

@@ -116,6 +116,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.geometry = start_checks.geometry(vllm_config)
+        self.serving = False
         self.model = KimiLinearModel(self.geometry, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
@@ -158,7 +159,11 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return weights.load(self, self.geometry, checkpoint)
+        return weights.load(self, self.geometry, checkpoint, whole=not self.serving)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls it once, after the first load; what is loaded later may come from a trainer, in pieces."""
+        self.serving = True
 
     def get_model_state_cls(self) -> type:
         """What vLLM's second runner keeps a step; that of hybrid models takes none without a recurrent layer."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ class Target:
     arguments: tuple[object, ...] = ()
 
 
+@cache  # a trainer may send tensors one by one
 def targets(geometry: Geometry) -> dict[str, Target]:
     """The target of every tensor of the original layout, by checkpoint name."""
     table = {}
@@ -80,8 +82,10 @@ def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
     return name, ()
 
 
-def load(model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Load `weights` into the parameters of `model`; return the names of the parameters written.
+def load(
+    model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torch.Tensor]], *, whole: bool = True
+) -> set[str]:
+    """Load `weights`, of a whole checkpoint or not, into `model`; return the names of the parameters written.
 
     Tensors of pipeline stages held elsewhere are checked and skipped. Raises WeightError, naming the tensor,
     for one that the config does not call for, one whose shape is wrong, one stored twice, or one that is missing.
@@ -113,7 +117,7 @@ def load(model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torc
         if target.parameter in parameters:  # else another pipeline stage holds its layer
             _load_one(parameters[target.parameter], tensor, target.arguments)
             loaded.add(target.parameter)
-    if missing:
+    if whole and missing:
         first, more = min(missing), len(missing) - 1
         rest = f" and {more} more" if more else ""
         raise WeightError(

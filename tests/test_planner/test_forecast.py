@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "48b": (CONFIG_48B, ("bfloat16",)),
     **{preset: (demo.demo_config(preset), ("float32", "bfloat16")) for preset in PRESETS},
     "odd": (demo.demo_config() | {"vocab_size": 1000}, ("float32",)),
+    "tied": (demo.demo_config() | {"vocab_size": 1000, "tie_word_embeddings": True}, ("float32",)),
 }
 CASES = [(model, dtype) for model, (_, dtypes) in MODELS.items() for dtype in dtypes]
 PLACES = ((1, 0), (2, 0), (2, 1))  # ranks and rank

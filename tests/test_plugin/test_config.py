@@ -106,6 +106,7 @@ def test_a_config_in_transformers_own_names():
         linear_head_dim=64,
     )
     geometry = Geometry.from_hf(loaded)
+    assert Geometry.from_config(loaded.to_diff_dict()) == geometry  # what config.json says
     assert geometry.layer_kinds == ("mla", "kda", "kda")
     assert geometry.layer_moe == (False, False, True)
     assert (geometry.kda_heads, geometry.kda_head_dim, geometry.conv_taps) == (8, 64, 4)

@@ -172,6 +172,16 @@ def test_weights_of_a_rank():
     assert 2 * half - whole == copied > 0
 
 
+def test_tied_embeddings_lie_on_both_ends():
+    """One matrix serves both, but the first and the last stage of a pipeline each need it."""
+    config = demo.demo_config()
+    tied, untied = (Geometry.from_config(config | {"tie_word_embeddings": tie}) for tie in (True, False))
+    matrix = config["vocab_size"] * config["hidden_size"] * 2
+    whole, stages_of = memory.weight_bytes, stages(untied, 2)
+    assert whole(untied, "bfloat16") - whole(tied, "bfloat16") == matrix
+    assert [whole(tied, "bfloat16", s) for s in stages_of] == [whole(untied, "bfloat16", s) for s in stages_of]
+
+
 def stages(geometry: Geometry, count: int) -> list[range]:
     ends = [geometry.num_layers * i // count for i in range(count + 1)]
     return [range(*pair) for pair in pairwise(ends)]

@@ -4,13 +4,14 @@ No server is needed: a model without parameters takes every tensor for one of an
 the checks. That the parameters themselves are filled is in test_full_size.py and in every exact answer.
 """
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from vllm_kimi_linear import demo, weights
+from vllm_kimi_linear import demo, memory, weights
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.demo import demo_config
 
@@ -49,6 +50,60 @@ def test_flat_a_log_fits(geometry: Geometry, checkpoint: list[Tensor]) -> None:
     flat = [(n, t.flatten() if n.endswith("A_log") else t) for n, t in checkpoint]
     assert any(n.endswith("A_log") for n, _ in flat)
     assert load(geometry, flat) == set()
+
+
+def saved(checkpoint: list[Tensor]) -> list[Tensor]:
+    """As transformers names them: a feed-forward is block_sparse_moe in every layer."""
+    return [(name.replace(".mlp.", ".block_sparse_moe."), tensor) for name, tensor in checkpoint]
+
+
+@pytest.mark.parametrize("dense", [0, 1, 2, 8])
+def test_names_that_transformers_saves(dense: int) -> None:
+    geometry = Geometry.from_config(demo_config() | {"first_k_dense_replace": dense})
+    tensors = [(w.name, torch.empty(w.shape)) for w in memory.weights(geometry)]
+    assert sum(".mlp." in name for name, _ in tensors) == 3 * dense
+    assert load(geometry, tensors) == load(geometry, saved(tensors)) == set()
+    if dense:
+        dense_parts = [(name, tensor) for name, tensor in tensors if ".mlp." in name]
+        [twice, *_] = saved(dense_parts)
+        with pytest.raises(weights.WeightError, match=f"tensor {twice[0]} is stored twice"):
+            load(geometry, [*tensors, twice])
+        with pytest.raises(weights.WeightError, match=rf"mlp\.down_proj\.weight{' and ' if dense > 1 else ' '}"):
+            load(geometry, [(n, t) for n, t in saved(tensors) if not n.endswith("block_sparse_moe.down_proj.weight")])
+
+
+def test_inv_freq_is_skipped(
+    geometry: Geometry, checkpoint: list[Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm")
+    spare = [(f"model.layers.{n}.self_attn.rotary_emb.inv_freq", torch.zeros(32)) for n in (3, 7)]
+    assert load(geometry, [*spare, *checkpoint]) == set()
+    assert [record.message for record in caplog.records] == [
+        "Skipping rotary_emb.inv_freq of the checkpoint: this model rotates nothing"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.forget_gate.A_log",
+        "model.layers.0.self_attn.forget_gate.f_a_proj.weight",
+        "model.layers.0.self_attn.conv1d.weight",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ],
+)
+def test_a_running_models_names(geometry: Geometry, checkpoint: list[Tensor], name: str) -> None:
+    with pytest.raises(weights.WeightError, match=f"tensor {name} is not .* save_pretrained"):
+        load(geometry, [*checkpoint, (name, torch.zeros(4))])
+
+
+def test_tied_embeddings(checkpoint: list[Tensor]) -> None:
+    tied = Geometry.from_config(demo_config() | {"tie_word_embeddings": True})
+    assert load(tied, [(n, t) for n, t in checkpoint if n != "lm_head.weight"]) == set()
+    with pytest.raises(weights.WeightError, match=r"tensor lm_head\.weight is not part of this model"):
+        load(tied, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +147,7 @@ def test_many_missing(geometry: Geometry, checkpoint: list[Tensor]) -> None:
         "model.layers.3.self_attn.A_log",  # KDA in an MLA layer
         "model.layers.0.block_sparse_moe.gate.weight",  # experts in the dense layer
         "model.layers.1.mlp.gate_proj.weight",  # a dense MLP in a layer of experts
-        "model.layers.3.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.block_sparse_moe.up_proj.weight",  # a dense MLP under its other name, in a layer of experts
         "model.layers.1.block_sparse_moe.experts.0.w1.weight_scale",  # quantised
         "transformer.wte.weight",
     ],

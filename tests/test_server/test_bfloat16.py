@@ -26,9 +26,15 @@ RATIO = 1.2
 SEQUENCES, LENGTH, PROMPT = 8, 256, 64
 
 
-@pytest.fixture
-def bfloat16_server(servers: Callable[..., Server], demo_model: Path) -> Completions:
-    return Completions(servers(demo_model, *BFLOAT16_FLAGS))
+@pytest.fixture(params=["as it is", "without AVX-512"])
+def bfloat16_server(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_model: Path) -> Completions:
+    if request.param == "as it is":
+        return Completions(servers(demo_model, *BFLOAT16_FLAGS))
+    if torch.cuda.is_available() or not torch.cpu._is_avx512_supported():
+        pytest.skip("this machine serves on a GPU, or as it is without AVX-512")
+    server = servers(demo_model, *BFLOAT16_FLAGS, env={"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert "oneDNN has no bfloat16 product" in server.log
+    return Completions(server)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ PARAMETERS = ("gates_b", "conv_weight", "A_log", "dt_bias", "o_norm_weight")
 def answers(asked: dict[str, Any]) -> dict[str, list[int]]:
     """24 greedy tokens of engines of three checkpoints, and of the first one's while it is given other weights."""
     from vllm import LLM, SamplingParams
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     found = {}
 
@@ -53,6 +55,20 @@ def answers(asked: dict[str, Any]) -> dict[str, list[int]]:
 
     engine.apply_model(replace)
     answer("replaced", engine)
+
+    config = engine.llm_engine.vllm_config
+
+    def send(model: Any) -> None:
+        """Tensor by tensor, as vLLM's engines for trainers do."""
+        with set_current_vllm_config(config):
+            initialize_layerwise_reload(model)
+            for file in sorted(Path(asked["models"]["first"]).glob("*.safetensors")):
+                for tensor in load_file(file).items():
+                    model.load_weights([tensor])
+            finalize_layerwise_reload(model, config.model_config)
+
+    engine.apply_model(send)
+    answer("sent", engine)
     for name in ("second", "mixed"):
         del engine
         cleanup_dist_env_and_memory()
@@ -75,7 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reload(models: dict[str, str], dtype: str) -> None:
-    """By vLLM's `reload_weights`, as trainers do, and by `parameter.data`.
+    """By vLLM's `reload_weights`, by `parameter.data`, and tensor by tensor, as trainers send them.
 
     With bfloat16 as on a processor without AVX-512, where no product is packed, float32 as this one is.
     """
@@ -86,3 +102,4 @@ def test_reload(models: dict[str, str], dtype: str) -> None:
     assert found["first"] != found["second"] != found["mixed"]
     assert found["reloaded"] == found["second"]
     assert found["replaced"] == found["mixed"]
+    assert found["sent"] == found["first"]

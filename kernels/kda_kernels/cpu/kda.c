@@ -16,7 +16,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KDA_DISPATCH 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #define KDA(name) kda_avx512_##name
 #define WIDTH 16
 #define KDA_AVX512
@@ -26,7 +26,7 @@
 #undef KDA
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt")
+#pragma GCC target("avx2,fma")
 #define KDA(name) kda_avx2_##name
 #define WIDTH 8
 #define KDA_AVX2
@@ -49,8 +49,8 @@ enum { ISA_BASE = 1, ISA_AVX2 = 2, ISA_AVX512 = 3 };
 int64_t kda_best_isa(void) {
 #ifdef KDA_DISPATCH
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
-        return ISA_BASE;
+    /* Exactly what the code above is compiled for. */
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return ISA_BASE;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl"))
