@@ -64,7 +64,6 @@ SHORT: dict[str, dict[str, Any]] = {
         "watermark": 0.1,
     },
     "what is asked beside the tokens": {
-        "enable_trace_replay": True,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": 5,
         "use_fp64_gumbel": True,
@@ -170,7 +169,7 @@ TO_RUN_ON_GPUS = """
     data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
     data_parallel_size_local data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval
     enable_batch_sharded_sampling enable_cumem_allocator enable_nccl_comm_suspend enable_return_routed_experts
-    enable_sleep_mode ir_op_priority kernel_config mamba_config moe_backend return_sampling_mask
+    enable_sleep_mode enable_trace_replay ir_op_priority kernel_config mamba_config moe_backend return_sampling_mask
     sleep_mode_offload_cudagraph sleep_preserve_parameter_names
 """
 
