@@ -126,7 +126,6 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
         ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
         ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
-        ("mamba-cache-mode", cache.mamba_cache_mode, ("none", "align"), "prefix caching sets it, leave it out"),
         (
             "prefix-cache-retention-interval",
             cache.prefix_cache_retention_interval,

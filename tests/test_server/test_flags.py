@@ -24,8 +24,8 @@ REFUSED_FLAGS = """
     enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint gdn_prefill_backend kda_decode_backend kda_prefill_backend kv_cache_dtype
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend mamba_block_size mamba_cache_dtype
-    mamba_cache_mode mamba_cache_philox_rounds offload_group_size prefill_context_parallel_size
-    prefix_cache_retention_interval prefix_match_unit quantization runner ubatch_size use_replayssm
+    mamba_cache_philox_rounds offload_group_size prefill_context_parallel_size prefix_cache_retention_interval
+    prefix_match_unit quantization runner ubatch_size use_replayssm
 """
 
 # Run by another file of the tests, which names it.
@@ -64,11 +64,8 @@ SHORT: dict[str, dict[str, Any]] = {
         "watermark": 0.1,
     },
     "what is asked beside the tokens": {
-        "enable_return_routed_experts": True,
-        "enable_trace_replay": True,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": 5,
-        "return_sampling_mask": True,
         "use_fp64_gumbel": True,
     },
 }
@@ -86,6 +83,8 @@ LONG: dict[str, dict[str, Any]] = {
     "load_format": {"load_format": "safetensors", "safetensors_load_strategy": "eager"},
     "safetensors_load_strategy": {"safetensors_load_strategy": "prefetch"},
     "load_format npcache": {"load_format": "npcache"},
+    "mamba_cache_mode": {"mamba_cache_mode": "none"},
+    "mamba_cache_mode without a prefix cache": {"mamba_cache_mode": "align", "enable_prefix_caching": False},
     "model_impl": {"model_impl": "vllm", "config_format": "hf", "convert": "none"},
     "skip_tokenizer_init": {"skip_tokenizer_init": True},
     "kv_events_config": {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
@@ -161,16 +160,17 @@ UNTOUCHED = {
         log_config_file enable_log_requests
     """,
     "another class in place of ours, at one's own risk": "model_class_overrides",
-    "other names of parts of what is run": "max_cudagraph_capture_size aux_output_config",
+    "other names of parts of what is run": "max_cudagraph_capture_size",
 }
 
 # Read on GPUs alone, and not yet run there with this model.
 TO_RUN_ON_GPUS = """
-    all2all_backend data_parallel_address data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
-    data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port data_parallel_size_local
-    data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval enable_batch_sharded_sampling
-    enable_cumem_allocator enable_nccl_comm_suspend enable_sleep_mode ir_op_priority
-    kernel_config mamba_config moe_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
+    all2all_backend aux_output_config data_parallel_address data_parallel_backend data_parallel_external_lb
+    data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
+    data_parallel_size_local data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval
+    enable_batch_sharded_sampling enable_cumem_allocator enable_nccl_comm_suspend enable_return_routed_experts
+    enable_sleep_mode enable_trace_replay ir_op_priority kernel_config mamba_config moe_backend return_sampling_mask
+    sleep_mode_offload_cudagraph sleep_preserve_parameter_names
 """
 
 

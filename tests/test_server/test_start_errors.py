@@ -161,7 +161,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "CPU_MLA",
     ),
     "another Mamba kernel": ({}, {"mamba_backend": "flashinfer"}, "--mamba-backend", "FLASHINFER"),
-    "states of every block": ({}, {"mamba_cache_mode": "all"}, "--mamba-cache-mode", "all"),
     "states at an interval": (
         {},
         {"prefix_cache_retention_interval": 112},
