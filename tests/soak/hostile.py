@@ -18,7 +18,7 @@ async def bad_replicas() -> AsyncIterator[list[str]]:
     """URLs: nobody listens, a silent one, one of garbage, one that is healthy and answers all else with garbage."""
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             while await reader.read(65536):
                 pass
         writer.close()
