@@ -10,11 +10,18 @@ import httpx
 from tests.completions import Answer, Completions
 from tests.prompts import Case, difference
 
+ENDLESS = 4000  # tokens: an answer that has not ended when its client leaves, however late that is
 
-async def cancelled(server: Completions, client: httpx.AsyncClient, case: Case, after: int) -> Answer:
-    """Ask and hang up once `after` tokens have come; with 0, while the prompt waits or is being read."""
+
+async def cancelled(
+    server: Completions, client: httpx.AsyncClient, case: Case, after: int, tokens: int | None = None
+) -> Answer:
+    """Ask and hang up once `after` tokens have come; with 0, while the prompt waits or is being read.
+
+    `tokens` of an answer, if not as many as the case's.
+    """
     answer = Answer([], [], 0)
-    stream = server.stream(client, *case.asked)
+    stream = server.stream(client, case.prompt, tokens or len(case.score.answer))
     if after == 0:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.05):
@@ -24,7 +31,13 @@ async def cancelled(server: Completions, client: httpx.AsyncClient, case: Case, 
             if len(answer.tokens) >= after:
                 break
     await stream.aclose()
-    return answer
+    return first(answer, case)
+
+
+def first(answer: Answer, case: Case) -> Answer:
+    """As much of an answer as the case has."""
+    tokens = len(case.score.answer)
+    return Answer(answer.tokens[:tokens], answer.logprobs[:tokens], answer.cached_tokens)
 
 
 async def mixed(server: Completions, cases: Sequence[Case], requests: int, seed: int, at_once: int = 12) -> list[str]:

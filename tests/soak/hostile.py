@@ -4,18 +4,13 @@ import asyncio
 import contextlib
 import json
 import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from tests.soak.asking import Tally, sentence_of
+from vllm_kimi_linear.launch import free_port
 
 READ_SECONDS = 120
 Act = Callable[["Client"], Awaitable[None]]
-
-
-def dead_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 @contextlib.asynccontextmanager
@@ -23,7 +18,7 @@ async def bad_replicas() -> AsyncIterator[list[str]]:
     """URLs: nobody listens, a silent one, one of garbage, one that is healthy and answers all else with garbage."""
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             while await reader.read(65536):
                 pass
         writer.close()
@@ -45,7 +40,7 @@ async def bad_replicas() -> AsyncIterator[list[str]]:
         writer.close()
 
     async with contextlib.AsyncExitStack() as stack:
-        urls = [f"http://127.0.0.1:{dead_port()}"]
+        urls = [f"http://127.0.0.1:{free_port()}"]
         for handle in (silent, garbage, two_faced):
             listening = await asyncio.start_server(handle, "127.0.0.1", 0)
             await stack.enter_async_context(listening)

@@ -45,51 +45,51 @@ class Traffic:
     model: str
     context: int
     seed: int
-    draw: random.Random = field(init=False)
+    choose: random.Random = field(init=False)
     documents: list[list[int]] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from transformers import AutoTokenizer
 
-        self.draw = random.Random(self.seed)
+        self.choose = random.Random(self.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(TRAINED / "checkpoint")
         self.vocab = len(self.tokenizer)
 
     def open_round(self) -> None:
-        """New documents, which push out older ones; by turns text that the model knows, and random tokens."""
-        for text in (True, False):
-            length = self.length()
-            self.documents.append(self.text(length) if text else self.noise(length))
+        """New documents, which push out older ones: text that the model knows, and random tokens, of any length."""
+        self.documents.append(self.text(self.choose.randint(LONGEST // 3, LONGEST)))
+        self.documents.append(self.noise(self.length()))
         del self.documents[:-DOCUMENTS], self.cases[:-CASES]
 
     def length(self) -> int:
         """From 1 to LONGEST, each order of magnitude as often as another."""
-        return round(math.exp(self.draw.uniform(0, math.log(LONGEST))))
+        return round(math.exp(self.choose.uniform(0, math.log(LONGEST))))
 
     def text(self, length: int) -> list[int]:
-        return self.tokenizer.encode(make_log(self.draw, length + 50).text, add_special_tokens=False)[:length]
+        return self.tokenizer.encode(make_log(self.choose, length + 50).text, add_special_tokens=False)[:length]
 
     def noise(self, length: int) -> list[int]:
         """Random tokens that repeat themselves here and there, so that some drafts are right and some are not."""
-        words = [[self.draw.randrange(self.vocab) for _ in range(self.draw.randrange(2, 9))] for _ in range(6)]
+        words = [[self.choose.randrange(self.vocab) for _ in range(self.choose.randrange(2, 9))] for _ in range(6)]
         found: list[int] = []
         while len(found) < length:
-            if self.draw.random() < 0.5:
-                found += self.draw.choice(words)
+            if self.choose.random() < 0.5:
+                found += self.choose.choice(words)
             else:
-                found.append(self.draw.randrange(self.vocab))
+                found.append(self.choose.randrange(self.vocab))
         return found[:length]
 
     def prompt(self) -> list[int]:
-        """The beginning of a document, cut anywhere, or an earlier conversation; then tokens of its own."""
-        if self.cases and self.draw.random() < 0.25:
-            earlier = self.draw.choice(self.cases)
-            shared = earlier.prompt + earlier.tokens[: self.draw.randrange(len(earlier.tokens) + 1)]
+        """A document or its beginning, cut anywhere, or an earlier conversation; then tokens of its own."""
+        if self.cases and self.choose.random() < 0.25:
+            earlier = self.choose.choice(self.cases)
+            shared = earlier.prompt + earlier.tokens[: self.choose.randrange(len(earlier.tokens) + 1)]
         else:
-            document = self.draw.choice(self.documents)
-            shared = document[: self.draw.randrange(len(document) + 1)]
-        own = self.noise(self.draw.randrange(1, 200))
+            document = self.choose.choice(self.documents)
+            whole = self.choose.random() < 0.3
+            shared = document if whole else document[: self.choose.randrange(len(document) + 1)]
+        own = self.noise(self.choose.randrange(1, 200))
         return (shared[: LONGEST - len(own)] + own)[-LONGEST:]
 
     def body(self, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
@@ -113,23 +113,23 @@ class Traffic:
         """A mix of everything, in bursts."""
         kinds = {self.greedy: 9, self.sampled: 7, self.structured: 1, self.several: 2, self.refused: 1}
         pause = 0.0
-        for kind in self.draw.choices(list(kinds), list(kinds.values()), k=count):
-            if self.draw.random() < 0.1:
-                pause += self.draw.uniform(0, 2)
+        for kind in self.choose.choices(list(kinds), list(kinds.values()), k=count):
+            if self.choose.random() < 0.1:
+                pause += self.choose.uniform(0, 2)
             asked = kind(pause)
-            leaves = not asked.refused and self.draw.random() < 0.2
+            leaves = not asked.refused and self.choose.random() < 0.2
             yield self.leaving(asked) if leaves else asked
 
     def greedy(self, pause: float) -> Asked:
-        case = self.draw.choice(self.cases)
-        more: dict[str, Any] = {"stream": self.draw.random() < 0.5}
-        if self.draw.random() < 0.1:
-            more = {"prompt_logprobs": self.draw.randrange(3)}
-        body = self.body(case.prompt, self.draw.randrange(1, TOKENS + 1), logprobs=self.draw.randrange(3), **more)
+        case = self.choose.choice(self.cases)
+        more: dict[str, Any] = {"stream": self.choose.random() < 0.5}
+        if self.choose.random() < 0.1:
+            more = {"prompt_logprobs": self.choose.randrange(3)}
+        body = self.body(case.prompt, self.choose.randrange(1, TOKENS + 1), logprobs=self.choose.randrange(3), **more)
         return Asked(body, case, pause=pause)
 
     def sampled(self, pause: float, **more: Any) -> Asked:
-        choose = self.draw
+        choose = self.choose
         prompt = choose.choice(self.cases).prompt if choose.random() < 0.5 else self.prompt()
         more = {"temperature": choose.choice([0.2, 1.0, 1.7]), "stream": choose.random() < 0.5, **more}
         settings: dict[str, list[Any]] = {
@@ -146,22 +146,22 @@ class Traffic:
         return Asked(self.body(prompt, choose.randrange(1, 100), **more), pause=pause)
 
     def several(self, pause: float) -> Asked:
-        return self.sampled(pause, n=self.draw.choice([2, 3]), temperature=1.0)
+        return self.sampled(pause, n=self.choose.choice([2, 3]), temperature=1.0)
 
     def structured(self, pause: float) -> Asked:
-        prompt = self.text(self.draw.randrange(1, 300))
+        prompt = self.text(self.choose.randrange(1, 300))
         form = {"structured_outputs": {"choice": COLORS}, "ignore_eos": False}
-        return Asked(self.body(prompt, 24, **form, temperature=self.draw.choice([0, 1.0])), pause=pause)
+        return Asked(self.body(prompt, 24, **form, temperature=self.choose.choice([0, 1.0])), pause=pause)
 
     def refused(self, pause: float) -> Asked:
-        wrong: dict[str, Any] = self.draw.choice(
+        wrong: dict[str, Any] = self.choose.choice(
             [{"prompt": [1] * (self.context + 1)}, {"n": 0}, {"temperature": -1}, {"prompt": [self.vocab + 9999]}]
         )
         return Asked({**self.body([1, 2, 3], 4), **wrong}, refused=True, pause=pause)
 
     def leaving(self, asked: Asked) -> Asked:
         """The same, streamed, from a client that leaves."""
-        after = self.draw.randrange(asked.body["max_tokens"])
+        after = self.choose.randrange(asked.body["max_tokens"])
         body = {**asked.body, "stream": True}
         body.pop("prompt_logprobs", None)  # vLLM streams none
-        return Asked(body, asked.case, after, self.draw.uniform(0, 0.5), pause=asked.pause)
+        return Asked(body, asked.case, after, self.choose.uniform(0, 0.5), pause=asked.pause)

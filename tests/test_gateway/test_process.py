@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from kimi_server.cli import main
 from kimi_server.keys import Keyring
 from tests.test_gateway.conftest import CHAT
 from tests.upstream import Upstream, serving
+from vllm_kimi_linear.launch import free_port
 
 COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; sys.exit(main())", "gateway"]
 STREAM = CHAT | {"stream": True}
@@ -28,8 +28,7 @@ class Process:
     """A gateway in a process of its own."""
 
     def __init__(self, folder: Path, upstreams: list[str], **settings: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.port = taken.getsockname()[1]
+        self.port = free_port()
         config = folder / "gateway.yaml"
         config.write_text(json.dumps({"replicas": [{"url": url} for url in upstreams], **settings}))
         self.log = folder / "log.jsonl"

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.upstream import Upstream
+from vllm_kimi_linear.launch import free_port
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}
 STREAM = CHAT | {"stream": True}
@@ -174,10 +175,8 @@ def test_a_broken_answer_that_is_no_stream_ends_with_a_broken_connection(start) 
 def test_a_dead_port_is_passed_over(start) -> None:
     upstream = Upstream()
     gateway = start(upstream, Upstream())
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
     for replica in gateway.gateway.replicas.all[1:]:
-        replica.url = f"http://127.0.0.1:{port}"
+        replica.url = f"http://127.0.0.1:{free_port()}"
     with gateway.client() as client:
         for number in range(6):
             gateway.gateway.replicas.all[1].up = True

@@ -1,12 +1,11 @@
 """What the gateway tells of itself: the log, the metrics, which replica got what."""
 
-import socket
-
 import pytest
 
 from kimi_server import replicas
 from tests.test_gateway.conftest import CHAT
 from tests.upstream import Upstream
+from vllm_kimi_linear.launch import free_port
 
 
 def test_the_log_of_a_request(start, keys_file) -> None:
@@ -95,16 +94,11 @@ def test_turns_go_where_their_prefix_is_and_leave_at_once_what_is_down(start) ->
         homes = {session: ask(client, session) for session in range(30)}
         assert set(homes.values()) == {0, 1, 2}
         assert all(ask(client, session) == home for session, home in homes.items())
-        gateway.gateway.replicas.all[1].url = f"http://127.0.0.1:{free()}"
+        gateway.gateway.replicas.all[1].url = f"http://127.0.0.1:{free_port()}"
         for session, home in homes.items():
             found = ask(client, session)
             assert found == home if home != 1 else found in (0, 2)
         assert not gateway.gateway.replicas.all[1].up
-
-
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 def test_a_replica_that_does_not_answer_its_probes_is_down(start, monkeypatch: pytest.MonkeyPatch) -> None:
