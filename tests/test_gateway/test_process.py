@@ -24,12 +24,18 @@ COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; 
 STREAM = CHAT | {"stream": True}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 class Process:
     """A gateway in a process of its own."""
 
     def __init__(self, folder: Path, upstreams: list[str], **settings: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.port = taken.getsockname()[1]
+        self.port, metrics_port = free_port(), free_port()
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        settings = {"metrics_port": metrics_port, **settings}
         config = folder / "gateway.yaml"
         config.write_text(json.dumps({"replicas": [{"url": url} for url in upstreams], **settings}))
         self.log = folder / "log.jsonl"
