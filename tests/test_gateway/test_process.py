@@ -1,5 +1,6 @@
 """The gateway as a command: its messages, its start, and its end under load."""
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -16,7 +17,10 @@ import httpx
 import pytest
 
 from kimi_server.cli import main
+from kimi_server.gateway import Gateway
 from kimi_server.keys import Keyring
+from kimi_server.process import Server
+from kimi_server.settings import ReplicaSettings, Settings
 from tests.test_gateway.conftest import CHAT
 from tests.upstream import Upstream, serving
 
@@ -184,3 +188,25 @@ def test_a_new_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path.write_text("keys:\n" + entry)
     assert Keyring(path).find(key).key.id == "team-a"
     assert printed.count(key) == 1
+
+
+def test_a_drain_that_fails_still_ends_the_process_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(Gateway(Settings(replicas=(ReplicaSettings("http://127.0.0.1:1"),))))
+
+    async def drain() -> None:
+        raise RuntimeError("the drain broke")
+
+    monkeypatch.setattr(server.gateway, "drain", drain)
+    asyncio.run(server._drain())
+    assert server.should_exit and server.failed
+
+
+def test_a_port_of_the_metrics_that_is_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "gateway.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config.write_text(f"replicas: [{{url: 'http://127.0.0.1:1'}}]\nmetrics_port: {port}")
+        said = complaint(capsys, "--config", str(config), "--port", "0")
+    assert f"metrics_port {port}" in said and "name others" in said
+    config.write_text("replicas: [{url: 'http://127.0.0.1:1'}]")
+    assert "metrics_port is 9464" in complaint(capsys, "--config", str(config), "--port", "9464")
