@@ -118,8 +118,9 @@ class Passage:
         """Raises Refusal where no answer has begun."""
         self.home = self._home()
         if self.route.prefills and self.question is not None:
+            added = self._added(self.question)
             self._weigh(self.question)
-            self._mark(self.question)
+            self.body = with_fields(self.body, added)
         try:
             await self._try_replicas()
         finally:
@@ -135,15 +136,15 @@ class Passage:
         entry.session = session_of(self.client.header(b"x-session-id"), self.account.key.belongs_to, question.body)
         self.account.charge(tokens, question.answer)
 
-    def _mark(self, question: Question) -> None:
-        """Add to the body, or replace in it, what decides about other clients: the cache's salt, a response's id."""
+    def _added(self, question: Question) -> dict[str, str]:
+        """What a body gets in place of the client's own, for it decides about others: the cache's salt, an id."""
         gateway, body, fields = self.gateway, question.body, {}
         if gateway.salts:
             secret, owner = gateway.keyring.secret, self.account.key.belongs_to
             fields["cache_salt"] = cache_salt(secret, owner, body.get("cache_salt"))
         if self.route.path == RESPONSES and "request_id" in body:
             fields["request_id"] = f"resp_{secrets.token_hex(16)}"
-        self.body = with_fields(self.body, fields)
+        return fields
 
     async def _try_replicas(self) -> None:
         """Pass the request on, to another replica where one fails before it answers."""
