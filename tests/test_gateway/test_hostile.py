@@ -86,7 +86,8 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
 }
 
 PATHS = [
-    *(b"/metrics/", b"/v1", b"/v1/", b"//v1/models", b"/v1//models", b"/v1/models/", b"/v1/./models", b"/V1/models"),
+    *(b"/metrics", b"/metrics/"),
+    *(b"/v1", b"/v1/", b"//v1/models", b"/v1//models", b"/v1/models/", b"/v1/./models", b"/V1/models"),
     *(b"/v1/../metrics", b"/v1/models/../../metrics", b"/v1/%2e%2e/metrics", b"/v1/..%2fmetrics", b"/v1%2fmodels"),
     *(b"/%76%31/models", b"/v1/model%73", b"/v1/models%00", b"/v1/models;x=y", b"/v1/models%3f", b"/v1\\models"),
     *(

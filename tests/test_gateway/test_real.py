@@ -89,7 +89,7 @@ class Stream(threading.Thread):
 
 def outstanding(gateway: Process) -> float:
     """Prefill tokens and running requests in the gateway's books."""
-    text = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
+    text = httpx.get(gateway.metrics_url, trust_env=False).text
     names = ("kimi_gateway_prefill_tokens_outstanding{", "kimi_gateway_running{", "kimi_gateway_queued{")
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(names))
 
