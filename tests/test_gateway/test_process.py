@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,11 +27,6 @@ from vllm_kimi_linear.launch import free_port
 
 COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; sys.exit(main())", "gateway"]
 STREAM = CHAT | {"stream": True}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
 
 
 class Process:
