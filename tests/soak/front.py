@@ -32,6 +32,7 @@ def configuration(folder: Path, replicas: list[str]) -> Path:
     settings = {
         "replicas": [{"url": url} for url in replicas],
         "keys": "keys.yaml",
+        "metrics_port": 0,
         "admission": {"prefill_tokens": 40_000, "short_prompt": 1000, "short_reserve": 8000},
         "limits": {"header_seconds": 1, "body_seconds": 5, "client_seconds": 20, "replica_seconds": 300},
     }
@@ -46,9 +47,10 @@ async def rounds(completions: Completions, asked: Traffic, tally: Tally, folder:
     async with bad_replicas() as bad:
         log = io.StringIO()
         gateway = Gateway(load(configuration(folder, [*bad, completions.server.url])), log)
-        server = Background(GatewayServer(gateway))
+        inner = GatewayServer(gateway)
+        server = Background(inner)
         with server:
-            running = Running(gateway, server.url, log)
+            running = Running(inner, server.url, log)
             await asyncio.to_thread(running.until, lambda: gateway.replicas.all[-1].up, "the good replica is up")
             limits, headers = httpx.Limits(max_connections=None), {"authorization": f"Bearer {KEY}"}
             async with (

@@ -203,7 +203,7 @@ def test_states_hold_what_is_before_them(configs: dict[int, VllmConfig], drafts:
             request, scheduled = engine.requests[name], step.num_scheduled_tokens[name]
             drafted = step.scheduled_spec_decode_tokens.get(name, [])
             request.spec_token_ids = drafted
-            stand = worker.run(request, scheduled, len(drafted), step.kda_checkpoints.get(name))  # type: ignore[attr-defined]
+            stand = worker.run(request, scheduled, len(drafted), step.kda_checkpoints.get(name))
             # What stands of the drafts, and a token of the model's own.
             answers.append([*drafted[: stand - 1], draw.randrange(1000)] if stand else [])
             proposals.append([draw.randrange(1000) for _ in range(draw.randint(0, drafts))])
