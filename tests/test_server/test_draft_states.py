@@ -78,6 +78,8 @@ async def ask(server: Completions, client: httpx.AsyncClient, case: Case, **more
     reply = await client.post("/v1/completions", json=server.body(case.prompt, TOKENS, **more))
     assert reply.status_code == 200, reply.text
     choices = reply.json()["choices"]
+    if "n" in more:  # sampled, or vLLM gives one answer only
+        return [f"n={more['n']}: {len(choices)} answers"] if len(choices) != more["n"] else []
     faults = [fault for choice in choices if (fault := case.differs(choice["token_ids"]))]
     if "prompt_logprobs" in more and len(choices[0]["prompt_logprobs"]) != len(case.prompt):
         faults.append(f"{len(case.prompt)} tokens: {len(choices[0]['prompt_logprobs'])} prompt_logprobs")
@@ -102,7 +104,7 @@ async def everything(server: Completions, words: Words, lengths: list[int]) -> l
             others.append(await cold(server, client, (case.prompt[:shared] + own)[: len(case.prompt)]))
             others.append(await cold(server, client, case.prompt + case.tokens + own[:50]))
         mixed = [ask(server, client, case) for case in (*others, *cases)]
-        mixed += [ask(server, client, case, n=3) for case in cases[:2]]
+        mixed += [ask(server, client, case, n=3, temperature=1.0) for case in cases[:2]]
         mixed += [ask(server, client, case, prompt_logprobs=1) for case in cases[:2]]
         gone = [leave(server, client, words.prompt(length)) for length in lengths]
         words.random.shuffle(mixed)
