@@ -132,7 +132,7 @@ class Passage:
 
     async def _try_replicas(self) -> None:
         """Pass the request on, to another replica where one fails before it answers."""
-        replicas = self.gateway.replicas
+        gateway, replicas = self.gateway, self.gateway.replicas
         failed: frozenset[int] = frozenset()
         reached = False
         while True:
@@ -140,8 +140,10 @@ class Passage:
             try:
                 return await self._forward(grant)
             except ReplicaLost as lost:
+                if gateway.client.is_closed:  # it was not the replica that went
+                    raise stopping() from None
                 # A kept connection may have been closed in the moment of its use: only a probe tells what is down.
-                await replicas.probe(self.gateway.client, lost.replica)
+                await replicas.probe(gateway.client, lost.replica)
                 # A request that reached a replica may be what brought it down: it gets one more, not all of them.
                 if (lost.reached and reached) or lost.replica.index in failed:
                     raise Refusal(502, "replica_lost", f"The replica failed before it answered: {lost}.", 1) from None
