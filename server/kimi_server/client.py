@@ -11,7 +11,7 @@ from kimi_server import headers
 from kimi_server.errors import Refusal
 from kimi_server.settings import LimitSettings
 
-QUERY = re.compile(rb"[A-Za-z0-9_.~=&-]*")
+QUERY = re.compile(rb"[!-~]*")
 
 
 class ClientLeft(Exception):
@@ -42,7 +42,7 @@ class Client:
         """Refuse a header that could be read in two ways or goes where no route leads."""
         headers.check_framing(self.headers, self.limits.body_bytes)
         if not QUERY.fullmatch(self.query):
-            message = "The query of this URL has characters that no route takes: leave them out."
+            message = "The query of this URL has bytes that are no visible ASCII: write them as %XX."
             raise Refusal(400, "query", message)
 
     async def read_body(self) -> bytes:

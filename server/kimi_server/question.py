@@ -1,5 +1,6 @@
 """What a request's body tells before it is passed on: how long its prompt is, which session it belongs to."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ def read_question(body: bytes) -> Question:
     if not body:
         raise _bad("A request body is required: send a JSON object.")
     try:
-        found = json.loads(body.decode())
+        found = json.loads(body.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise _bad(f"The request body cannot be parsed: byte {error.start} is not UTF-8.") from None
     except json.JSONDecodeError as error:

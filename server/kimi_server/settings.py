@@ -62,6 +62,7 @@ class Settings:
     limits: LimitSettings = LimitSettings()
     drain_seconds: float = least(0, 60)
     max_model_len: int | None = least(1, None)
+    cors_origins: tuple[str, ...] = ()  # of pages elsewhere that may ask; "*" is any
 
 
 def load(path: Path, **overrides: Any) -> Settings:
