@@ -46,6 +46,13 @@ def check_framing(headers: Headers, body_bytes: int) -> None:
         raise too_large(body_bytes)
 
 
+def announced(headers: Headers, most: int) -> int:
+    """The bytes of the body that may come: what is announced, or `most` where it comes in chunks."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return most
+    return int(first(headers, b"content-length") or 0)
+
+
 def too_large(body_bytes: int) -> Refusal:
     message = f"The request body is larger than {body_bytes} bytes, the limit of this gateway."
     return Refusal(413, "body_bytes", message)

@@ -44,6 +44,7 @@ class AdmissionSettings:
 @dataclass(frozen=True)
 class LimitSettings:
     body_bytes: int = least(1, 64 << 20)
+    bodies_bytes: int = least(1, 256 << 20)  # of all bodies held at once
     header_bytes: int = least(256, 16384)
     header_seconds: float = least(0.01, 10)
     body_seconds: float = least(0.01, 60)
