@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from kimi_server.bodies import with_fields
 from kimi_server.keys import Keyring
-from kimi_server.salts import cache_salt, with_fields
+from kimi_server.salts import cache_salt
 from tests.test_gateway.conftest import CHAT, Running
 from tests.upstream import Upstream
 
@@ -75,10 +76,11 @@ def test_without_keys_bytes_stay_as_they_are(start) -> None:
 @pytest.mark.parametrize("salt", ["", 3, ["x"], {}, False])
 def test_a_salt_that_is_none_is_refused(start, keys_file, salt: Any) -> None:
     upstream = Upstream()
-    gateway = start(upstream, keys=keys_file(alice={}, bob={}))
+    gateway = start(upstream, keys=keys_file(alice={"tokens_per_minute": 100}, bob={}))
     with gateway.client(headers=bearer("alice")) as client:
         reply = client.post("/v1/chat/completions", json=CHAT | {"cache_salt": salt})
     assert reply.status_code == 400
+    assert gateway.gateway.keyring.accounts["alice"].tokens.used == 0
     assert "cache_salt" in reply.json()["error"]["message"]
     assert not upstream.seen
 
