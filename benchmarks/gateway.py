@@ -75,7 +75,9 @@ def gateway(urls: list[str], admission: dict[str, int], logs: Path) -> Iterator[
     """A gateway in front of these replicas; its URL."""
     port = free_port()
     config = logs / "gateway.yaml"
-    config.write_text(json.dumps({"port": port, "replicas": [{"url": url} for url in urls], "admission": admission}))
+    replicas = [{"url": url} for url in urls]
+    settings = {"port": port, "metrics_port": free_port(), "replicas": replicas, "admission": admission}
+    config.write_text(json.dumps(settings))
     with (logs / "gateway.log").open("ab") as log:
         command = [sys.executable, "-c", CONSOLE, "gateway", "--config", str(config)]
         process = subprocess.Popen(command, stdout=log, stderr=log)

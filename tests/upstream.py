@@ -117,7 +117,7 @@ class Upstream:
         if scope["path"] in ("/tokenize", "/v1/messages/count_tokens"):
             self.counts_asked.append(seen)
             if self.counted is None:
-                return await self.reply(send, 404, b'{"error":{}}')
+                return await self.reply(send, 404, b'{"error":{"message":"?","type":"NotFoundError","code":404}}')
             name = "count" if scope["path"] == "/tokenize" else "input_tokens"
             found = {name: self.counted, "max_model_len": 1000000, "tokens": [1] * self.counted}
             return await self.reply(send, 200, json.dumps(found).encode())

@@ -5,6 +5,7 @@ event before the error that ends it.
 """
 
 import json
+import re
 from typing import Any
 
 COPY_BYTES = 16 << 20  # of a whole answer kept to look for its usage
@@ -12,6 +13,8 @@ EVENT_BYTES = 1 << 20  # of an event not yet ended that is held back
 # Events of the Responses API that come before the engine has read the prompt.
 EARLY = (b"response.created", b"response.in_progress", b"response.queued")
 USAGE = b'"usage":'
+RESPONSE_ID = re.compile(rb'"(resp_[A-Za-z0-9_-]{1,128})"')  # an answer's first is its own
+HEAD_BYTES = 4096  # of a whole answer, in which its id is looked for
 
 
 class Usage:
@@ -62,6 +65,7 @@ class Answer:
             self.began = True
             if len(self.held) + len(chunk) <= COPY_BYTES:
                 self.held += chunk
+            self._look_for_id(self.held[:HEAD_BYTES])
             return chunk
         self.held += chunk
         end = max(self.held.rfind(mark) + len(mark) if mark in self.held else 0 for mark in (b"\n\n", b"\r\n\r\n"))
@@ -91,7 +95,10 @@ class Answer:
                 line.startswith(b"data:") and not any(name in line for name in EARLY) for line in text.splitlines()
             )
             self.began |= self.events > 0
-        if self.response_id is None and b'"resp_' in text:
-            self.response_id = "resp_" + text.split(b'"resp_', 1)[1].split(b'"', 1)[0].decode(errors="replace")
+        self._look_for_id(text)
         if USAGE in text:
             self.usage.read(text)
+
+    def _look_for_id(self, text: bytes | bytearray) -> None:
+        if self.response_id is None and (found := RESPONSE_ID.search(text)):
+            self.response_id = found[1].decode()

@@ -13,8 +13,9 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_server import openapi, playground
-from kimi_server.errors import error_body
+from kimi_server.errors import Refusal, error_body
 from kimi_server.gateway import Gateway
+from kimi_server.headers import presented_key
 from kimi_server.proxy import Exchange
 from kimi_server.routes import ROUTES, Route
 from vllm_kimi_linear import __version__
@@ -83,9 +84,15 @@ def build(gateway: Gateway) -> FastAPI:
             "ready\n" if gateway.ready else "not ready\n", 200 if gateway.ready else 503, media_type="text/plain"
         )
 
-    @app.get("/metrics", responses=openapi.plain("Prometheus metrics."))
-    async def metrics() -> Response:
-        return Response(gateway.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+    if gateway.settings.metrics_port is None:
+
+        @app.get("/metrics", responses=openapi.METRICS)
+        async def metrics(request: Request) -> Response:
+            try:
+                gateway.keyring.check_metrics(presented_key(list(request.scope["headers"])))
+            except Refusal as refusal:
+                return Response(refusal.body, refusal.status, refusal.headers)
+            return Response(gateway.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/kimi/context", responses=openapi.CONTEXT)
     async def kimi_context() -> dict[str, Any]:
@@ -98,6 +105,18 @@ def build(gateway: Gateway) -> FastAPI:
         }
 
     playground.mount(app)
+    return app
+
+
+def metrics_app(gateway: Gateway) -> FastAPI:
+    """What answers on the port of the metrics: those alone, to whoever reaches it."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.exception_handler(HTTPException)(http_error)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+
     return app
 
 

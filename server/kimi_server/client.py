@@ -37,9 +37,7 @@ class Client:
 
     @property
     def key(self) -> str | None:
-        """The API key as OpenAI's clients send it, or as Anthropic's do."""
-        scheme, _, key = (self.header(b"authorization") or "").partition(" ")
-        return key.strip() if scheme.lower() == "bearer" else self.header(b"x-api-key")
+        return headers.presented_key(self.headers)
 
     def check(self) -> None:
         """Refuse a header that could be read in two ways or goes where no route leads."""

@@ -21,6 +21,7 @@ def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     key = parser.add_subparsers(dest="gateway_command").add_parser(
         "key", help="make an API key: prints it once, with its entry in the file of keys"
     )
+    key.add_argument("--owner", help="whose it is; keys of one owner share cached prefixes (default: the key's own)")
     key.add_argument("id", help="the name under which the key is counted and logged")
     return run_gateway
 
@@ -30,7 +31,7 @@ def run_gateway(args: argparse.Namespace) -> int:
     from kimi_server.settings import SettingsError
 
     if args.gateway_command == "key":
-        return make_key(args.id)
+        return make_key(args.id, args.owner)
     if args.workers != 1:
         return complain(WORKERS.format(args.workers))
     if args.config is None:
@@ -50,13 +51,13 @@ def serve(config: Path, host: str | None, port: int | None) -> int:
     gateway = Gateway(load(config, host=host, port=port))
     server = Server(gateway)
     server.run()
-    return 0 if server.started else 1
+    return 0 if server.started and not server.failed else 1
 
 
-def make_key(key_id: str) -> int:
+def make_key(key_id: str, owner: str | None) -> int:
     from kimi_server.keys import fresh_key
 
-    key, entry = fresh_key(key_id)
+    key, entry = fresh_key(key_id, owner)
     print(f"The key, which is stored nowhere:\n\n    {key}\n\nIts entry under `keys:` in the file of keys:\n\n{entry}")
     return 0
 

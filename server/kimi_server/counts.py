@@ -8,6 +8,7 @@ from hashlib import blake2b
 import httpx
 
 from kimi_server.bodies import pieces
+from kimi_server.replicas import Replica
 
 KNOWN = 4096  # prompts whose count is remembered
 AT_ONCE = 4
@@ -25,7 +26,7 @@ class Counts:
         self.known: OrderedDict[bytes, int] = OrderedDict()
         self.turns = asyncio.Semaphore(AT_ONCE)
 
-    async def ask(self, replica: str, path: str, body: bytes) -> int | None:
+    async def ask(self, replica: Replica, path: str, body: bytes) -> int | None:
         """The tokens of the prompt in `body`; None where the replica does not tell within SECONDS."""
         name = await asyncio.to_thread(lambda: blake2b(body, key=path.encode(), digest_size=16).digest())
         if name in self.known:
@@ -35,7 +36,7 @@ class Counts:
         try:
             async with asyncio.timeout(SECONDS), self.turns:
                 if not self.client.is_closed:
-                    count = await self._ask(replica + path, body)
+                    count = await self._ask(replica, path, body)
         except (TimeoutError, httpx.HTTPError):
             return None
         if count is not None:
@@ -44,9 +45,10 @@ class Counts:
                 self.known.popitem(last=False)
         return count
 
-    async def _ask(self, url: str, body: bytes) -> int | None:
-        form = {"content-type": "application/json", "content-length": str(len(body))}
+    async def _ask(self, replica: Replica, path: str, body: bytes) -> int | None:
+        form = {"content-type": "application/json", "content-length": str(len(body))} | replica.headers
         begun = b""
+        url = replica.at(path.encode())
         async with self.client.stream("POST", url, content=pieces(body), headers=form) as response:
             async for chunk in response.aiter_bytes():
                 begun += chunk

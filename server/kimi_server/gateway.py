@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, TextIO
+from functools import partial
+from typing import TextIO
 
 import httpx
 
@@ -20,6 +21,7 @@ from kimi_server.reader import Reader
 from kimi_server.replicas import Replicas
 from kimi_server.sessions import StoredResponses
 from kimi_server.settings import Settings
+from kimi_server.supervise import keep_doing
 
 CONNECT_SECONDS = 5.0
 
@@ -38,8 +40,6 @@ class Gateway:
         self.stored = StoredResponses()
         self.admission = Admission(settings.admission, len(settings.replicas))
         self.replicas = Replicas(settings.replicas, changed=self.admission.dispatch)
-        self.model: str | None = None
-        self.max_model_len = settings.max_model_len
         self.draining = False
         self.exchanges = 0  # requests between their header and the last byte of their answer
         limits = settings.limits
@@ -57,34 +57,39 @@ class Gateway:
     def ready(self) -> bool:
         return self.replicas.any_up and not self.draining
 
+    @property
+    def model(self) -> str | None:
+        """What the replicas serve; None until one of them was up."""
+        return next((replica.model for replica in self.replicas.all if replica.model), None)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The longest context in tokens, where it is known."""
+        asked = (replica.max_model_len for replica in self.replicas.all if replica.max_model_len)
+        return self.settings.max_model_len or next(asked, None)
+
+    @property
+    def salts(self) -> bool:
+        """Whether the prefix caches are divided among the keys' owners."""
+        asked = self.settings.cache_salt
+        return self.keyring.owners > 1 if asked is None else asked
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Probe the replicas and watch the keys meanwhile."""
-        watchers = [
-            asyncio.create_task(self.replicas.watch(self.client)),
-            asyncio.create_task(self.keyring.watch()),
-            asyncio.create_task(self._ask_model()),
+        background = [
+            asyncio.create_task(keep_doing(f"the probe of {one.url}", partial(self.replicas.watch, self.client, one)))
+            for one in self.replicas.all
         ]
+        background.append(asyncio.create_task(keep_doing("the watch over the keys", self.keyring.watch)))
         try:
             yield
         finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await self.client.aclose()
             self.reader.close()
-
-    async def _ask_model(self) -> None:
-        """Ask the first replica that is up for its model and how long its context is."""
-        while self.model is None:
-            for index in self.replicas.order(None):
-                with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
-                    reply = await self.client.get(f"{self.replicas.all[index].url}/v1/models", timeout=10)
-                    found: dict[str, Any] = reply.json()["data"][0]
-                    self.model = str(found["id"])
-                    self.max_model_len = self.max_model_len or int(found["max_model_len"])
-                    return
-            await asyncio.sleep(0.5)
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:

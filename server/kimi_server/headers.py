@@ -82,3 +82,9 @@ def to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 
 def first(headers: Headers, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The API key as OpenAI's clients send it, or as Anthropic's do."""
+    scheme, _, key = (first(headers, b"authorization") or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else first(headers, b"x-api-key")

@@ -26,6 +26,7 @@ ERROR = {
 REFUSALS = {
     400: "The request cannot be served.",
     401: "The API key is missing or unknown.",
+    403: "The API key may not do this.",
     404: "There is no such thing.",
     408: "The body came too slowly.",
     413: "The body is too large.",
@@ -60,14 +61,21 @@ def plain(description: str, status: int = 200) -> dict[int | str, dict[str, Any]
     return {status: {"description": description, "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
+def refusal(status: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": REFUSALS[status], "content": {"application/json": {"schema": ERROR}}}}
+
+
+METRICS = plain("Prometheus metrics.") | refusal(401) | refusal(403)
+
+
 def describe(route: Route) -> dict[str, Any]:
     """What FastAPI is to say of a route that is passed on."""
     forms: dict[str, Any] = {"application/json": {}}
     if route.prefills:
         forms["text/event-stream"] = {}
-    responses: dict[int, dict[str, Any]] = {200: {"description": "The answer of vLLM.", "content": forms}}
-    for status, text in REFUSALS.items():
-        responses[status] = {"description": text, "content": {"application/json": {"schema": ERROR}}}
+    responses: dict[int | str, dict[str, Any]] = {200: {"description": "The answer of vLLM.", "content": forms}}
+    for status in REFUSALS:
+        responses |= refusal(status)
     extra: dict[str, Any] = {}
     if route.json_body:
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}

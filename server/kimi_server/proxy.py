@@ -23,8 +23,10 @@ from kimi_server.gateway import Gateway
 from kimi_server.question import Question, plain_prompt, read_question
 from kimi_server.replicas import Replica
 from kimi_server.routes import TOKENIZE, Route
+from kimi_server.salts import cache_salt
 from kimi_server.sessions import session_of
 
+RESPONSES = "/v1/responses"
 PRIORITIES = {"short": "0", "long": "1"}  # vLLM's --scheduling-policy priority serves the lower first
 
 
@@ -115,11 +117,15 @@ class Passage:
         self.charge: Charge | None = None
         self.sent = False  # to a replica that did not fail: it may have read the prompt
         self.answer: Answer | None = None
+        self.home: int | None = None  # the replica that holds what it refers to
 
     async def run(self) -> None:
         """Raises Refusal where no answer has begun."""
+        self.home = self._home()
         if self.route.prefills and self.question is not None:
+            added = self._added(self.question)
             await self._weigh(self.question)
+            self.body = with_fields(self.body, added)
         try:
             await self._try_replicas()
         finally:
@@ -128,7 +134,7 @@ class Passage:
     async def _weigh(self, question: Question) -> None:
         """Find how long the prompt is, take it off the key's allowance, and bound the answer where the key does."""
         gateway, entry, account, route, size = self.gateway, self.entry, self.account, self.route, question.size
-        entry.session = session_of(self.client.header(b"x-session-id"), account.key.id, question.opening)
+        entry.session = session_of(self.client.header(b"x-session-id"), account.key.belongs_to, question.opening)
         tokens = gateway.estimator.tokens_of(size)
         given = any(name in question.body for name in route.answer_fields)
         answer = question.answer(route.answer_fields, route.answer)
@@ -156,11 +162,21 @@ class Passage:
             return None
         if not self.question.size.text:
             return self.question.size.ids
-        url = gateway.replicas.all[order[0]].url
-        if path and (count := await gateway.counts.ask(url, path, body)):
+        replica = gateway.replicas.all[order[0]]
+        if path and (count := await gateway.counts.ask(replica, path, body)):
             return count
         plain = await gateway.reader.read(plain_prompt, body)
-        return await gateway.counts.ask(url, TOKENIZE, plain) if plain else self.question.size.most
+        return await gateway.counts.ask(replica, TOKENIZE, plain) if plain else self.question.size.most
+
+    def _added(self, question: Question) -> dict[str, str]:
+        """What a body gets in place of the client's own, for it decides about others: the cache's salt, an id."""
+        gateway, body, fields = self.gateway, question.body, {}
+        if gateway.salts:
+            secret, owner = gateway.keyring.secret, self.account.key.belongs_to
+            fields["cache_salt"] = cache_salt(secret, owner, body.get("cache_salt"))
+        if self.route.path == RESPONSES and "request_id" in body:
+            fields["request_id"] = f"resp_{secrets.token_hex(16)}"
+        return fields
 
     async def _try_replicas(self) -> None:
         """Pass the request on, to another replica where one fails before it answers."""
@@ -188,11 +204,10 @@ class Passage:
     async def _enter(self, failed: frozenset[int]) -> Grant:
         """Leave to send the request to some replica; what prefills nothing never waits for it."""
         gateway, entry = self.gateway, self.entry
-        home = gateway.stored.replica_of(self._stored_response())
 
         def candidates() -> list[int]:
             order = gateway.replicas.order(entry.session, failed)
-            return sorted(order, key=lambda index: index != home)
+            return sorted(order, key=lambda index: index != self.home)
 
         if self.tokens == 0:
             if not (order := candidates()):
@@ -208,11 +223,21 @@ class Passage:
             gateway.metrics.spilled.inc()
         return grant
 
-    def _stored_response(self) -> object:
-        """The id of the earlier response that this request is about, if any."""
+    def _home(self) -> int | None:
+        """The replica that holds the earlier response that this request is about, if any.
+
+        Raises Refusal where that is not of this key; of one that nobody made the answer is the same.
+        """
         if self.question is not None:
-            return self.question.body.get("previous_response_id")
-        return self.exchange.path.removeprefix("/v1/responses/").removesuffix("/cancel")
+            asked = self.question.body.get("previous_response_id") if self.route.path == RESPONSES else None
+        elif self.route.path.startswith(f"{RESPONSES}/"):
+            asked = self.exchange.path.removeprefix(f"{RESPONSES}/").removesuffix("/cancel")
+        else:
+            asked = None
+        home = self.gateway.stored.replica_of(self.account.key.id, asked)
+        if home is None and isinstance(asked, str) and self.gateway.keyring.path is not None:
+            raise Refusal(404, "no_response", f"Response with id {asked[:128]!r} not found.")
+        return home
 
     async def _forward(self, grant: Grant) -> None:
         gateway = self.gateway
@@ -225,6 +250,8 @@ class Passage:
                 self.sent = True
                 response = await gateway.client.send(self._request(replica, grant), stream=True)
                 try:
+                    if response.status_code == 401:  # of the gateway's key, which is not the client's affair
+                        raise Refusal(502, "replica_key", "The replica refuses the gateway's own key.")
                     await self._relay(replica, grant, response)
                 finally:
                     await response.aclose()
@@ -243,7 +270,7 @@ class Passage:
 
     def _request(self, replica: Replica, grant: Grant) -> httpx.Request:
         """Without the defaults of the HTTP client: the bytes are asked for as the client of ours asked."""
-        added = {"x-request-id": self.entry.id}
+        added = {"x-request-id": self.entry.id, **replica.headers}
         if self.body:
             added["content-length"] = str(len(self.body))
         if self.route.prefills:
@@ -253,7 +280,7 @@ class Passage:
         target = self.exchange.path.encode() + (b"?" + self.client.query if self.client.query else b"")
         return httpx.Request(
             self.route.method,
-            httpx.URL(replica.url).copy_with(raw_path=target),
+            replica.at(target),
             headers=[*headers.to_replica(self.client.headers), *encoded(added)],
             content=pieces(self.body) if self.body else None,
             extensions={"timeout": self.gateway.timeout.as_dict()},
@@ -273,6 +300,9 @@ class Passage:
 
         async for chunk in response.aiter_raw():
             ready = answer.feed(chunk)
+            if self.route.path == RESPONSES and response.status_code == 200 and answer.response_id:
+                # Before the client has it, and may ask for it.
+                self.gateway.stored.remember(self.account.key.id, answer.response_id, replica.index)
             if answer.began and grant.held:
                 grant.release()
                 if response.status_code == 200 and self.tokens:
@@ -283,8 +313,6 @@ class Passage:
         rest = answer.finish()
         await head()
         await self.client.write(rest, more=False)
-        if self.route.path == "/v1/responses" and answer.response_id:
-            self.gateway.stored.remember(answer.response_id, replica.index)
 
     async def _break_off(self, replica: Replica, error: Exception) -> None:
         """End an answer whose replica went: a stream with an error event, any other with a connection cut short."""

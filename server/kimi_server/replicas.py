@@ -5,11 +5,12 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
+from typing import Any
 
 import httpx
 
 from kimi_server.sessions import rendezvous
-from kimi_server.settings import ReplicaSettings
+from kimi_server.settings import API_KEY_VARIABLE, ReplicaSettings
 
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
@@ -21,15 +22,28 @@ log = logging.getLogger(__name__)
 
 
 class Replica:
+    """`url` ends in no slash; what follows the host is put before every path. `headers` go with whatever is asked."""
+
     def __init__(self, index: int, settings: ReplicaSettings) -> None:
         self.index = index
-        self.url = settings.url.rstrip("/")
+        self.url = settings.url
         self.rank = settings.data_parallel_rank
+        self.headers: dict[str, str] = {}
+        if settings.api_key is not None:
+            self.headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
         self.name = f"{self.url} {self.rank}"  # what sessions hash: independent of the order in the file
         self.up = False
+        self.why: str | None = None  # it is down, as last logged
+        self.model: str | None = None  # these two as /v1/models told when it last came up
+        self.max_model_len: int | None = None
         self.running = 0  # requests sent and not ended
         self.silent = 0  # probes without an answer, in a row
         self.doubted = asyncio.Event()  # asks for a probe before its time
+
+    def at(self, target: bytes) -> httpx.URL:
+        """The URL of a path, with its query, at this replica."""
+        url = httpx.URL(self.url)
+        return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + target)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -69,39 +83,54 @@ class Replicas:
         return sorted(order, key=lambda index: index in failed)
 
     def mark(self, replica: Replica, up: bool, why: str = "") -> None:
-        """Note that a replica answers, or no longer."""
+        """Note that a replica answers, or no longer, or not yet; a reason is logged when it is a new one."""
         replica.silent = 0
-        if replica.up == up:
-            return
-        replica.up = up
-        log.warning("replica %d (%s) is %s", replica.index, replica.url, "up" if up else f"down: {why}")
-        self.changed()
+        if up != replica.up or (not up and why != replica.why):
+            log.warning("replica %d (%s) is %s", replica.index, replica.url, "up" if up else f"down: {why}")
+        replica.why = why
+        if up != replica.up:
+            replica.up = up
+            self.changed()
 
     async def probe(self, client: httpx.AsyncClient, replica: Replica) -> None:
-        """Ask /health once. One that refuses the connection or says that it is unwell is down at once."""
+        """Ask /health once, and one that comes up for its model too, as a request would be sent.
+
+        One that refuses the connection or says that it is unwell is down at once.
+        """
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                status = (await client.get(f"{replica.url}/health")).status_code
+                status, asked = (await self._get(client, replica, "/health")).status_code, "/health"
+                if status == 200 and not replica.up:
+                    reply, asked = await self._get(client, replica, "/v1/models"), "/v1/models"
+                    status = reply.status_code
+                    if status == 200:
+                        _note_model(replica, reply)
         except httpx.ConnectError as error:
             self.mark(replica, False, str(error) or type(error).__name__)
-        except (TimeoutError, httpx.HTTPError):
+        except (TimeoutError, httpx.HTTPError) as error:
             replica.silent += 1
-            if replica.silent >= SILENT_PROBES:
-                self.mark(replica, False, f"no answer to {replica.silent} probes")
+            if replica.silent >= SILENT_PROBES or not replica.up:
+                self.mark(replica, False, f"its probes get no answer ({type(error).__name__})")
+        except Exception as error:
+            self.mark(replica, False, f"it cannot be asked ({type(error).__name__}: {error})")
         else:
-            self.mark(replica, status == 200, f"/health answers {status}")
+            hint = f": set its api_key or {API_KEY_VARIABLE}" if status in (401, 403) else ""
+            self.mark(replica, status == 200, f"{asked} answers {status}{hint}")
 
-    async def watch(self, client: httpx.AsyncClient) -> None:
-        """Probe every replica for ever."""
+    async def _get(self, client: httpx.AsyncClient, replica: Replica, path: str) -> httpx.Response:
+        return await client.get(replica.at(path.encode()), headers=replica.headers)
 
-        async def one(replica: Replica) -> None:
-            while True:
-                await self.probe(client, replica)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PROBE_SECONDS):
-                        await replica.doubted.wait()
-                replica.doubted.clear()
+    async def watch(self, client: httpx.AsyncClient, replica: Replica) -> None:
+        """Probe a replica, and wait until that is due again."""
+        await self.probe(client, replica)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROBE_SECONDS):
+                await replica.doubted.wait()
+        replica.doubted.clear()
 
-        async with asyncio.TaskGroup() as tasks:
-            for replica in self.all:
-                tasks.create_task(one(replica))
+
+def _note_model(replica: Replica, reply: httpx.Response) -> None:
+    """Keep what a list of models tells, as far as it has the form of vLLM's."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        found: dict[str, Any] = reply.json()["data"][0]
+        replica.model, replica.max_model_len = str(found["id"]), int(found["max_model_len"])

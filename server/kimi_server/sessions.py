@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-REMEMBERED = 10_000  # stored responses whose replica is known
+REMEMBERED = 10_000  # stored responses of a key whose replica is known
 
 
-def session_of(session_id: str | None, key: str, opening: bytes | None) -> str | None:
-    """The session's name, a hash; None where nothing tells. Sessions of two keys are never one."""
+def session_of(session_id: str | None, owner: str, opening: bytes | None) -> str | None:
+    """The session's name, a hash; None where nothing tells. Sessions of two owners are never one."""
     if session_id is None and opening is None:
         return None
     shared = session_id if session_id is not None else [opening.hex() if opening else ""]
-    return blake2b(json.dumps([key, shared]).encode(), digest_size=12).hexdigest()
+    return blake2b(json.dumps([owner, shared]).encode(), digest_size=12).hexdigest()
 
 
 def rendezvous(session: str, replicas: Sequence[str]) -> list[int]:
@@ -28,15 +28,20 @@ def rendezvous(session: str, replicas: Sequence[str]) -> list[int]:
 
 
 class StoredResponses:
-    """Which replica made a response that vLLM's Responses API may be asked for again; the oldest are forgotten."""
+    """Which replica made a response that vLLM's Responses API may be asked for again; each key's oldest are forgotten.
+
+    A key finds its own alone.
+    """
 
     def __init__(self) -> None:
-        self.replicas: OrderedDict[str, int] = OrderedDict()
+        self.replicas: dict[str, OrderedDict[str, int]] = {}
 
-    def remember(self, response_id: str, replica: int) -> None:
-        self.replicas[response_id] = replica
-        if len(self.replicas) > REMEMBERED:
-            self.replicas.popitem(last=False)
+    def remember(self, key: str, response_id: str, replica: int) -> None:
+        own = self.replicas.setdefault(key, OrderedDict())
+        own[response_id] = replica
+        if len(own) > REMEMBERED:
+            own.popitem(last=False)
 
-    def replica_of(self, response_id: Any) -> int | None:
-        return self.replicas.get(response_id) if isinstance(response_id, str) else None
+    def replica_of(self, key: str, response_id: Any) -> int | None:
+        own = self.replicas.get(key)
+        return own.get(response_id) if own is not None and isinstance(response_id, str) else None

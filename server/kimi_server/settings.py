@@ -2,114 +2,154 @@
 
 import dataclasses
 import ipaddress
-import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
+import httpx
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
 
-T = TypeVar("T")
+from kimi_server.fields import CONFIG, Fields, HeaderSecret, Seconds, Switch, Text, Whole, build, must, wrong
+from kimi_server.yaml_file import SettingsError as SettingsError
+from kimi_server.yaml_file import parse, read_bytes
 
-
-class SettingsError(Exception):
-    """A file that cannot be used; the message is one sentence."""
-
-
-def least(value: float, default: Any = dataclasses.MISSING) -> Any:
-    """A field whose value is at least `value`."""
-    return field(default=default, metadata={"least": value})
+HOST = re.compile(r"[^\s%]+")
+API_KEY_VARIABLE = "VLLM_API_KEY"  # as `vllm serve` reads it
 
 
-@dataclass(frozen=True)
-class ReplicaSettings:
-    url: str
-    data_parallel_rank: int | None = least(0, None)
+def _replica_url(text: str) -> str:
+    """A URL as the HTTP client understands it, without what every path begins with: a last `/` and `/v1`."""
+    if "@" in text:
+        raise must("hold no user or password: give api_key instead")
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, ValueError):
+        raise must("be a URL such as http://127.0.0.1:8000") from None
+    if url.scheme not in ("http", "https"):
+        raise must("begin with http:// or https://")
+    if not HOST.fullmatch(_host(url.host)):
+        raise must("name a host, as http://127.0.0.1:8000")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise must("have a port from 1 to 65535")
+    if url.query or url.fragment or "?" in text or "#" in text:
+        raise must("hold neither ? nor #")
+    return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-@dataclass(frozen=True)
-class AdmissionSettings:
+def _host(text: str) -> str:
+    try:
+        text.encode("idna")  # as the socket does
+    except UnicodeError:
+        raise must("be an address or the name of a host") from None
+    return text
+
+
+Host = Annotated[Text, AfterValidator(_host)]
+Port = Annotated[Whole, Field(ge=0, le=65535)]
+
+
+@dataclass(frozen=True, config=CONFIG)
+class ReplicaSettings(Fields):
+    url: Annotated[Text, AfterValidator(_replica_url)]
+    data_parallel_rank: Whole | None = Field(default=None, ge=0)
+    api_key: HeaderSecret | None = None  # sent to this replica in place of the client's
+
+
+@dataclass(frozen=True, config=CONFIG)
+class AdmissionSettings(Fields):
     """The unit of sizes is prompt tokens."""
 
-    prefill_tokens: int = least(2, 131072)
-    short_prompt: int = least(1, 4096)
-    short_reserve: int = least(1, 16384)
-    queue: int = least(0, 256)
-    deadline_seconds: float = least(0.01, 120)
+    prefill_tokens: Whole = Field(default=131072, ge=2)
+    short_prompt: Whole = Field(default=4096, ge=1)
+    short_reserve: Whole = Field(default=16384, ge=1)
+    queue: Whole = Field(default=256, ge=0)
+    deadline_seconds: Seconds = Field(default=120, ge=0.01)
+
+    @model_validator(mode="after")
+    def _fit(self) -> "AdmissionSettings":
+        if self.short_prompt > self.short_reserve:
+            raise wrong(
+                f"short_prompt is {self.short_prompt}, more than short_reserve, {self.short_reserve}: a short prompt "
+                "must fit into the reserve"
+            )
+        if self.short_reserve >= self.prefill_tokens:
+            raise wrong(
+                f"short_reserve is {self.short_reserve}: it must be less than prefill_tokens, {self.prefill_tokens}, "
+                "or no long prompt is ever let in"
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class LimitSettings:
-    body_bytes: int = least(1, 64 << 20)
-    bodies_bytes: int = least(1, 256 << 20)  # of all bodies held at once
-    header_bytes: int = least(256, 16384)
-    header_seconds: float = least(0.01, 10)
-    body_seconds: float = least(0.01, 60)
-    client_seconds: float = least(0.01, 60)  # that a client may leave the bytes of its answer unread
-    replica_seconds: float = least(0.01, 3600)  # that a replica may be silent, the prefill of a long prompt included
+@dataclass(frozen=True, config=CONFIG)
+class LimitSettings(Fields):
+    body_bytes: Whole = Field(default=64 << 20, ge=1)
+    bodies_bytes: Whole = Field(default=256 << 20, ge=1)  # of all bodies held at once
+    header_bytes: Whole = Field(default=16384, ge=256)
+    header_seconds: Seconds = Field(default=10, ge=0.01)
+    body_seconds: Seconds = Field(default=60, ge=0.01)
+    client_seconds: Seconds = Field(default=60, ge=0.01)  # that a client may leave the bytes of its answer unread
+    replica_seconds: Seconds = Field(default=3600, ge=0.01)  # of a replica's silence, a long prefill included
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, config=CONFIG)
+class Settings(Fields):
     replicas: tuple[ReplicaSettings, ...]
-    host: str = "127.0.0.1"
-    port: int = least(0, 8080)
+    host: Host = "127.0.0.1"
+    port: Port = 8080
+    metrics_host: Host = "127.0.0.1"
+    metrics_port: Port | None = 9464  # None: on the port of the API, for keys that may read them
     keys: Path | None = None
+    cache_salt: Switch | None = None  # None: where there are keys of different owners
     model_config: Path | None = None
     admission: AdmissionSettings = AdmissionSettings()
     limits: LimitSettings = LimitSettings()
-    drain_seconds: float = least(0, 60)
-    max_model_len: int | None = least(1, None)
-    cors_origins: tuple[str, ...] = ()  # of pages elsewhere that may ask; "*" is any
+    drain_seconds: Seconds = Field(default=60, ge=0)
+    max_model_len: Whole | None = Field(default=None, ge=1)
+    cors_origins: tuple[Text, ...] = ()  # of pages elsewhere that may ask; "*" is any
+
+    @model_validator(mode="after")
+    def _fit(self) -> "Settings":
+        if not self.replicas:
+            raise wrong("replicas is empty: name at least one, as `- url: http://127.0.0.1:8000`")
+        if len({(one.url, one.data_parallel_rank) for one in self.replicas}) < len(self.replicas):
+            raise wrong("replicas names one replica twice: give each its own url or data_parallel_rank")
+        if self.keys is None and not is_loopback(self.host):
+            raise wrong(
+                f"host is {self.host!r} and there are no keys, which would serve anybody: set `keys`, or keep host "
+                "127.0.0.1"
+            )
+        if self.metrics_port == self.port != 0:
+            raise wrong(
+                f"metrics_port is {self.port}, which is port, too: name another, or null for /metrics on that port"
+            )
+        return self
 
 
 def load(path: Path, **overrides: Any) -> Settings:
     """Read and check a configuration; `overrides` that are not None replace top-level fields of the file.
 
-    Paths in the file are relative to it. Raises SettingsError.
+    Paths in the file are relative to it. A replica without `api_key` gets that of the environment. Raises
+    SettingsError.
     """
-    given = read_yaml(path)
+    given = parse(read_bytes(path), path)
     given.update({name: value for name, value in overrides.items() if value is not None})
-    settings = build(Settings, given, str(path))
-    settings = dataclasses.replace(
+    settings = build(Settings, given, path)
+    return dataclasses.replace(
         settings,
+        replicas=tuple(_with_key_of_the_environment(one) for one in settings.replicas),
         keys=settings.keys and path.parent / settings.keys,
         model_config=settings.model_config and path.parent / settings.model_config,
     )
-    check(settings, path)
-    return settings
 
 
-def check(settings: Settings, path: Path) -> None:
-    """Raise SettingsError for values that only together are wrong."""
-    admission = settings.admission
-    if not settings.replicas:
-        raise SettingsError(f"{path}: replicas is empty: name at least one, as `- url: http://127.0.0.1:8000`.")
-    for replica in settings.replicas:
-        if not replica.url.startswith(("http://", "https://")):
-            raise SettingsError(f"{path}: replicas.url is {replica.url!r}: it must begin with http:// or https://.")
-    if len(set(settings.replicas)) < len(settings.replicas):
-        raise SettingsError(f"{path}: replicas names one replica twice: give each its own url or data_parallel_rank.")
-    if settings.port > 65535:
-        raise SettingsError(f"{path}: port is {settings.port}: it must be at most 65535.")
-    if admission.short_prompt > admission.short_reserve:
-        raise SettingsError(
-            f"{path}: admission.short_prompt is {admission.short_prompt}, more than admission.short_reserve, "
-            f"{admission.short_reserve}: a short prompt must fit into the reserve."
-        )
-    if admission.short_reserve >= admission.prefill_tokens:
-        raise SettingsError(
-            f"{path}: admission.short_reserve is {admission.short_reserve}: it must be less than "
-            f"admission.prefill_tokens, {admission.prefill_tokens}, or no long prompt is ever let in."
-        )
-    if settings.keys is None and not is_loopback(settings.host):
-        raise SettingsError(
-            f"{path}: host is {settings.host!r} and there are no keys, which would serve anybody: set `keys`, or keep "
-            "host 127.0.0.1."
-        )
+def _with_key_of_the_environment(replica: ReplicaSettings) -> ReplicaSettings:
+    key = os.environ.get(API_KEY_VARIABLE)
+    if not key or replica.api_key:
+        return replica
+    given = {"url": replica.url, "data_parallel_rank": replica.data_parallel_rank, "api_key": key}
+    return build(ReplicaSettings, given, f"{API_KEY_VARIABLE} of the environment")
 
 
 def is_loopback(host: str) -> bool:
@@ -117,62 +157,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises SettingsError."""
-    try:
-        found = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(found, dict):
-        raise SettingsError(f"{path} must hold a mapping of fields to values, not {type(found).__name__}.")
-    return found
-
-
-def build(kind: type[T], given: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a mapping of its fields; an unknown, missing or ill-typed field raises SettingsError.
-
-    `where` is the file and the way into it, for messages.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
-    if unknown := sorted(str(name) for name in given if name not in fields):
-        raise SettingsError(f"{where}: there is no field {unknown[0]!r}: use one of {', '.join(fields)}.")
-    values = {name: convert(hints[name], value, f"{where}: {name}") for name, value in given.items()}
-    for name, one in fields.items():
-        if name not in values:
-            if one.default is dataclasses.MISSING:
-                raise SettingsError(f"{where}: the field {name!r} is missing.")
-            continue
-        bound, value = one.metadata.get("least"), values[name]
-        if bound is not None and value is not None and value < bound:
-            raise SettingsError(f"{where}: {name} is {value}: it must be at least {bound}.")
-    return kind(**values)
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, one of those that the dataclasses here use; raises SettingsError."""
-    if isinstance(hint, types.UnionType):  # always `X | None`
-        return None if value is None else convert(typing.get_args(hint)[0], value, where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise SettingsError(f"{where} is {value!r}: it must be a list.")
-        inner = typing.get_args(hint)[0]
-        return tuple(convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise SettingsError(f"{where} is {value!r}: it must be a mapping of fields.")
-        return build(typing.cast(type, hint), value, where)
-    accepted: Any
-    accepted, name = {
-        int: (int, "a whole number"),
-        float: (int | float, "a number"),
-        str: (str, "a text"),
-        Path: (str, "a path"),
-    }[hint]
-    if isinstance(value, bool) or not isinstance(value, accepted) or (hint is float and not math.isfinite(value)):
-        raise SettingsError(f"{where} is {value!r}: it must be {name}.")
-    return hint(value)

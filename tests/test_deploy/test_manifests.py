@@ -208,7 +208,9 @@ def test_compose_serves_offline() -> None:
 def test_prometheus_asks_the_services_of_compose() -> None:
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     targets = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
-    assert targets == ["vllm:8000", "gateway:8080"]
+    assert targets == ["vllm:8000", "gateway:9464"]
+    assert SERVICES["gateway"]["expose"] == ["9464"]
+    assert SERVICES["gateway"]["ports"] == ["127.0.0.1:8080:8080"]
     (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     (board,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/kimi-linear.yaml").read_text())["providers"]
@@ -224,4 +226,14 @@ def test_the_gateway_takes_its_configuration(where: str, tmp_path: Path) -> None
     path.write_text((DEPLOY / "gateway.yaml").read_text() if where == "compose" else text)
     loaded = settings.load(path)
     assert (loaded.host, loaded.port) == ("0.0.0.0", 8080)
+    assert (loaded.metrics_host, loaded.metrics_port) == ("0.0.0.0", 9464)
     assert loaded.keys.is_relative_to("/run/secrets")
+
+
+def test_the_published_service_does_not_lead_to_the_metrics() -> None:
+    documents = yaml.safe_load_all((DEPLOY / "kubernetes/gateway.yaml").read_text())
+    services = {one["metadata"]["name"]: one["spec"]["ports"] for one in documents if one["kind"] == "Service"}
+    targets = {name: [port["targetPort"] for port in ports] for name, ports in services.items()}
+    assert targets == {"gateway": ["http"], "gateway-metrics": ["metrics"]}
+    (spec,) = (spec for at, spec in PODS.items() if at.startswith("gateway.yaml:Deployment"))
+    assert {one["name"]: one["containerPort"] for one in container(spec)["ports"]} == {"http": 8080, "metrics": 9464}

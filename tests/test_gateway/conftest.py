@@ -21,8 +21,9 @@ from tests.upstream import Background, Upstream, serving
 class Running:
     """A gateway that answers, and what is to be known of it."""
 
-    def __init__(self, gateway: Gateway, url: str, log: io.StringIO) -> None:
-        self.gateway, self.url, self.log = gateway, url, log
+    def __init__(self, server: Server, url: str, log: io.StringIO) -> None:
+        self.gateway, self.url, self.log = server.gateway, url, log
+        self.metrics_url = f"http://127.0.0.1:{server.metrics_port}/metrics"
 
     def client(self, **more: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **more)
@@ -60,7 +61,10 @@ Start = Callable[..., Running]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`start(upstream, ..., admission={}, limits={}, **settings)`: a gateway in front of these, with all of them up."""
+    """`start(upstream, ..., admission={}, limits={}, **settings)`: a gateway in front of these, with all of them up.
+
+    `wait=False` does not wait until they are; `replicas=...` are those of the settings, in place of the stand-ins'.
+    """
     with starting() as start:
         yield start
 
@@ -77,20 +81,25 @@ def starting() -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def start(
-            *upstreams: Upstream, admission: dict | None = None, limits: dict | None = None, **more: Any
+            *upstreams: Upstream,
+            admission: dict | None = None,
+            limits: dict | None = None,
+            wait: bool = True,
+            **more: Any,
         ) -> Running:
             replicas = tuple(ReplicaSettings(one.url) for one in stack.enter_context(serving(*upstreams)))
             settings = Settings(
-                replicas=replicas,
                 admission=AdmissionSettings(**(admission or {})),
                 limits=dataclasses.replace(LimitSettings(replica_seconds=20), **(limits or {})),
-                **more,
+                **{"replicas": replicas, "metrics_port": 0, **more},
             )
             log = io.StringIO()
             gateway = Gateway(settings, log)
-            background = stack.enter_context(Background(Server(gateway)))
-            running = Running(gateway, background.url, log)
-            running.until(lambda: all(one.up for one in gateway.replicas.all), "every replica up")
+            server = Server(gateway)
+            background = stack.enter_context(Background(server))
+            running = Running(server, background.url, log)
+            if wait:
+                running.until(lambda: all(one.up for one in gateway.replicas.all), "every replica up")
             return running
 
         yield start
@@ -101,7 +110,7 @@ def keys_file(tmp_path: Path) -> Callable[..., Path]:
     """`keys_file(alice={...limits}, ...)` writes a file in which the key of each is `sk-` and the name."""
     from kimi_server.keys import digest
 
-    def write(**people: dict[str, int]) -> Path:
+    def write(**people: dict[str, Any]) -> Path:
         path = tmp_path / "keys.yaml"
         keys = [{"id": name, "sha256": digest(f"sk-{name}"), **limits} for name, limits in people.items()]
         path.write_text(json.dumps({"keys": keys}))  # JSON is YAML

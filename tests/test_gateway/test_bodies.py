@@ -209,11 +209,14 @@ def test_rendezvous_moves_only_the_sessions_of_what_went() -> None:
 
 def test_stored_responses_are_forgotten_in_the_end() -> None:
     stored = StoredResponses()
+    stored.remember("bob", "resp_x", 2)
     for number in range(REMEMBERED + 5):
-        stored.remember(f"resp_{number}", 1)
-    assert stored.replica_of("resp_0") is None
-    assert stored.replica_of(f"resp_{REMEMBERED}") == 1
-    assert stored.replica_of(None) is stored.replica_of([]) is None
+        stored.remember("alice", f"resp_{number}", 1)
+    assert stored.replica_of("alice", "resp_0") is None
+    assert stored.replica_of("alice", f"resp_{REMEMBERED}") == 1
+    assert stored.replica_of("alice", None) is stored.replica_of("alice", []) is None
+    assert stored.replica_of("bob", "resp_x") == 2  # not pushed out by another key's
+    assert stored.replica_of("bob", f"resp_{REMEMBERED}") is None
 
 
 def feed(answer: Answer, *chunks: bytes) -> bytes:

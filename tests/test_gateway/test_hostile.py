@@ -85,6 +85,7 @@ HOSTILE: dict[str, tuple[bytes, set[int]]] = {
 }
 
 PATHS = [
+    *(b"/metrics", b"/metrics/"),
     *(b"/v1", b"/v1/", b"//v1/models", b"/v1//models", b"/v1/models//", b"/v1/./models", b"/V1/models"),
     *(b"//v1/models/", b"//elsewhere.example/", b"/%76%31/models/"),
     *(b"/v1/../metrics", b"/v1/models/../../metrics", b"/v1/%2e%2e/metrics", b"/v1/..%2fmetrics", b"/v1%2fmodels"),

@@ -11,7 +11,7 @@ import pytest
 
 from kimi_server.accounts import Account, Bucket
 from kimi_server.errors import Refusal
-from kimi_server.keys import Key, Keyring, digest, fresh_key, read_keys
+from kimi_server.keys import Key, Keyring, digest, fresh_key
 from kimi_server.settings import SettingsError
 from tests.upstream import Upstream
 
@@ -342,7 +342,7 @@ def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as error:
-        read_keys(path)
+        Keyring(path)
     for word in words:
         assert word in str(error.value)
     assert "sk-secret" not in str(error.value)

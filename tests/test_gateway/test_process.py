@@ -1,5 +1,6 @@
 """The gateway as a command: its messages, its start, and its end under load."""
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -16,7 +17,10 @@ import httpx
 import pytest
 
 from kimi_server.cli import main
+from kimi_server.gateway import Gateway
 from kimi_server.keys import Keyring
+from kimi_server.process import Server
+from kimi_server.settings import ReplicaSettings, Settings
 from tests.test_gateway.conftest import CHAT
 from tests.upstream import Upstream, serving
 
@@ -24,12 +28,18 @@ COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; 
 STREAM = CHAT | {"stream": True}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 class Process:
     """A gateway in a process of its own."""
 
     def __init__(self, folder: Path, upstreams: list[str], **settings: Any) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.port = taken.getsockname()[1]
+        self.port, metrics_port = free_port(), free_port()
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        settings = {"metrics_port": metrics_port, **settings}
         config = folder / "gateway.yaml"
         config.write_text(json.dumps({"replicas": [{"url": url} for url in upstreams], **settings}))
         self.log = folder / "log.jsonl"
@@ -139,7 +149,7 @@ def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: U
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        while 'kimi_gateway_queued{lane="long"} 2.0' not in httpx.get(f"{gateway.url}/metrics", trust_env=False).text:
+        while 'kimi_gateway_queued{lane="long"} 2.0' not in httpx.get(gateway.metrics_url, trust_env=False).text:
             time.sleep(0.005)
         gateway.process.terminate()
         for thread in threads:
@@ -203,3 +213,25 @@ def test_a_new_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path.write_text("keys:\n" + entry)
     assert Keyring(path).find(key).key.id == "team-a"
     assert printed.count(key) == 1
+
+
+def test_a_drain_that_fails_still_ends_the_process_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(Gateway(Settings(replicas=(ReplicaSettings("http://127.0.0.1:1"),))))
+
+    async def drain() -> None:
+        raise RuntimeError("the drain broke")
+
+    monkeypatch.setattr(server.gateway, "drain", drain)
+    asyncio.run(server._drain())
+    assert server.should_exit and server.failed
+
+
+def test_a_port_of_the_metrics_that_is_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "gateway.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config.write_text(f"replicas: [{{url: 'http://127.0.0.1:1'}}]\nmetrics_port: {port}")
+        said = complaint(capsys, "--config", str(config), "--port", "0")
+    assert f"metrics_port {port}" in said and "name others" in said
+    config.write_text("replicas: [{url: 'http://127.0.0.1:1'}]")
+    assert "metrics_port is 9464" in complaint(capsys, "--config", str(config), "--port", "9464")

@@ -20,7 +20,9 @@ from starlette.requests import Request
 from kimi_server.counts import Counts
 from kimi_server.estimate import TEMPLATE
 from kimi_server.question import plain_prompt, read_question
+from kimi_server.replicas import Replica
 from kimi_server.routes import CLOSED, ROUTES, TOKENIZE
+from kimi_server.settings import ReplicaSettings
 from tests.completions import Completions
 from tests.conftest import FLAGS
 from tests.test_gateway.test_process import Process
@@ -90,7 +92,7 @@ class Stream(threading.Thread):
 
 def outstanding(gateway: Process) -> float:
     """Prefill tokens and running requests in the gateway's books."""
-    text = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
+    text = httpx.get(gateway.metrics_url, trust_env=False).text
     names = ("kimi_gateway_prefill_tokens_outstanding{", "kimi_gateway_running{", "kimi_gateway_queued{")
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(names))
 
@@ -134,7 +136,7 @@ def test_prompts_are_counted_as_vllm_counts_them(replicas: list[Server], text: s
 
     async def count(path: str, body: bytes) -> int | None:
         async with httpx.AsyncClient(trust_env=False) as client:
-            return await Counts(client).ask(server.url, path, body)
+            return await Counts(client).ask(Replica(0, ReplicaSettings(server.url)), path, body)
 
     for route in ROUTES:
         if route.path in bodies:

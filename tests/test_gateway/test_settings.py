@@ -54,7 +54,7 @@ def test_good(write, tmp_path: Path) -> None:
         (REPLICAS + "port: true", ["port", "True", "whole number"]),
         (REPLICAS + "port: 70000", ["port", "70000", "65535"]),
         (REPLICAS + "drain_seconds: .nan", ["drain_seconds", "nan", "number"]),
-        (REPLICAS + "limits: {body_bytes: 0}", ["limits: body_bytes", "0", "at least 1"]),
+        (REPLICAS + "limits: {body_bytes: 0}", ["limits.body_bytes", "0", "at least 1"]),
         (REPLICAS + "limits: {body: 1}", ["limits", "'body'", "body_bytes"]),
         (REPLICAS + "admission: {queue: -1}", ["queue", "-1", "at least 0"]),
         (REPLICAS + "admission: {short_reserve: 200000}", ["short_reserve", "200000", "prefill_tokens"]),

@@ -46,7 +46,8 @@ def test_the_metrics(start) -> None:
         client.post("/v1/completions", content=b"{")
         client.get("/v1/models")
         gateway.until_idle()
-        text = client.get("/metrics").text
+        text = client.get(gateway.metrics_url).text
+        assert client.get("/metrics").status_code == 404
     for line in (
         'kimi_gateway_requests_total{lane="short",route="/v1/chat/completions",status="200"} 1.0',
         'kimi_gateway_requests_total{lane="long",route="/v1/completions",status="200"} 1.0',
@@ -131,8 +132,8 @@ def test_a_session_leaves_an_overloaded_replica(start) -> None:
 def test_a_stored_response_is_asked_for_where_it_was_made(start) -> None:
     upstreams = [Upstream(), Upstream()]
     gateway = start(*upstreams)
-    gateway.gateway.stored.remember("resp_here", 1)
-    gateway.gateway.stored.remember("resp_there", 0)
+    gateway.gateway.stored.remember("", "resp_here", 1)
+    gateway.gateway.stored.remember("", "resp_there", 0)
     with gateway.client() as client:
         for _ in range(3):
             client.get("/v1/responses/resp_here?stream=false")
