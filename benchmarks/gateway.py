@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -143,13 +144,13 @@ async def stand_in(scope: dict[str, Any], receive: Any, send: Any) -> None:
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
                 return
-    body = b""
+    body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
         if not message.get("more_body"):
             break
-    asked = json.loads(body) if body else {}
+    asked = json.loads(body) if 0 < len(body) < 65536 else {}  # a large one would hold up its own streams
     form = b"text/event-stream" if asked.get("stream") else b"application/json"
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", form)]})
     for _ in range(asked["max_tokens"] if asked.get("stream") else 0):
@@ -183,18 +184,70 @@ async def arrivals(reply: httpx.Response) -> AsyncIterator[str]:
             yield line.removeprefix("data: ")
 
 
-def measure_overhead(logs: Path) -> dict[str, dict[str, list[float]]]:
+@contextlib.contextmanager
+def standing_in() -> Iterator[str]:
     port = free_port()
-    script = f"import uvicorn; uvicorn.run('benchmarks.gateway:stand_in', port={port}, log_level='error')"
+    stop = "timeout_graceful_shutdown=1"  # streams whose reader left
+    script = f"import uvicorn; uvicorn.run('benchmarks.gateway:stand_in', port={port}, log_level='critical', {stop})"
     process = subprocess.Popen([sys.executable, "-c", script])
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(f"{url}/health", process)
-        with gateway([url], {}, logs) as through:
-            return {"bare": asyncio.run(overhead(url)), "gateway": asyncio.run(overhead(through))}
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
+
+
+def measure_overhead(logs: Path) -> dict[str, dict[str, list[float]]]:
+    with standing_in() as url, gateway([url], {}, logs) as through:
+        return {"bare": asyncio.run(overhead(url)), "gateway": asyncio.run(overhead(through))}
+
+
+# What large bodies do to the streams of others.
+
+LARGE = {8: 4, 64: 2}  # MiB: how many at once
+ALONE = 400  # events of the stream before those come
+PIECES = {"objects": b"{}", "texts": b'""', "numbers": b"1234567"}
+
+
+def post(url: str, body: bytes) -> float:
+    begun = time.monotonic()
+    httpx.post(f"{url}/v1/chat/completions", content=body, trust_env=False, timeout=300).raise_for_status()
+    return time.monotonic() - begun
+
+
+async def ways_beside(url: str, body: bytes, count: int) -> dict[str, Any]:
+    """The longest way of a stream's event in seconds, alone and beside bodies, and until the last of those is answered.
+
+    Events are sent 5 ms apart, so where one takes longer this is the gap in the stream.
+    """
+    chat = {"model": "x", "messages": [], "max_tokens": 1 << 20, "stream": True}
+    loop, ways = asyncio.get_running_loop(), list[float]()
+    with ProcessPoolExecutor(count) as senders:
+        async with (
+            httpx.AsyncClient(base_url=url, trust_env=False, timeout=300) as client,
+            client.stream("POST", "/v1/chat/completions", json=chat) as reply,
+        ):
+            posts: asyncio.Future[list[float]] | None = None
+            async for line in arrivals(reply):
+                ways.append(time.monotonic() - json.loads(line)["sent"])
+                if len(ways) == ALONE:
+                    posts = asyncio.gather(*(loop.run_in_executor(senders, post, url, body) for _ in range(count)))
+                elif posts and posts.done():
+                    return {"alone": max(ways[:ALONE]), "way": max(ways[ALONE:]), "answered": max(posts.result())}
+    raise RuntimeError("the stream ended before the bodies were answered")
+
+
+def measure_bodies(logs: Path) -> list[dict[str, Any]]:
+    found = []
+    with standing_in() as url:
+        for size, count in LARGE.items():
+            for kind, piece in PIECES.items():
+                body = b'{"messages":[' + b",".join([piece] * ((size << 20) // (len(piece) + 1))) + b"]}"
+                with gateway([url], {}, logs) as through:
+                    rows = asyncio.run(ways_beside(through, body, count))
+                    found.append({"size": size, "count": count, "kind": kind, **rows})
+    return found
 
 
 def page(results: dict[str, Any], command: str, note: str) -> str:
@@ -234,6 +287,18 @@ def page(results: dict[str, Any], command: str, note: str) -> str:
             more = 1e3 * (percentile(through, 0.5) - percentile(bare, 0.5))
             cells = [f"{1e3 * percentile(v, 0.5):.2f} / {1e3 * percentile(v, 0.99):.2f}" for v in (bare, through)]
             lines.append(f"| {title} ({len(through)}) | {cells[0]} | {cells[1]} | {more:.2f} |")
+    if measured := results.get("bodies"):
+        lines += [
+            "",
+            "A stream beside large bodies that come at once, in front of the same stand-in; senders share the machine:",
+            "",
+            "| bodies | of | longest way of a streamed token | before they came | last body answered after |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for row in measured:
+            size = f"{row['count']} x {row['size']} MiB"
+            ways = " | ".join(f"{1e3 * row[name]:.0f} ms" for name in ("way", "alone"))
+            lines.append(f"| {size} | {row['kind']} | {ways} | {row['answered']:.1f} s |")
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +308,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(".demo/gateway-bench.json"), help="figures of all runs")
     parser.add_argument("--model", type=Path, default=Path(".demo/model"), help="where the checkpoint is kept")
     parser.add_argument("--runs", type=int, default=3, help="of each way")
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, "overhead"], metavar="WAY", help="measure these")
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, "overhead", "bodies"], metavar="WAY", help="measure these")
     parser.add_argument("--note", default="", help="a sentence for the page, on what else the machine did")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no server is left behind
@@ -260,9 +325,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
-        for name in args.only or ["overhead", *WAYS]:
-            if name == "overhead":
-                results[name] = measure_overhead(logs)
+        for name in args.only or ["overhead", "bodies", *WAYS]:
+            if name in ("overhead", "bodies"):
+                results[name] = measure_overhead(logs) if name == "overhead" else measure_bodies(logs)
                 keep()
                 continue
             results[name] = []

@@ -81,6 +81,8 @@ class Upstream:
     health_seconds: float = 0.0
     prompt_tokens: int = 7
     usage: bool = True
+    counted: int | None = None  # what /tokenize and its like answer; None: they are not there
+    counts_asked: list[Seen] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -121,6 +123,13 @@ class Upstream:
         if scope["path"] == "/v1/models":
             models = {"object": "list", "data": [{"id": "fake", "object": "model", "max_model_len": 1000000}]}
             return await self.reply(send, 200, json.dumps(models).encode())
+        if scope["path"] in ("/tokenize", "/v1/messages/count_tokens"):
+            self.counts_asked.append(seen)
+            if self.counted is None:
+                return await self.reply(send, 404, b'{"error":{"message":"?","type":"NotFoundError","code":404}}')
+            name = "count" if scope["path"] == "/tokenize" else "input_tokens"
+            found = {name: self.counted, "max_model_len": 1000000, "tokens": [1] * self.counted}
+            return await self.reply(send, 200, json.dumps(found).encode())
         self.running += 1
         if len(self.seen) > self.cuts:
             self.cut_after = None

@@ -49,6 +49,11 @@ class Waiter:
     since: float
     granted: asyncio.Future[Grant]
 
+    @property
+    def waits(self) -> bool:
+        """False for one whose request was cancelled and has not had its turn to leave."""
+        return not self.granted.done()
+
 
 class Admission:
     """`outstanding[replica][lane]` are tokens of prompts that were let in and gave no first token yet."""
@@ -63,7 +68,7 @@ class Admission:
         return "short" if tokens <= self.settings.short_prompt else "long"
 
     def waiting(self, lane: Lane) -> int:
-        return sum(len(line) for line in self.lines[lane].values())
+        return sum(1 for line in self.lines[lane].values() for waiter in line if waiter.waits)
 
     async def enter(self, key: str, tokens: int, candidates: Candidates) -> Grant:
         """Wait for room for a prompt of `tokens`; one larger than the budget of long prompts takes all of that.
@@ -76,10 +81,10 @@ class Admission:
         loop = asyncio.get_running_loop()
         waiter = Waiter(key, lane, max(1, tokens), candidates, loop.time(), loop.create_future())
         self.lines[lane].setdefault(key, deque()).append(waiter)
-        self.dispatch()
-        if sum(map(self.waiting, LANES)) > self.settings.queue:
-            self._turn_away()
         try:
+            self.dispatch()
+            if sum(map(self.waiting, LANES)) > self.settings.queue:
+                self._turn_away()
             async with asyncio.timeout(self.settings.deadline_seconds):
                 return await waiter.granted
         except BaseException as error:
@@ -97,7 +102,7 @@ class Admission:
             while lines:
                 waiter = next(iter(lines.values()))[0]
                 candidates = waiter.candidates()
-                if waiter.granted.done():  # its request was cancelled, and has not had its turn to leave
+                if not waiter.waits:
                     self._remove(waiter)
                 elif self.closed or not candidates:
                     self._remove(waiter)
@@ -160,7 +165,7 @@ class Admission:
         waiting: dict[str, list[Waiter]] = {}
         for lane in LANES:
             for key, line in self.lines[lane].items():
-                waiting.setdefault(key, []).extend(line)
+                waiting.setdefault(key, []).extend(waiter for waiter in line if waiter.waits)
         longest = max(waiting.values(), key=lambda waiters: len(waiters))
         last = max(longest, key=lambda waiter: waiter.since)
         self._remove(last)

@@ -55,6 +55,8 @@ class Answer:
         self.streams = content_type.startswith("text/event-stream")
         self.usage = Usage()
         self.began = False  # the first token is there, or an error in its place
+        self.events = 0  # of a stream, from the first token on: a token each, or more
+        self.ended = False
         self.response_id: str | None = None  # where it is of the Responses API
         self.held = bytearray()  # the event that has not ended, or the copy of a whole answer
 
@@ -78,13 +80,21 @@ class Answer:
         """What was held back of a stream that ended; to be called at an answer's regular end."""
         rest = bytes(self.held)
         self._look(rest)
+        self.ended = True
         return rest if self.streams else b""
 
+    @property
+    def completion(self) -> int:
+        """Tokens generated: as the replica counted them in the end, as far as they came before that."""
+        counted = self.usage.completion or 0
+        return counted if self.ended else max(counted, self.events)
+
     def _look(self, text: bytes) -> None:
-        if not self.began:
-            self.began = any(
+        if self.streams:
+            self.events += sum(
                 line.startswith(b"data:") and not any(name in line for name in EARLY) for line in text.splitlines()
             )
+            self.began |= self.events > 0
         self._look_for_id(text)
         if USAGE in text:
             self.usage.read(text)

@@ -5,9 +5,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_server import openapi, playground
@@ -53,6 +55,14 @@ def build(gateway: Gateway) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(PlainPaths)
+    if gateway.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=gateway.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-request-id", "x-kimi-lane", "x-kimi-queue-seconds", "x-kimi-replica"],
+        )
     app.exception_handler(HTTPException)(http_error)
     for route in ROUTES:
         app.add_api_route(
@@ -123,10 +133,22 @@ def passing(gateway: Gateway, route: Route) -> Callable[[Request], Awaitable[Res
     return endpoint
 
 
+def without_slash(request: Request) -> Response | None:
+    """The way to the route that the path names but for a slash at its end. Not absolute, for the Host header lies."""
+    path = request.scope["path"]
+    shorter = {**request.scope, "path": path.removesuffix("/")}
+    if not path.endswith("/") or path.startswith("//"):
+        return None
+    if not any(route.matches(shorter)[0] is not Match.NONE for route in request.app.routes):
+        return None
+    query = request.scope["query_string"].decode("latin-1")
+    return Response(status_code=307, headers={"location": shorter["path"] + (f"?{query}" if query else "")})
+
+
 async def http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 in the form of the OpenAI API."""
+    """404 and 405 in the form of the OpenAI API; a path that is one but for its last slash is sent on, as vLLM does."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return not_found()
+        return without_slash(request) or not_found()
     message = f"{error.detail}: {request.method} is not for {request.scope['path']}."
     return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)

@@ -8,10 +8,12 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from kimi_server import headers
+from kimi_server.bodies import Bodies, Held
 from kimi_server.errors import Refusal
 from kimi_server.settings import LimitSettings
 
-QUERY = re.compile(rb"[A-Za-z0-9_.~=&-]*")
+RETRY_SECONDS = 5
+QUERY = re.compile(rb"[!-~]*")
 
 
 class ClientLeft(Exception):
@@ -27,6 +29,7 @@ class Client:
         self.query: bytes = scope["query_string"]
         self.limits = limits
         self.body_read = self.started = self.ended = False
+        self.held: Held | None = None
         self._receive, self._send = receive, send
 
     def header(self, name: bytes) -> str | None:
@@ -40,14 +43,15 @@ class Client:
         """Refuse a header that could be read in two ways or goes where no route leads."""
         headers.check_framing(self.headers, self.limits.body_bytes)
         if not QUERY.fullmatch(self.query):
-            message = "The query of this URL has characters that no route takes: leave them out."
+            message = "The query of this URL has bytes that are no visible ASCII: write them as %XX."
             raise Refusal(400, "query", message)
 
-    async def read_body(self) -> bytes:
-        """The whole body; raises Refusal where it is too large or too slow, ClientLeft."""
+    async def read_body(self, bodies: Bodies) -> bytes:
+        """The whole body; raises Refusal where it is too large, too slow or there is no room for it; ClientLeft."""
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
+                self.held = await bodies.hold(headers.announced(self.headers, self.limits.body_bytes))
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
@@ -57,10 +61,19 @@ class Client:
                         raise headers.too_large(self.limits.body_bytes)
                     if not message.get("more_body"):
                         self.body_read = True
+                        self.held.shrink(len(body))
                         return bytes(body)
         except TimeoutError:
             seconds = self.limits.body_seconds
+            if self.held is None:
+                message = f"There was no room for this body beside others within {seconds:g} seconds: try again."
+                raise Refusal(503, "bodies_bytes", message, RETRY_SECONDS) from None
             raise Refusal(408, "body_seconds", f"The body did not come within {seconds:g} seconds.") from None
+
+    def release_body(self) -> None:
+        """Give back the room of a body that is no longer needed."""
+        if self.held is not None:
+            self.held.release()
 
     async def stays_for(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, and cancel it when the client closes its connection: ClientLeft. To be used after the body."""

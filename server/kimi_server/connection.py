@@ -1,14 +1,18 @@
 """uvicorn's HTTP connection with two limits more: how large a header may be, and how long it may take.
 
 httptools itself refuses malformed headers and ambiguous framing; what it refuses gets an answer in the API's form.
+A request to upgrade is served as if it had not asked (RFC 9110, 7.8), HTTP/1.0 gets no chunks (RFC 9112, 6.1).
 """
 
 import asyncio
 import json
 from http import HTTPStatus
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from kimi_server import headers
 from kimi_server.errors import error_body
 
 
@@ -17,6 +21,7 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
 
     class Connection(HttpToolsProtocol):
         reading_header = False
+        upgrades = False  # the request asks for it
         header_size = 0  # of what has come of an unfinished header
         clock: asyncio.TimerHandle | None = None
 
@@ -34,11 +39,34 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             if self.clock is None and (self.cycle is None or self.cycle.response_complete):
                 self._start_clock()
             unfinished = self.reading_header
-            super().data_received(data)
+            self._feed(data)
             if unfinished and self.reading_header:
                 self.header_size += len(data)
                 if self.header_size > header_bytes:
                     self._too_large()
+
+        def _feed(self, data: bytes) -> None:
+            """As uvicorn does, but a parser that stops at a wish to upgrade is told the request without it."""
+            self._unset_keepalive_if_required()
+            while True:
+                try:
+                    return self.parser.feed_data(data)
+                except httptools.HttpParserUpgrade as upgrade:
+                    head = self._head_without_upgrade()
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                    data = head + data[upgrade.args[0] :]
+                except httptools.HttpParserError:
+                    return self.send_400_response("")
+
+        def _head_without_upgrade(self) -> bytes:
+            first = b"%s %s HTTP/%s\r\n" % (
+                self.parser.get_method(),
+                self.url,
+                self.parser.get_http_version().encode(),
+            )
+            fields = headers.without_upgrade(self.headers)
+            return first + b"".join(b"%s: %s\r\n" % field for field in fields) + b"\r\n"
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -56,7 +84,18 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
                 raise ValueError("the header is too large")  # ends the parsing
             if self.parser.get_http_version() not in ("1.0", "1.1"):
                 raise ValueError("another version of HTTP")  # becomes a 400
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("not a proxy")
+            self.upgrades = self.parser.should_upgrade()
+            if self.upgrades:
+                return  # it comes again, without that wish
             super().on_headers_complete()
+            if self.parser.get_http_version() == "1.0":
+                unchunk(self.cycle)
+
+        def on_message_complete(self) -> None:
+            if not self.upgrades:
+                super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             self._end(400, "The request is not valid HTTP/1.1.")
@@ -94,3 +133,19 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             self.transport.close()
 
     return Connection
+
+
+def unchunk(cycle: RequestResponseCycle) -> None:
+    """Let the end of the connection be the end of an answer whose length is not known."""
+    send, unknown = cycle.send, False
+
+    async def unchunked(message: Any) -> None:
+        nonlocal unknown
+        if message["type"] == "http.response.start":
+            unknown = headers.first(list(message["headers"]), b"content-length") is None
+            cycle.chunked_encoding = False if unknown else None
+        elif unknown:
+            cycle.expected_content_length = len(message.get("body", b""))  # what uvicorn holds each piece against
+        await send(message)
+
+    cycle.send = unchunked  # type: ignore[method-assign]

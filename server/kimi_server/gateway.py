@@ -11,10 +11,13 @@ import httpx
 
 from kimi_server import journal
 from kimi_server.admission import LANES, Admission
+from kimi_server.bodies import Bodies
 from kimi_server.context import read_cost
+from kimi_server.counts import Counts
 from kimi_server.estimate import Estimator
 from kimi_server.keys import Keyring
 from kimi_server.metrics import Metrics
+from kimi_server.reader import Reader
 from kimi_server.replicas import Replicas
 from kimi_server.sessions import StoredResponses
 from kimi_server.settings import Settings
@@ -33,6 +36,7 @@ class Gateway:
         self.context_cost = read_cost(settings.model_config) if settings.model_config else None
         self.metrics = Metrics()
         self.estimator = Estimator()
+        self.bodies, self.reader = Bodies(settings.limits.bodies_bytes), Reader()
         self.stored = StoredResponses()
         self.admission = Admission(settings.admission, len(settings.replicas))
         self.replicas = Replicas(settings.replicas, changed=self.admission.dispatch)
@@ -47,6 +51,7 @@ class Gateway:
             trust_env=False,
             follow_redirects=False,
         )
+        self.counts = Counts(self.client)
 
     @property
     def ready(self) -> bool:
@@ -84,6 +89,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await self.client.aclose()
+            self.reader.close()
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:

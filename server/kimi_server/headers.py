@@ -42,10 +42,15 @@ def check_framing(headers: Headers, body_bytes: int) -> None:
     coded = any(name == b"transfer-encoding" for name, _ in headers)
     if len(lengths) > 1 or (lengths and coded):
         raise Refusal(400, "framing", "The request gives the length of its body more than once: send one header.")
-    if any(name == b"upgrade" for name, _ in headers):
-        raise Refusal(400, "framing", "The gateway speaks plain HTTP/1.1: do not ask for an upgrade.")
     if lengths and int(lengths[0]) > body_bytes:
         raise too_large(body_bytes)
+
+
+def announced(headers: Headers, most: int) -> int:
+    """The bytes of the body that may come: what is announced, or `most` where it comes in chunks."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return most
+    return int(first(headers, b"content-length") or 0)
 
 
 def too_large(body_bytes: int) -> Refusal:
@@ -55,6 +60,18 @@ def too_large(body_bytes: int) -> Refusal:
 
 def to_replica(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name in TO_REPLICA]
+
+
+def without_upgrade(headers: Headers) -> Headers:
+    """The header of a request that does not ask for another protocol."""
+    kept = []
+    for name, value in headers:
+        if name == b"connection":
+            tokens = [token.strip() for token in value.split(b",")]
+            value = b", ".join(token for token in tokens if token.lower() not in (b"upgrade", b"http2-settings"))
+        if name not in (b"upgrade", b"http2-settings"):
+            kept.append((name, value))
+    return kept
 
 
 def to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:

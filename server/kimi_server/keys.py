@@ -1,20 +1,18 @@
 """API keys: who may ask, how often, how much. The file holds hashes only, and is read again when it changes."""
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import secrets
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from kimi_server.accounts import Account
 from kimi_server.errors import Refusal
 from kimi_server.fields import CONFIG, Fields, Secret, Switch, Text, Whole, build, wrong
 from kimi_server.yaml_file import SettingsError, parse, read_bytes
@@ -80,71 +78,6 @@ def digest(key: str) -> str:
 def parse_keys(content: bytes, path: Path) -> KeysFile:
     """The file of keys; raises SettingsError."""
     return build(KeysFile, parse(content, path), path)
-
-
-class Bucket:
-    """An allowance per minute that refills steadily; it may be overdrawn, and is then refilled first."""
-
-    def __init__(self) -> None:
-        self.used = 0.0
-        self.at = time.monotonic()
-
-    def wait(self, per_minute: int) -> float:
-        """Seconds until something is left; 0 if there is now."""
-        now = time.monotonic()
-        self.used = max(0.0, self.used - (now - self.at) * per_minute / 60)
-        self.at = now
-        return max(0.0, self.used + 1 - per_minute) * 60 / per_minute
-
-    def take(self, amount: float) -> None:
-        self.used += amount
-
-
-class Account:
-    """What one key has used; it outlives a reload of the file."""
-
-    def __init__(self, key: Key) -> None:
-        self.key = key
-        self.requests, self.tokens = Bucket(), Bucket()
-        self.running = 0
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """One request of this key, from its header to its end. Raises Refusal where a limit is reached."""
-        key = self.key
-        if key.concurrency is not None and self.running >= key.concurrency:
-            message = f"Key {key.id!r} has {self.running} requests running, its limit: wait for one to end."
-            raise Refusal(429, "concurrency", message, 1)
-        if key.requests_per_minute is not None:
-            if wait := self.requests.wait(key.requests_per_minute):
-                message = f"Key {key.id!r} may send {key.requests_per_minute} requests a minute: slow down."
-                raise Refusal(429, "requests_per_minute", message, wait)
-            self.requests.take(1)
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-    def charge(self, prompt: int, answer: int) -> None:
-        """Take an estimated prompt off the allowance. `answer` is the longest asked for. Raises Refusal."""
-        key = self.key
-        if key.longest_context is not None and prompt + answer > key.longest_context:
-            raise Refusal(
-                400,
-                "longest_context",
-                f"Key {key.id!r} may use a context of {key.longest_context} tokens, and this request asks for about "
-                f"{prompt} of prompt and {answer} of answer: shorten it.",
-            )
-        if key.tokens_per_minute is not None:
-            if wait := self.tokens.wait(key.tokens_per_minute):
-                message = f"Key {key.id!r} may use {key.tokens_per_minute} tokens a minute: slow down."
-                raise Refusal(429, "tokens_per_minute", message, wait)
-            self.tokens.take(prompt)
-
-    def settle(self, estimated: int, used: int) -> None:
-        """Correct a charge by what the replica counted, prompt and completion."""
-        self.tokens.take(used - estimated)
 
 
 class Keyring:

@@ -13,16 +13,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kimi_server import headers, journal
+from kimi_server.accounts import Account, Charge
 from kimi_server.admission import Grant
 from kimi_server.answers import Answer
+from kimi_server.bodies import pieces, with_fields
 from kimi_server.client import Client, ClientLeft
 from kimi_server.errors import Refusal, error_body, no_replica, stopping
 from kimi_server.gateway import Gateway
-from kimi_server.keys import Account
-from kimi_server.question import Question, read_question
+from kimi_server.question import Question, plain_prompt, read_question
 from kimi_server.replicas import Replica
-from kimi_server.routes import Route
-from kimi_server.salts import cache_salt, with_fields
+from kimi_server.routes import TOKENIZE, Route
+from kimi_server.salts import cache_salt
 from kimi_server.sessions import session_of
 
 RESPONSES = "/v1/responses"
@@ -66,10 +67,12 @@ class Exchange(Response):
         self.entry.key = account.key.id or None
         with account.request():
             client.check()
-            body = await client.read_body()
-            question = read_question(body) if self.route.json_body else None
-            passage = Passage(self, client, account, body, question)
-            await client.stays_for(passage.run())
+            try:
+                body = await client.read_body(gateway.bodies)
+                question = await gateway.reader.read(read_question, body) if self.route.json_body else None
+                await client.stays_for(Passage(self, client, account, body, question).run())
+            finally:
+                client.release_body()
 
     async def _refuse(self, client: Client, refusal: Refusal) -> None:
         """Answer with an error; where an answer has begun there is nothing left to say but its end."""
@@ -110,7 +113,9 @@ class Passage:
         self.exchange, self.client, self.account = exchange, client, account
         self.gateway, self.route, self.entry = exchange.gateway, exchange.route, exchange.entry
         self.body, self.question = body, question
-        self.tokens = 0  # estimated for the prompt, 0 where there is nothing to prefill
+        self.tokens = 0  # of the prompt, as far as is known; 0 where there is nothing to prefill
+        self.charge: Charge | None = None
+        self.sent = False  # to a replica that did not fail: it may have read the prompt
         self.answer: Answer | None = None
         self.home: int | None = None  # the replica that holds what it refers to
 
@@ -119,22 +124,49 @@ class Passage:
         self.home = self._home()
         if self.route.prefills and self.question is not None:
             added = self._added(self.question)
-            self._weigh(self.question)
+            await self._weigh(self.question)
             self.body = with_fields(self.body, added)
         try:
             await self._try_replicas()
         finally:
             self._settle()
 
-    def _weigh(self, question: Question) -> None:
-        """Estimate the prompt and take it off the key's allowance."""
-        gateway, entry = self.gateway, self.entry
-        tokens = gateway.estimator.tokens_of(question.text, question.ids)
+    async def _weigh(self, question: Question) -> None:
+        """Find how long the prompt is, take it off the key's allowance, and bound the answer where the key does."""
+        gateway, entry, account, route, size = self.gateway, self.entry, self.account, self.route, question.size
+        entry.session = session_of(self.client.header(b"x-session-id"), account.key.belongs_to, question.opening)
+        tokens = gateway.estimator.tokens_of(size)
+        given = any(name in question.body for name in route.answer_fields)
+        answer = question.answer(route.answer_fields, route.answer)
+        longest, left = account.key.longest_context, account.tokens_left
+        prompt = tokens
+        if longest is not None and answer is None and 2 * size.most <= longest:
+            prompt = size.most  # far from the limit, where an answer may as well be a little shorter
+        else:
+            wanted = size.most + question.answers * (answer or gateway.max_model_len or longest or 0)
+            if (longest is not None and wanted > longest) or (left is not None and size.most > left):
+                prompt = tokens = await self._count() or tokens
+        limit = account.answer_limit(prompt, answer, question.answers, given)
+        if limit is not None:
+            self.body = with_fields(self.body, dict.fromkeys(route.answer_fields[:1], limit))
         self.tokens = min(tokens, gateway.max_model_len or tokens)
         entry.tokens = self.tokens
         entry.lane = gateway.admission.lane_of(self.tokens)
-        entry.session = session_of(self.client.header(b"x-session-id"), self.account.key.belongs_to, question.body)
-        self.account.charge(tokens, question.answer)
+        self.charge = account.charge(self.tokens)
+
+    async def _count(self) -> int | None:
+        """The prompt's tokens as a replica counts them; None where none can tell."""
+        gateway, path, body = self.gateway, self.route.counts, self.body
+        order = gateway.replicas.order(self.entry.session)
+        if not order:
+            return None
+        if not self.question.size.text:
+            return self.question.size.ids
+        replica = gateway.replicas.all[order[0]]
+        if path and (count := await gateway.counts.ask(replica, path, body)):
+            return count
+        plain = await gateway.reader.read(plain_prompt, body)
+        return await gateway.counts.ask(replica, TOKENIZE, plain) if plain else self.question.size.most
 
     def _added(self, question: Question) -> dict[str, str]:
         """What a body gets in place of the client's own, for it decides about others: the cache's salt, an id."""
@@ -148,7 +180,7 @@ class Passage:
 
     async def _try_replicas(self) -> None:
         """Pass the request on, to another replica where one fails before it answers."""
-        replicas = self.gateway.replicas
+        gateway, replicas = self.gateway, self.gateway.replicas
         failed: frozenset[int] = frozenset()
         reached = False
         while True:
@@ -156,8 +188,11 @@ class Passage:
             try:
                 return await self._forward(grant)
             except ReplicaLost as lost:
+                self.sent = False
+                if gateway.client.is_closed:  # it was not the replica that went
+                    raise stopping() from None
                 # A kept connection may have been closed in the moment of its use: only a probe tells what is down.
-                await replicas.probe(self.gateway.client, lost.replica)
+                await replicas.probe(gateway.client, lost.replica)
                 # A request that reached a replica may be what brought it down: it gets one more, not all of them.
                 if (lost.reached and reached) or lost.replica.index in failed:
                     raise Refusal(502, "replica_lost", f"The replica failed before it answered: {lost}.", 1) from None
@@ -212,6 +247,7 @@ class Passage:
             raise stopping()
         with replica.busy():
             try:
+                self.sent = True
                 response = await gateway.client.send(self._request(replica, grant), stream=True)
                 try:
                     if response.status_code == 401:  # of the gateway's key, which is not the client's affair
@@ -223,6 +259,7 @@ class Passage:
                 if self.client.started:
                     await self._break_off(replica, error)
                 else:
+                    self.sent = False
                     seconds = gateway.settings.limits.replica_seconds
                     message = f"The replica gave no sign for {seconds:g} seconds."
                     raise Refusal(504, "replica_silent", message) from None
@@ -234,6 +271,8 @@ class Passage:
     def _request(self, replica: Replica, grant: Grant) -> httpx.Request:
         """Without the defaults of the HTTP client: the bytes are asked for as the client of ours asked."""
         added = {"x-request-id": self.entry.id, **replica.headers}
+        if self.body:
+            added["content-length"] = str(len(self.body))
         if self.route.prefills:
             added["x-vllm-priority"] = PRIORITIES[grant.lane]
         if replica.rank is not None:
@@ -243,7 +282,7 @@ class Passage:
             self.route.method,
             replica.at(target),
             headers=[*headers.to_replica(self.client.headers), *encoded(added)],
-            content=self.body or None,
+            content=pieces(self.body) if self.body else None,
             extensions={"timeout": self.gateway.timeout.as_dict()},
         )
 
@@ -254,6 +293,8 @@ class Passage:
 
         async def head() -> None:
             if not self.client.started:
+                self.body = b""  # nobody else will be asked
+                self.client.release_body()
                 added = encoded(self.exchange.extra_headers())
                 await self.client.start(response.status_code, [*headers.to_client(response.headers.raw), *added])
 
@@ -289,15 +330,15 @@ class Passage:
 
     def _settle(self) -> None:
         """Learn from what the replica counted, and correct the key's charge by it."""
-        answer, entry, question = self.answer, self.entry, self.question
-        if question is None or not self.tokens:
+        if self.question is None or self.charge is None:
             return
-        usage = answer.usage if answer else None
-        if usage is None or usage.prompt is None:
-            # Nothing was counted: a refused request cost nothing, of one that began the estimate stands.
-            if not self.client.started or entry.status != 200:
-                self.account.settle(self.tokens, 0)
-            return
-        self.gateway.estimator.correct(question.text, question.ids, usage.prompt)
-        self.account.settle(self.tokens, usage.prompt + (usage.completion or 0))
-        entry.count(usage.prompt, usage.cached, usage.completion)
+        answer, entry = self.answer, self.entry
+        if answer and answer.usage.prompt is not None:
+            self.gateway.estimator.correct(self.question.size, answer.usage.prompt)
+            self.charge.settle(answer.usage.prompt + answer.completion)
+            entry.count(answer.usage.prompt, answer.usage.cached, answer.usage.completion)
+        elif self.sent and (answer is None or entry.status == 200):
+            # Nothing was counted, but what was let in may have been read: the client left, or did not want to know.
+            self.charge.settle(self.tokens + (answer.completion if answer else 0))
+        else:
+            self.charge.settle(0)

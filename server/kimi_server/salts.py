@@ -20,16 +20,3 @@ def cache_salt(secret: bytes, owner: str, own: Any) -> str:
         raise Refusal(400, "cache_salt", "cache_salt must be a text that is not empty: give one, or leave it out.")
     mark = hmac.digest(secret, json.dumps([owner, own]).encode(), hashlib.sha256)
     return base64.urlsafe_b64encode(mark).rstrip(b"=").decode()
-
-
-def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:
-    """A JSON object with these fields, too.
-
-    They are put last, and of a name that stands twice Python's parser, which vLLM uses, takes the last: a value that
-    the client gave is replaced, and nothing else of its bytes changes.
-    """
-    if not fields:
-        return body
-    end = body.rindex(b"}")
-    comma = b"" if body[:end].rstrip().endswith(b"{") else b","
-    return body[:end] + comma + json.dumps(fields)[1:].encode() + body[end + 1 :]

@@ -10,34 +10,15 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-FIRST = 4096  # characters of a prompt without messages that name its session
 REMEMBERED = 10_000  # stored responses of a key whose replica is known
 
 
-def session_of(session_id: str | None, owner: str, body: dict[str, Any]) -> str | None:
+def session_of(session_id: str | None, owner: str, opening: bytes | None) -> str | None:
     """The session's name, a hash; None where nothing tells. Sessions of two owners are never one."""
-    shared: Any = session_id
-    if shared is None:
-        messages = body.get("messages") or body.get("input") or body.get("prompt")
-        if not messages:
-            return None
-        system = body.get("system") or body.get("instructions")
-        shared = [system, messages[:FIRST] if isinstance(messages, str) else opening(messages)]
-    # ASCII escapes: a lone surrogate, which JSON may hold, has no UTF-8.
-    return blake2b(json.dumps([owner, shared]).encode(), digest_size=12).hexdigest()
-
-
-def opening(messages: Any) -> Any:
-    """The messages of a conversation up to the first that is no system prompt; token ids up to FIRST."""
-    if not isinstance(messages, list):
+    if session_id is None and opening is None:
         return None
-    if not isinstance(messages[0], dict):
-        first = messages[0]
-        return first[:FIRST] if isinstance(first, (str, list)) else messages[:FIRST]
-    for count, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
-            return messages[:count]
-    return messages
+    shared = session_id if session_id is not None else [opening.hex() if opening else ""]
+    return blake2b(json.dumps([owner, shared]).encode(), digest_size=12).hexdigest()
 
 
 def rendezvous(session: str, replicas: Sequence[str]) -> list[int]:

@@ -85,6 +85,7 @@ class AdmissionSettings(Fields):
 @dataclass(frozen=True, config=CONFIG)
 class LimitSettings(Fields):
     body_bytes: Whole = Field(default=64 << 20, ge=1)
+    bodies_bytes: Whole = Field(default=256 << 20, ge=1)  # of all bodies held at once
     header_bytes: Whole = Field(default=16384, ge=256)
     header_seconds: Seconds = Field(default=10, ge=0.01)
     body_seconds: Seconds = Field(default=60, ge=0.01)
@@ -106,6 +107,7 @@ class Settings(Fields):
     limits: LimitSettings = LimitSettings()
     drain_seconds: Seconds = Field(default=60, ge=0)
     max_model_len: Whole | None = Field(default=None, ge=1)
+    cors_origins: tuple[Text, ...] = ()  # of pages elsewhere that may ask; "*" is any
 
     @model_validator(mode="after")
     def _fit(self) -> "Settings":

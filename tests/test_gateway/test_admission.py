@@ -147,6 +147,25 @@ def test_a_full_queue_turns_away_the_last_of_the_key_with_most_waiting() -> None
     run(test)
 
 
+def test_a_request_cancelled_in_the_same_moment_is_not_turned_away() -> None:
+    async def test() -> None:
+        admission = Admission(SETTINGS, 1)
+        held = await admission.enter("greedy", 800, only(0))
+        greedy = [await waiting(admission, "greedy", 800) for _ in range(8)]
+        modest = asyncio.create_task(admission.enter("modest", 800, only(0)))
+        greedy[-1].cancel()  # leaves its line after `modest` has come
+        await settle()
+        assert greedy[-1].cancelled()
+        assert not any(task.done() for task in (*greedy[:-1], modest))
+        for task in (*greedy[:-1], modest):
+            task.cancel()
+        await asyncio.gather(*greedy, modest, return_exceptions=True)
+        held.release()
+        assert not any(admission.lines.values())
+
+    run(test)
+
+
 def test_the_next_replica_takes_what_the_first_has_no_room_for() -> None:
     async def test() -> None:
         admission = Admission(SETTINGS, 3)

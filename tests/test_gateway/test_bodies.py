@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from kimi_server import estimate
 from kimi_server.answers import Answer
 from kimi_server.errors import Refusal
-from kimi_server.estimate import Estimator, measure
+from kimi_server.estimate import Estimator, Size, measure
 from kimi_server.question import read_question
 from kimi_server.sessions import REMEMBERED, StoredResponses, rendezvous, session_of
 
@@ -18,34 +19,67 @@ FIRST = {"role": "user", "content": "Hello"}
 
 
 @pytest.mark.parametrize(
-    ("body", "text", "ids"),
+    ("body", "text", "ids", "prompts"),
     [
-        ({"prompt": "abcd"}, 4, 0),
-        ({"prompt": "é\ud800"}, 5, 0),
-        ({"prompt": [1, 2, 3]}, 0, 3),
-        ({"prompt": [[1, 2], [3]]}, 0, 3),
-        ({"prompt": ["ab", "c"]}, 3, 0),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]}, 127, 0),
-        ({"system": "abc", "messages": []}, 3, 0),
-        ({"model": "m", "user": "somebody", "stop": ["a"]}, 0, 0),
-        ({"messages": None, "prompt": True}, 0, 0),
+        ({"prompt": "abcd"}, 4, 0, 1),
+        ({"prompt": "é\\\n😀"}, 8, 0, 1),
+        ({"prompt": [1, 2, 3]}, 0, 3, 1),
+        ({"prompt": [[1, 2], [3]]}, 0, 3, 2),
+        ({"prompt": ["ab", "c"]}, 3, 0, 2),
+        ({"prompt": "[1, 2]"}, 6, 0, 1),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]}, 127, 0, 1),
+        ({"messages": [[{"role": "user"}], [{"role": "user"}, {"role": "b"}]]}, 21, 0, 2),
+        ({"system": "abc", "messages": []}, 3, 0, 1),
+        ({"state": {"a": "bc"}, "questions": {"q": {"type": "t"}}}, 9, 0, 1),
+        ({"model": "m", "user": "somebody", "stop": ["a"]}, 0, 0, 1),
+        ({"messages": None, "prompt": True, "tools": [1, 2]}, 0, 0, 1),
     ],
 )
-def test_measure(body: dict[str, Any], text: int, ids: int) -> None:
-    assert measure(body) == (text, ids)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_the_size_of_a_prompt(body: dict[str, Any], text: int, ids: int, prompts: int, ascii_only: bool) -> None:
+    assert read_question(json.dumps(body, ensure_ascii=ascii_only).encode()).size == Size(text, ids, prompts)
+
+
+@pytest.mark.parametrize("window", [7, 16, 33, 65536])
+def test_a_size_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """Of random values, with strings, escapes and numbers cut anywhere."""
+    monkeypatch.setattr(estimate, "WINDOW", window)
+    choose = random.Random(window)
+    letters = ["a", '"', "\\", "\n", "é", "中", "😀", "u", "\\u0041", "[", "{", "}", ",", "7"]
+
+    def value(depth: int = 0) -> Any:
+        text = "".join(choose.choices(letters, k=choose.randrange(12)))
+        kind = choose.randrange(5 if depth < 4 else 2)
+        if kind < 2:
+            return text
+        few = range(choose.randrange(4))
+        return {f"{text}{n}": value(depth + 1) for n in few} if kind == 2 else [value(depth + 1) for _ in few]
+
+    def text_of(found: Any) -> int:
+        if isinstance(found, dict):
+            return sum(len(name.encode()) + text_of(one) for name, one in found.items())
+        return len(found.encode()) if isinstance(found, str) else sum(map(text_of, found))
+
+    for number in range(2000):
+        found = value()
+        written = json.dumps(found, ensure_ascii=number % 2 == 0).encode()
+        assert measure(memoryview(written)).text == text_of(found), written
+    ids = list(range(3000))
+    assert measure(memoryview(json.dumps(ids).encode())) == Size(0, 3000, 1)
+    assert measure(memoryview(json.dumps([ids, ids]).encode())).ids == 6000
 
 
 def test_the_estimate_follows_the_usage() -> None:
     estimator = Estimator()
-    assert estimator.tokens_of(4000, 0) == 1000
-    assert estimator.tokens_of(4000, 7) == 1007
-    assert estimator.tokens_of(0, 0) == 1
+    assert estimator.tokens_of(Size(4000)) == 1000
+    assert estimator.tokens_of(Size(4000, 7)) == 1007
+    assert estimator.tokens_of(Size()) == 1
     for _ in range(50):
-        estimator.correct(2000, 10, 1010)
-    assert 1950 <= estimator.tokens_of(4000, 0) <= 2000
+        estimator.correct(Size(2000, 10), 1010)
+    assert 1950 <= estimator.tokens_of(Size(4000)) <= 2000
     ratio = estimator.ratio
-    estimator.correct(0, 10, 10)
-    estimator.correct(100, 10, 5)  # nonsense
+    estimator.correct(Size(0, 10), 10)
+    estimator.correct(Size(100, 10), 5)  # nonsense
     assert estimator.ratio == ratio
 
 
@@ -55,12 +89,15 @@ def test_the_estimate_follows_the_usage() -> None:
         (b"", "required"),
         (b"\xff\xfe", "byte 0 is not UTF-8"),
         (b'{"a": "\xc3"}', "byte 7 is not UTF-8"),
+        (b'{"a": "' + b"x" * 70000 + b'\xc3"}', "byte 70007 is not UTF-8"),
         (b'{"a": ', "not JSON"),
         (b'{"a": 1} {"b": 2}', "not JSON"),
-        (b"[]", "object, not list"),
+        (b'{"a": "\x01"}', "not JSON"),
+        (b"[]", "object, not array"),
         (b'"x"', "object, not str"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' + b"9" * 10_000 + b"}", "too long"),
+        (b'{"a":' + b"[" * 100_000, "nested too deeply"),
+        (b'{"n":' + b"9" * 10_000 + b"}", "too long"),
+        (b'{"n":"' + b"9" * 70_000 + b'"}', "n is longer than"),
     ],
 )
 def test_bodies_that_are_no_questions(body: bytes, words: str) -> None:
@@ -70,44 +107,92 @@ def test_bodies_that_are_no_questions(body: bytes, words: str) -> None:
     assert words in refused.value.message
 
 
-def test_a_question() -> None:
-    question = read_question(b'{"prompt": "abc", "max_tokens": 5, "max_completion_tokens": 6}')
-    assert (question.text, question.ids, question.answer) == (3, 0, 6)
-    assert read_question(b'{"max_tokens": -5}').answer == 0
-    assert read_question(b'{"max_tokens": "5"}').answer == 0
+CHAT_ANSWER = ("max_completion_tokens", "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (b'{"max_tokens": 5, "max_completion_tokens": 6}', 6),
+        (b'{"max_tokens": 5, "max_completion_tokens": null}', 5),
+        (b'{"max_tokens": "1000000"}', 1_000_000),
+        (b'{"max_tokens": 1e6}', 1_000_000),
+        (b'{"max_tokens": 5.0}', 5),
+        (b'{"max_tokens": 1, "max_tokens": 7}', 7),
+        (b'{"max\\u005ftokens": 7}', 7),
+        (b'\xef\xbb\xbf{"max_tokens": 7}', 7),
+        (b"{}", 16),
+        # No limit, or what vLLM answers 400.
+        (b'{"max_tokens": null}', None),
+        (b'{"max_tokens": 0}', None),
+        (b'{"max_tokens": -5}', None),
+        (b'{"max_tokens": 1.5}', None),
+        (b'{"max_tokens": "many"}', None),
+        (b'{"max_tokens": {}}', None),
+    ],
+)
+def test_the_longest_answer(body: bytes, answer: int | None) -> None:
+    assert read_question(body).answer(CHAT_ANSWER, 16) == answer
+
+
+@pytest.mark.parametrize(
+    ("body", "answers"),
+    [
+        (b"{}", 1),
+        (b'{"n": 3}', 3),
+        (b'{"n": "3"}', 3),
+        (b'{"n": null}', 1),
+        (b'{"n": 0}', 1),
+        (b'{"n": 2, "prompt": ["a", "b", "c"]}', 6),
+    ],
+)
+def test_how_many_answers(body: bytes, answers: int) -> None:
+    assert read_question(body).answers == answers
 
 
 def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"messages": list(messages), **more}
 
 
+def session(session_id: str | None, key: str, body: dict[str, Any]) -> str | None:
+    return session_of(session_id, key, read_question(json.dumps(body).encode()).opening)
+
+
 def test_turns_of_a_conversation_are_one_session() -> None:
-    first = session_of(None, "a", chat(SYSTEM, FIRST))
-    assert first == session_of(None, "a", chat(SYSTEM, FIRST, {"role": "assistant", "content": "x"}, FIRST))
+    first = session(None, "a", chat(SYSTEM, FIRST))
+    assert first == session(None, "a", chat(SYSTEM, FIRST, {"role": "assistant", "content": "x"}, FIRST))
     others = [
-        session_of(None, "b", chat(SYSTEM, FIRST)),
-        session_of(None, "a", chat(FIRST)),
-        session_of(None, "a", chat(SYSTEM, {"role": "user", "content": "Hi"})),
-        session_of(None, "a", chat(FIRST, system="You are brief.")),
-        session_of("abc", "a", chat(SYSTEM, FIRST)),
+        session(None, "b", chat(SYSTEM, FIRST)),
+        session(None, "a", chat(FIRST)),
+        session(None, "a", chat(SYSTEM, {"role": "user", "content": "Hi"})),
+        session(None, "a", chat(FIRST, system="You are brief.")),
+        session("abc", "a", chat(SYSTEM, FIRST)),
     ]
     assert len({first, *others}) == 6
-    assert session_of("abc", "a", {}) == session_of("abc", "a", chat(FIRST))
-    assert session_of("abc", "a", {}) != session_of("abc", "b", {})
+    assert session("abc", "a", {}) == session("abc", "a", chat(FIRST))
+    assert session("abc", "a", {}) != session("abc", "b", {})
+
+
+def test_a_long_document_after_a_long_system_prompt_is_one_session_for_all_its_turns() -> None:
+    for system, document in (("x" * 50_000, "y" * 50_000), ("x" * 80_000, "y")):
+        first = chat({"role": "system", "content": system}, {"role": "user", "content": document})
+        later = chat(*first["messages"], {"role": "assistant", "content": "z"}, FIRST)
+        assert session(None, "a", first) == session(None, "a", later)
+    assert session(None, "a", chat(SYSTEM, FIRST)) != session(None, "a", chat(SYSTEM, {"role": "user", "content": "B"}))
 
 
 def test_prompts_without_messages_are_sessions_by_their_beginning() -> None:
     for long in ("x" * 5000, [7] * 5000, ["x" * 5000]):
         more: Any = [*long, *long] if isinstance(long, list) and len(long) > 1 else long
-        assert session_of(None, "", {"prompt": long}) == session_of(None, "", {"prompt": more})
-        assert session_of(None, "", {"prompt": long}) != session_of(None, "", {"prompt": "y"})
+        assert session(None, "", {"prompt": long}) == session(None, "", {"prompt": more})
+        assert session(None, "", {"prompt": long}) != session(None, "", {"prompt": "y"})
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"messages": []}, {"prompt": ""}, {"messages": 3}, {"messages": [None]}, {"prompt": "\ud800"}]
+    "body", [{}, {"messages": []}, {"prompt": ""}, {"messages": 3}, {"messages": [None]}, {"messages": [[], {}]}]
 )
 def test_sessions_of_odd_bodies(body: dict[str, Any]) -> None:
-    session_of(None, "", body)
+    session(None, "", body)
 
 
 def test_rendezvous_moves_only_the_sessions_of_what_went() -> None:

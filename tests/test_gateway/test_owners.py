@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from kimi_server.bodies import with_fields
 from kimi_server.keys import Keyring
-from kimi_server.salts import cache_salt, with_fields
+from kimi_server.salts import cache_salt
 from tests.test_gateway.conftest import CHAT, Running
 from tests.upstream import Upstream
 

@@ -133,6 +133,31 @@ def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream
         assert "Traceback" not in gateway.errors.read_text()
 
 
+def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
+    """One waits for its replica's first byte, two behind it for room."""
+    upstream.hold = 600
+    admission = {"prefill_tokens": 300, "short_prompt": 50, "short_reserve": 100}
+    replies: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"prompt": [1] * 200}
+        replies.append(httpx.post(f"{gateway.url}/v1/completions", json=body, trust_env=False, timeout=60))
+
+    with Process(tmp_path, [upstream_url], drain_seconds=0.3, admission=admission) as gateway:
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while 'kimi_gateway_queued{lane="long"} 2.0' not in httpx.get(gateway.metrics_url, trust_env=False).text:
+            time.sleep(0.005)
+        gateway.process.terminate()
+        for thread in threads:
+            thread.join(60)
+        assert [reply.status_code for reply in replies] == [503] * 3
+        assert all("shutting down" in reply.json()["error"]["message"] for reply in replies)
+        assert gateway.process.wait(30) == 0
+        assert "Traceback" not in gateway.errors.read_text()
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
     upstream.held = lambda body: True
     with Process(tmp_path, [upstream_url]) as gateway:

@@ -19,7 +19,12 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from kimi_server.routes import CLOSED, ROUTES
+from kimi_server.counts import Counts
+from kimi_server.estimate import TEMPLATE
+from kimi_server.question import plain_prompt, read_question
+from kimi_server.replicas import Replica
+from kimi_server.routes import CLOSED, ROUTES, TOKENIZE
+from kimi_server.settings import ReplicaSettings
 from tests.completions import Completions
 from tests.conftest import FLAGS
 from tests.test_gateway.test_process import Process
@@ -122,6 +127,68 @@ def test_what_a_replica_says_is_what_comes(gateway: Process, replicas: list[Serv
     assert through.json()["choices"] == straight.json()["choices"]
     assert through.json()["usage"] == straight.json()["usage"]
     assert through.json()["id"].endswith(through.headers["x-request-id"])
+
+
+TEXTS = ("31415926535897932384626433" * 40, "def f(x):\n\treturn x**2  # []\n" * 40, "人们一直在寻找" * 60, "word " * 9)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_prompts_are_counted_as_vllm_counts_them(replicas: list[Server], text: str) -> None:
+    """Exactly where a replica takes the same body, and else but for what the template adds; never above the bound."""
+    server, messages = replicas[0], [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+    bodies = {
+        "/v1/chat/completions": {"messages": messages, "max_tokens": 1},
+        "/v1/completions": {"prompt": text, "max_tokens": 1},
+        "/v1/messages": {"messages": messages[1:], "system": "Be brief.", "max_tokens": 1},
+        "/v1/responses": {"input": messages, "max_output_tokens": 1},
+    }
+
+    async def count(path: str, body: bytes) -> int | None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return await Counts(client).ask(Replica(0, ReplicaSettings(server.url)), path, body)
+
+    for route in ROUTES:
+        if route.path in bodies:
+            asked = bodies[route.path] | {"model": server.model}
+            sent = json.dumps(asked).encode()
+            usage = httpx.post(server.url + route.path, json=asked, timeout=60, trust_env=False).json()["usage"]
+            tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
+            assert tokens <= read_question(sent).size.most
+            if route.counts:
+                assert asyncio.run(count(route.counts, sent)) == tokens
+            else:
+                counted = asyncio.run(count(TOKENIZE, plain_prompt(sent)))
+                assert counted is not None and tokens - TEMPLATE <= counted <= tokens
+
+
+def test_odd_requests_are_answered_as_vllm_answers_them(gateway: Process, replicas: list[Server]) -> None:
+    path, short = "/v1/completions", {"model": replicas[0].model, "prompt": [50, 51]}
+    sent: list[tuple[str, str, bytes]] = [
+        ("GET", "/v1/models?a=%20:+[]", b""),
+        ("GET", "/v1/models/", b""),
+        ("POST", f"{path}/", json.dumps(short).encode()),
+        ("POST", path, b"\xef\xbb\xbf" + json.dumps(short).encode()),
+        *(("POST", path, json.dumps(short | more).encode()) for more in ODD),
+    ]
+    for method, target, content in sent:
+        answers = [
+            httpx.request(
+                *(method, url + target),
+                content=content,
+                headers={"content-type": "application/json"},
+                timeout=60,
+                trust_env=False,
+            )
+            for url in (replicas[0].url, gateway.url)
+        ]
+        assert answers[0].status_code == answers[1].status_code, (target, content, answers[1].text)
+
+
+ODD: list[dict] = [
+    *({"max_tokens": value} for value in ("3", 3.0, 3e0, True, None, "many", 1.5, 0, -1, [])),
+    *({"max_tokens": 1, "n": value} for value in ("2", 2.0, 0, -1, "x")),
+    {"max_tokens": 1, "user": "\ud800"},
+]
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])

@@ -155,8 +155,7 @@ def test_keys_yaml(folder: Path, content: bytes) -> None:
 def use(account: Account) -> None:
     """What a key that was taken must be fit for."""
     with account.request():
-        account.charge(0, 0)
-        account.settle(0, 10)
+        account.charge(0).settle(10)
         account.tokens.wait(account.key.tokens_per_minute or 1)
     metrics = Metrics()
     metrics.prompt.labels(account.key.id).inc(1)

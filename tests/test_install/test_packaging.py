@@ -164,7 +164,7 @@ def test_torch_of_the_cpu_extra_can_be_the_cpu_build() -> None:
 
 
 def test_server_extra_brings_no_torch() -> None:
-    names = {"fastapi", "httptools", "httpx", "prometheus-client", "pydantic", "pyyaml", "uvicorn"}
+    names = {"fastapi", "httptools", "httpx", "msgspec", "prometheus-client", "pydantic", "pyyaml", "uvicorn"}
     assert EXTRAS["server"].keys() == names
 
 
