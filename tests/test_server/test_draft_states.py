@@ -108,7 +108,7 @@ async def everything(server: Completions, words: Words, lengths: list[int]) -> l
         mixed += [ask(server, client, case, prompt_logprobs=1) for case in cases[:2]]
         gone = [leave(server, client, words.prompt(length)) for length in lengths]
         words.random.shuffle(mixed)
-        *found, _ = await asyncio.gather(*mixed, asyncio.gather(*gone))
+        found, _ = await asyncio.gather(asyncio.gather(*mixed), asyncio.gather(*gone))
         await server.until_idle()
     return [fault for each in (*faults, *found) for fault in each]
 
