@@ -13,7 +13,7 @@ from vllm.version import __version__ as vllm_version
 
 from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks
 from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode
+from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode, unpadded_prompts
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -38,6 +38,7 @@ def apply() -> None:
         sleep_between_polls_on_cpu()
         keep_draft_states_on_cpu()
         cpu_spec_decode.apply()
+        unpadded_prompts.apply()
 
 
 def _is_known() -> bool:
