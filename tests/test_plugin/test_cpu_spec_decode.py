@@ -93,7 +93,8 @@ def test_greedy_requests_keep_drafts_up_to_the_first_wrong_one(drafted: list[int
 
 @pytest.mark.parametrize("drafted", DRAFTED)
 @pytest.mark.parametrize("some_greedy", [False, True])
-def test_random_requests_keep_drafts_that_are_likely_enough(drafted: list[int], some_greedy: bool):
+@pytest.mark.parametrize("placeholders", [False, True])
+def test_random_requests_keep_drafts_that_are_likely_enough(drafted: list[int], some_greedy: bool, placeholders: bool):
     random = torch.Generator().manual_seed(sum(drafted))
     requests, tokens = len(drafted), sum(drafted)
     drafts, recovered = torch.randint(VOCAB, (2, tokens), generator=random, dtype=torch.int32)
@@ -101,6 +102,9 @@ def test_random_requests_keep_drafts_that_are_likely_enough(drafted: list[int], 
     likely[::4], likely[1::4] = 0, 1
     probs = torch.zeros(tokens, VOCAB).scatter(1, drafts[:, None].long(), likely[:, None])
     uniform = torch.rand(tokens, generator=random, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    if placeholders:  # whose probability nobody asked for: here that of the last word, a row before
+        drafts[:] = -1
+        probs[:, -1], likely[:] = 1, 0
     bonus = torch.randint(VOCAB, (requests, 1), generator=random, dtype=torch.int32)
     is_greedy = torch.arange(requests) % 2 == (0 if some_greedy else 2)
     expected = torch.full((requests, max(drafted) + 1), -1, dtype=torch.int32)

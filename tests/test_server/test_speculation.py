@@ -104,6 +104,16 @@ def test_answers_with_drafts_and_a_prefix_cache(repetitive: list[Case], caching:
     assert caching.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
+@pytest.mark.parametrize("which", ["drafting", "caching"])
+def test_prompts_of_one_token_beside_others(repetitive: list[Case], request: pytest.FixtureRequest, which: str):
+    """They start from no state, whatever the blocks that they are given hold; more come as soon as one has ended."""
+    server: Completions = request.getfixturevalue(which)
+    short = [case for case in repetitive if len(case.prompt) == 1] * 8
+    check(short, server.at_once([case.asked for case in short], cold=which == "caching"))
+    others = [*repetitive, *short]
+    check(others, server.at_once([case.asked for case in others]))
+
+
 # How a request asks for its samples, what the server without drafts is asked for the same, and how many are drawn.
 SAMPLED: tuple[tuple[dict[str, Any], dict[str, Any], int], ...] = (
     ({"temperature": 1, "top_k": -1}, {"temperature": 1}, 2000),
