@@ -140,6 +140,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("gdn-prefill-backend", extra.get("gdn_prefill_backend"), (None,), unread),
         ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
         ("kda-decode-backend", extra.get("kda_decode_backend"), (None,), unread),
+        ("disable-chunked-mm-input", scheduler.disable_chunked_mm_input, (False,), unread),
         ("prefill-context-parallel-size", parallel.prefill_context_parallel_size, (1,), unset),
         ("enable-dbo", parallel.enable_dbo, (False,), unset),
         ("ubatch-size", parallel.ubatch_size, (0, 1), unset),

@@ -47,7 +47,7 @@ def serve(model: str) -> dict[str, Any]:
 
 def steady(text: str) -> str:
     """The text without what differs from run to run: times, process ids, names of temporary files."""
-    return re.sub(r"[0-9a-f]{16,}|\d+", "#", text)
+    return re.sub(r"vllm_mm_\S+|[0-9a-f]{16,}|\d+", "#", text)
 
 
 def metrics() -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ def found(table: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[in
     assert sizes
     experts, width, device = int(sizes[1]), int(sizes[2]), sizes[3]
     monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: device)
-    monkeypatch.setattr(fused_moe, "get_moe_configs", fused_moe.get_moe_configs)  # put back at the end
+    monkeypatch.setattr(fused_moe, "get_moe_configs", unwrap(fused_moe.get_moe_configs))  # without its cache
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
-    fused_moe.get_moe_configs.__wrapped__.cache_clear()
 
     def find(*layers: nn.Module) -> dict[int, Any] | None:
         named = {str(number): layer for number, layer in enumerate(layers)}

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 # Refused by a sentence that names the flag: the cases stand in test_start_errors.py.
 REFUSED_FLAGS = """
     attention_backend block_size cpu_offload_gb data_parallel_size decode_context_parallel_size
-    disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep enable_eplb
-    enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
+    disable_chunked_mm_input disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep
+    enable_eplb enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint gdn_prefill_backend kda_decode_backend kda_prefill_backend kv_cache_dtype
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend mamba_block_size mamba_cache_dtype
     mamba_cache_philox_rounds offload_group_size prefill_context_parallel_size prefix_cache_retention_interval
@@ -82,7 +82,6 @@ LONG: dict[str, dict[str, Any]] = {
     "logprobs_mode": {"logprobs_mode": "raw_logits"},
     "load_format": {"load_format": "safetensors", "safetensors_load_strategy": "eager"},
     "safetensors_load_strategy": {"safetensors_load_strategy": "prefetch"},
-    "load_format npcache": {"load_format": "npcache"},
     "mamba_cache_mode": {"mamba_cache_mode": "none"},
     "mamba_cache_mode without a prefix cache": {"mamba_cache_mode": "align", "enable_prefix_caching": False},
     "model_impl": {"model_impl": "vllm", "config_format": "hf", "convert": "none"},
@@ -134,7 +133,7 @@ UNTOUCHED = {
         mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_only mm_encoder_tp_mode mm_encoder_attn_backend
         mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
         skip_mm_profiling video_pruning_rate video_pruning_method mm_tensor_ipc mm_processor_device
-        mm_ipc_gpu_memory_gb mm_device_do_normalize enable_mm_processor_stats disable_chunked_mm_input
+        mm_ipc_gpu_memory_gb mm_device_do_normalize enable_mm_processor_stats
         ec_transfer_config ec_manager_config
     """,
     "what reads them is refused: adapters, drafters, offloading, kinds of parallelism, quantisation, pooling": """

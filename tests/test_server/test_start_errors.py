@@ -190,6 +190,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "--enable-chunked-prefill",
         "False",
     ),
+    "whole images": (
+        {},
+        {"disable_chunked_mm_input": True, "enable_prefix_caching": True},
+        "--disable-chunked-mm-input",
+        "True",
+    ),
     "another KDA prefill": ({}, {"kda_prefill_backend": "triton"}, "--kda-prefill-backend", "triton"),
     "another KDA decode": ({}, {"kda_decode_backend": "triton"}, "--kda-decode-backend", "triton"),
 }
