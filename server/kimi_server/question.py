@@ -38,6 +38,10 @@ ENVELOPE = msgspec.json.Decoder(
     msgspec.defstruct("Envelope", [(name, Raw, ABSENT) for name in (*PROMPT_FIELDS, *SMALL_FIELDS)])
 )
 MESSAGE = msgspec.json.Decoder(msgspec.defstruct("Message", [("role", str, "")]))
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[][{},]', re.DOTALL)
 
 
@@ -116,7 +120,12 @@ def _open(body: bytes) -> Any:
     body = body.removeprefix(codecs.BOM_UTF8)
     _check_utf8(body)
     try:
-        return ENVELOPE.decode(body)
+        try:
+            return ENVELOPE.decode(body)
+        except msgspec.DecodeError:
+            if not LONE_SURROGATE.search(body):
+                raise
+            return ENVELOPE.decode(_without_lone_surrogates(body))
     except msgspec.ValidationError as error:
         found = str(error).rpartition("got ")[2].strip("`")
         raise _bad(f"The request body must be a JSON object, not {found}.") from None
@@ -124,6 +133,14 @@ def _open(body: bytes) -> Any:
         raise _bad(f"The request body is not JSON: {str(error).removeprefix('JSON is malformed: ')}.") from None
     except RecursionError:
         raise _bad("The request body is JSON that is nested too deeply.") from None
+
+
+def _without_lone_surrogates(body: bytes) -> bytes:
+    """As long as before. Python's parser takes halves of pairs, such as an emoji cut in two, and msgspec does not."""
+    mended = bytearray(body)
+    for found in LONE_SURROGATE.finditer(body):
+        mended[found.start() : found.end()] = rb"\ufffd"
+    return bytes(mended)
 
 
 def _check_utf8(body: bytes) -> None:

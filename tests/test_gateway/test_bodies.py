@@ -10,7 +10,7 @@ from kimi_server import estimate
 from kimi_server.answers import Answer
 from kimi_server.errors import Refusal
 from kimi_server.estimate import Estimator, Size, measure
-from kimi_server.question import read_question
+from kimi_server.question import plain_prompt, read_question
 from kimi_server.sessions import REMEMBERED, StoredResponses, rendezvous, session_of
 
 SSE = "text/event-stream; charset=utf-8"
@@ -105,6 +105,14 @@ def test_bodies_that_are_no_questions(body: bytes, words: str) -> None:
         read_question(body)
     assert refused.value.status == 400
     assert words in refused.value.message
+
+
+def test_halves_of_surrogate_pairs_are_taken_as_pythons_parser_takes_them() -> None:
+    for text in ("a\ud83d", "\ude00b", "\ud83d\ud83d\U0001f600\ude00", "\\\ud83d"):
+        question = read_question(json.dumps({"prompt": text, "user": text, "max_tokens": 5}).encode())
+        assert question.size.text == len(text.encode(errors="surrogatepass"))
+        assert question.answer(CHAT_ANSWER, None) == 5
+    assert b"\\" not in plain_prompt(json.dumps({"prompt": "a\ud83d"}).encode())
 
 
 CHAT_ANSWER = ("max_completion_tokens", "max_tokens")
