@@ -66,8 +66,8 @@ class Client:
         except TimeoutError:
             seconds = self.limits.body_seconds
             if self.held is None:
-                message = f"There was no room for this body beside others within {seconds:g} seconds: try again."
-                raise Refusal(503, "bodies_bytes", message, RETRY_SECONDS) from None
+                full = f"There was no room for this body beside others within {seconds:g} seconds: try again."
+                raise Refusal(503, "bodies_bytes", full, RETRY_SECONDS) from None
             raise Refusal(408, "body_seconds", f"The body did not come within {seconds:g} seconds.") from None
 
     def release_body(self) -> None:

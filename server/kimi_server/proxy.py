@@ -19,6 +19,7 @@ from kimi_server.answers import Answer
 from kimi_server.bodies import pieces, with_fields
 from kimi_server.client import Client, ClientLeft
 from kimi_server.errors import Refusal, error_body, no_replica, stopping
+from kimi_server.estimate import Size
 from kimi_server.gateway import Gateway
 from kimi_server.question import Question, plain_prompt, read_question
 from kimi_server.replicas import Replica
@@ -145,7 +146,7 @@ class Passage:
         else:
             wanted = size.most + question.answers * (answer or gateway.max_model_len or longest or 0)
             if (longest is not None and wanted > longest) or (left is not None and size.most > left):
-                prompt = tokens = await self._count() or tokens
+                prompt = tokens = await self._count(size) or tokens
         limit = account.answer_limit(prompt, answer, question.answers, given)
         if limit is not None:
             self.body = with_fields(self.body, dict.fromkeys(route.answer_fields[:1], limit))
@@ -154,19 +155,19 @@ class Passage:
         entry.lane = gateway.admission.lane_of(self.tokens)
         self.charge = account.charge(self.tokens)
 
-    async def _count(self) -> int | None:
+    async def _count(self, size: Size) -> int | None:
         """The prompt's tokens as a replica counts them; None where none can tell."""
         gateway, path, body = self.gateway, self.route.counts, self.body
         order = gateway.replicas.order(self.entry.session)
         if not order:
             return None
-        if not self.question.size.text:
-            return self.question.size.ids
+        if not size.text:
+            return size.ids
         replica = gateway.replicas.all[order[0]]
         if path and (count := await gateway.counts.ask(replica, path, body)):
             return count
         plain = await gateway.reader.read(plain_prompt, body)
-        return await gateway.counts.ask(replica, TOKENIZE, plain) if plain else self.question.size.most
+        return await gateway.counts.ask(replica, TOKENIZE, plain) if plain else size.most
 
     def _added(self, question: Question) -> dict[str, str]:
         """What a body gets in place of the client's own, for it decides about others: the cache's salt, an id."""

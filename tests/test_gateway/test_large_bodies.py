@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -87,7 +85,7 @@ def test_a_reader_that_dies_is_followed_by_another() -> None:
             assert (await reader.read(read_question, body)).size.text == 0
             assert reader.pool is not None
             [process] = reader.pool._processes.values()
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             with pytest.raises(question.Refusal) as refused:
                 await reader.read(read_question, body)

@@ -184,9 +184,11 @@ def test_odd_requests_are_answered_as_vllm_answers_them(gateway: Process, replic
         assert answers[0].status_code == answers[1].status_code, (target, content, answers[1].text)
 
 
+MOST: list[object] = ["3", 3.0, 3e0, True, None, "many", 1.5, 0, -1, []]
+ANSWERS: list[object] = ["2", 2.0, 0, -1, "x"]
 ODD: list[dict] = [
-    *({"max_tokens": value} for value in ("3", 3.0, 3e0, True, None, "many", 1.5, 0, -1, [])),
-    *({"max_tokens": 1, "n": value} for value in ("2", 2.0, 0, -1, "x")),
+    *({"max_tokens": most} for most in MOST),
+    *({"max_tokens": 1, "n": answers} for answers in ANSWERS),
     {"max_tokens": 1, "user": "\ud800"},
 ]
 
