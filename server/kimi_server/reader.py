@@ -31,19 +31,31 @@ class Reader:
         """`how(body)`; raises what it raises, and Refusal where the process is lost."""
         if len(body) <= HERE_BYTES:
             return how(body)
-        async with self.turn:
-            if self.pool is None:
-                context = multiprocessing.get_context("spawn")
-                self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_stay_while_needed)
+        await self.turn.acquire()
+        try:
+            work = self._give(how, body)
+        except BaseException:
+            self.turn.release()
+            raise
+        # Not when its client leaves, but when it is done with: bodies would pile up in the pool.
+        work.add_done_callback(lambda _: self.turn.release())
+        try:
+            return await asyncio.shield(work)
+        except BrokenProcessPool:
+            self.close()
+            message = "The process that reads large bodies was lost: try again, or send a smaller one."
+            raise Refusal(503, "reader_lost", message, 1) from None
+
+    def _give(self, how: Callable[[bytes], T], body: bytes) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        if self.pool is not None:
             try:
-                # Whoever is cancelled meanwhile still waits, so that no body is left behind in the pool.
-                work = asyncio.get_running_loop().run_in_executor(self.pool, how, body)
-                await asyncio.wait({work})
-                return work.result()
-            except BrokenProcessPool:
+                return loop.run_in_executor(self.pool, how, body)
+            except BrokenProcessPool:  # it died while it had nothing to do
                 self.close()
-                message = "The process that reads large bodies was lost: try again, or send a smaller one."
-                raise Refusal(503, "reader_lost", message, 1) from None
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_stay_while_needed)
+        return loop.run_in_executor(self.pool, how, body)
 
     def close(self) -> None:
         if self.pool is not None:

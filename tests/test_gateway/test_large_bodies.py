@@ -79,22 +79,41 @@ def test_no_large_body_is_read_in_the_event_loop(start: Start, monkeypatch: pyte
 
 def test_a_reader_that_dies_is_followed_by_another() -> None:
     async def test() -> None:
-        reader = Reader()
-        body = objects(2 * HERE_BYTES)
+        reader, body = Reader(), objects(2 * HERE_BYTES)
         try:
+            with pytest.raises(question.Refusal) as refused:
+                await reader.read(exec, b"import os; os._exit(1)  #" + b"x" * HERE_BYTES)
+            assert (refused.value.status, refused.value.reason) == (503, "reader_lost")
             assert (await reader.read(read_question, body)).size.text == 0
             assert reader.pool is not None
             [process] = reader.pool._processes.values()
             process.kill()
-            process.join()
-            with pytest.raises(question.Refusal) as refused:
-                await reader.read(read_question, body)
-            assert (refused.value.status, refused.value.reason) == (503, "reader_lost")
+            while not reader.pool._broken:
+                await asyncio.sleep(0.005)
             assert (await reader.read(read_question, body)).size.text == 0
         finally:
             reader.close()
 
-    asyncio.run(test())
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_body_whose_client_left_is_done_with_before_the_next_one_is_read() -> None:
+    async def test() -> None:
+        reader, body = Reader(), objects(2 * HERE_BYTES)
+        try:
+            await reader.read(read_question, body)
+            first = asyncio.create_task(reader.read(read_question, body))
+            while not reader.turn.locked():
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.wait({first})
+            assert first.cancelled() and reader.turn.locked()
+            assert (await reader.read(read_question, body)).size.text == 0
+            assert not reader.turn.locked()
+        finally:
+            reader.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_reader_ends_with_the_process_that_needs_it() -> None:
