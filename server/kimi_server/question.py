@@ -33,12 +33,14 @@ PLAIN_BYTES = 8 << 20  # of prompts that are put together as plain text
 
 Raw = msgspec.Raw
 ABSENT = Raw(b"")
-# Unknown fields are checked and skipped; of a field that stands twice the last counts, as it does for Python's parser.
+
+
 class Message(msgspec.Struct):
     role: str = ""
 
 
 MESSAGE = msgspec.json.Decoder(Message)
+# Unknown fields are checked and skipped; of a field that stands twice the last counts, as it does for Python's parser.
 ENVELOPE = msgspec.json.Decoder(
     msgspec.defstruct("Envelope", [(name, Raw, ABSENT) for name in (*PROMPT_FIELDS, *SMALL_FIELDS)])
 )

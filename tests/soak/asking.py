@@ -21,6 +21,13 @@ class Tally:
     level_ends: int = 0  # comparisons that ended where the two best were level
     wrong: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    told: int = 0  # of both
+
+    def news(self) -> list[str]:
+        """What went wrong since this was last called, the first few of it."""
+        said = self.told
+        self.told = len(self.wrong) + len(self.faults)
+        return [*self.wrong, *self.faults][-(self.told - said) :][:5] if self.told > said else []
 
     def compare(self, case: Case, tokens: list[int]) -> None:
         for at, (ours, cold, lead) in enumerate(zip(tokens, case.tokens, case.leads, strict=False)):

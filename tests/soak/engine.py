@@ -48,9 +48,9 @@ def server(folder: Path, gpu: bool, drafts: bool, prefix_caching: bool) -> Serve
     return Server(model, flags, log_path=folder / "server.log", env=env)
 
 
-def traffic(running: Server, seed: int) -> Traffic:
+def traffic(running: Server, seed: int, drafts: bool) -> Traffic:
     assert CONTEXT > LONGEST + 256
-    return Traffic(running.model, CONTEXT, seed)
+    return Traffic(running.model, CONTEXT, seed, drafts)
 
 
 async def rounds(completions: Completions, asked: Traffic, tally: Tally, until: float) -> int:
@@ -124,5 +124,7 @@ def say(done: int, tally: Tally) -> None:
     print(
         f"round {done}: {counts}; {tally.compared} tokens compared, {len(tally.wrong)} wrong, "
         f"{len(tally.faults)} faults",
+        *tally.news(),
+        sep="\n  ",
         flush=True,
     )

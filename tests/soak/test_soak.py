@@ -15,7 +15,7 @@ BODY = {"prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True}
 
 
 def storms(seed: int) -> list[Asked]:
-    traffic = Traffic("model", 10_000, seed)
+    traffic = Traffic("model", 10_000, seed, drafts=False)
     found: list[Asked] = []
     for _ in range(3):
         traffic.open_round()

@@ -40,11 +40,12 @@ class Asked:
 
 @dataclass
 class Traffic:
-    """Documents and prompts that share their beginnings; `model` and `context` (tokens) are the server's."""
+    """Documents and prompts that share their beginnings; `model`, `context` (tokens) and `drafts` are the server's."""
 
     model: str
     context: int
     seed: int
+    drafts: bool
     choose: random.Random = field(init=False)
     documents: list[list[int]] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
@@ -136,7 +137,7 @@ class Traffic:
             "seed": [choose.randrange(1 << 31)],
             "top_k": [1, 5, 50],
             "top_p": [0.1, 0.9],
-            "min_p": [0.05],
+            **({} if self.drafts else {"min_p": [0.05]}),  # vLLM takes it without drafts alone
             "presence_penalty": [0.5],
             "repetition_penalty": [1.2],
         }
@@ -154,10 +155,14 @@ class Traffic:
         return Asked(self.body(prompt, 24, **form, temperature=self.choose.choice([0, 1.0])), pause=pause)
 
     def refused(self, pause: float) -> Asked:
-        wrong: dict[str, Any] = self.choose.choice(
-            [{"prompt": [1] * (self.context + 1)}, {"n": 0}, {"temperature": -1}, {"prompt": [self.vocab + 9999]}]
-        )
-        return Asked({**self.body([1, 2, 3], 4), **wrong}, refused=True, pause=pause)
+        wrong: list[dict[str, Any]] = [
+            {"prompt": [1] * (self.context + 1)},
+            {"n": 0},
+            {"temperature": -1},
+            {"prompt": [self.vocab + 9999]},
+            *([{"min_p": 0.05, "temperature": 1.0}] if self.drafts else []),
+        ]
+        return Asked({**self.body([1, 2, 3], 4), **self.choose.choice(wrong)}, refused=True, pause=pause)
 
     def leaving(self, asked: Asked) -> Asked:
         """The same, streamed, from a client that leaves."""
