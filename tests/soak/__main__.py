@@ -41,14 +41,15 @@ def main() -> int:
     dead = ""
     found: dict[str, float] = {}
     with server:
-        completions, asked = Completions(server), engine.traffic(server, args.seed)
+        completions, asked = Completions(server), engine.traffic(server, args.drafts, args.seed)
         begun, seconds = time.monotonic(), 60 * args.minutes
         try:
             asyncio.run(engine.rounds(completions, asked, tally, begun + seconds * 2 / 3))
             asyncio.run(front.rounds(completions, asked, tally, folder, begun + seconds))
             found = metrics(completions)
         except engine.DeadEngineError as error:
-            dead = f"{error}\n{server.log[-4000:]}"
+            errors = [line for line in server.log.splitlines() if "ERROR" in line]
+            dead = "\n".join([f"{error}; the first errors in its log:", *errors[:40]])
     return report(tally, dead, found, args)
 
 

@@ -48,9 +48,9 @@ def server(folder: Path, gpu: bool, drafts: bool, prefix_caching: bool) -> Serve
     return Server(model, flags, log_path=folder / "server.log", env=env)
 
 
-def traffic(running: Server, seed: int) -> Traffic:
+def traffic(running: Server, drafts: bool, seed: int) -> Traffic:
     assert CONTEXT > LONGEST + 256
-    return Traffic(running.model, CONTEXT, seed)
+    return Traffic(running.model, CONTEXT, drafts, seed)
 
 
 async def rounds(completions: Completions, asked: Traffic, tally: Tally, until: float) -> int:

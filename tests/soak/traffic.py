@@ -40,10 +40,11 @@ class Asked:
 
 @dataclass
 class Traffic:
-    """Documents and prompts that share their beginnings; `model` and `context` (tokens) are the server's."""
+    """Documents and prompts that share their beginnings; `model`, `context` (tokens), `drafts` are the server's."""
 
     model: str
     context: int
+    drafts: bool
     seed: int
     choose: random.Random = field(init=False)
     documents: list[list[int]] = field(default_factory=list)
@@ -136,10 +137,11 @@ class Traffic:
             "seed": [choose.randrange(1 << 31)],
             "top_k": [1, 5, 50],
             "top_p": [0.1, 0.9],
-            "min_p": [0.05],
             "presence_penalty": [0.5],
             "repetition_penalty": [1.2],
         }
+        if not self.drafts:  # vLLM refuses it with drafts
+            settings["min_p"] = [0.05]
         for name, values in settings.items():
             if choose.random() < 0.3:
                 more[name] = choose.choice(values)
@@ -154,10 +156,14 @@ class Traffic:
         return Asked(self.body(prompt, 24, **form, temperature=self.choose.choice([0, 1.0])), pause=pause)
 
     def refused(self, pause: float) -> Asked:
-        wrong: dict[str, Any] = self.choose.choice(
-            [{"prompt": [1] * (self.context + 1)}, {"n": 0}, {"temperature": -1}, {"prompt": [self.vocab + 9999]}]
-        )
-        return Asked({**self.body([1, 2, 3], 4), **wrong}, refused=True, pause=pause)
+        wrong: list[dict[str, Any]] = [
+            {"prompt": [1] * (self.context + 1)},
+            {"prompt": [self.vocab + 9999]},
+            {"n": 0},
+            {"temperature": -1},
+            *([{"temperature": 1, "min_p": 0.05}] if self.drafts else []),
+        ]
+        return Asked({**self.body([1, 2, 3], 4), **self.choose.choice(wrong)}, refused=True, pause=pause)
 
     def leaving(self, asked: Asked) -> Asked:
         """The same, streamed, from a client that leaves."""
