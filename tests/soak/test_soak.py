@@ -14,8 +14,8 @@ CASE = Case([1, 2, 3], [4, 5, 6], [1.0, 0.01, 1.0])
 BODY = {"prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True}
 
 
-def storms(seed: int) -> list[Asked]:
-    traffic = Traffic("model", 10_000, seed, drafts=False)
+def storms(seed: int, drafts: bool = False) -> list[Asked]:
+    traffic = Traffic("model", 10_000, seed, drafts)
     found: list[Asked] = []
     for _ in range(3):
         traffic.open_round()
@@ -31,6 +31,7 @@ def test_the_same_seed_asks_the_same() -> None:
     assert 1 <= min(lengths) < 100 and 5000 < max(lengths) <= 9000
     for kind in ("seed", "top_k", "top_p", "min_p", "n", "structured_outputs", "prompt_logprobs", "stream"):
         assert any(kind in asked.body for asked in first), kind
+    assert all(asked.refused for asked in storms(1, drafts=True) if "min_p" in asked.body)  # as vLLM does
     assert any(asked.leaves_after is not None for asked in first) and any(asked.refused for asked in first)
 
 
