@@ -213,7 +213,7 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """After a reload of weights, too: what was derived from the old ones goes."""
-        vars(self).pop("expansion", None)
+        self.__dict__.pop("expansion", None)
 
     def do_kv_cache_update(
         self,
