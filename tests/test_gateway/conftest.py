@@ -45,6 +45,7 @@ class Running:
         assert self.outstanding == 0
         assert all(replica.running == 0 for replica in self.gateway.replicas.all)
         assert not any(self.gateway.admission.lines.values())
+        assert self.gateway.bodies.held == 0
         assert all(account.running == 0 for account in self.gateway.keyring.accounts.values())
 
     @property
