@@ -101,7 +101,7 @@ def outstanding(gateway: Process) -> float:
 
 def arrived(gateway: Process) -> float:
     """Prompts that were let in, those that are answered too."""
-    text = httpx.get(f"{gateway.url}/metrics", trust_env=False).text
+    text = httpx.get(gateway.metrics_url, trust_env=False).text
     lines = re.findall(r"^kimi_gateway_queue_seconds_count\S* (\S+)$", text, re.MULTILINE)
     return sum(map(float, lines))
 
