@@ -12,7 +12,14 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
 from vllm_kimi_linear import ARCHITECTURE, snapshots, start_checks, vllm_version
 from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.patches import cpu_seeds, cpu_spec_decode, send_checkpoints, snapshots_shown, unpadded_prompts
+from vllm_kimi_linear.patches import (
+    cpu_seeds,
+    cpu_spec_decode,
+    first_faults,
+    send_checkpoints,
+    snapshots_shown,
+    unpadded_prompts,
+)
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
@@ -38,6 +45,7 @@ def apply() -> None:
         keep_draft_states_on_cpu()
         cpu_spec_decode.apply()
         unpadded_prompts.apply()
+        first_faults.apply()
 
 
 def keep_scheduling_on_cpu() -> None:

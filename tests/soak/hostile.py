@@ -10,6 +10,7 @@ from tests.soak.asking import Tally, sentence_of
 from vllm_kimi_linear.launch import free_port
 
 READ_SECONDS = 120
+SENTENCE_BYTES = 1 << 16  # an error that is longer is no sentence
 Act = Callable[["Client"], Awaitable[None]]
 
 
@@ -84,7 +85,7 @@ class Client:
         received = b""
         try:
             async with asyncio.timeout(READ_SECONDS):
-                while chunk := await self.reader.read(65536):
+                while len(received) < SENTENCE_BYTES and (chunk := await self.reader.read(65536)):
                     received += chunk
         except (OSError, TimeoutError):
             pass

@@ -1,0 +1,63 @@
+"""Refuse a malformed request at the first faulty item of a list, and not after a look at them all.
+
+Symptom: a body of 900 kB, `{"messages": [{}, {}, ...]}`, stops every stream of a server for 80 seconds, and takes
+    7 GiB of its memory, before it is refused.
+Cause: pydantic collects the faults of every item of a list, here 15 an item, one for each kind of message that it
+    is not, and FastAPI makes a dictionary of each. vLLM shortens the answer only, to ten of them.
+Upstream: vLLM bounds what is shown (`_MAX_REPORTED_ERRORS`), not what is collected; not reported yet.
+Remove when: vLLM's request models end at a list's first fault (pydantic's `FailFast`).
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_kimi_linear import ARCHITECTURE
+
+LISTS = ("list", "tuple", "set", "frozenset")
+
+
+def apply() -> None:
+    """Let the servers of our architecture do so. Idempotent; nothing in a process that serves no HTTP."""
+    entry = sys.modules.get("vllm.entrypoints.launchers.api_server.entry")  # engines and workers do without it
+    original: Callable | None = getattr(entry, "build_app", None)
+    if entry is None or original is None or hasattr(original, "keeps_kimi_linear"):
+        return
+
+    @functools.wraps(original)
+    def build_app(args: Any, supported_tasks: Any = None, model_config: Any = None) -> Any:
+        app = original(args, supported_tasks, model_config)
+        if model_config is not None and model_config.architecture == ARCHITECTURE:
+            for adapter in _bodies(app.routes):
+                _end_at_first_fault(adapter)
+        return app
+
+    vars(build_app)["keeps_kimi_linear"] = True
+    vars(entry)["build_app"] = build_app
+
+
+def _bodies(routes: Any) -> Iterator[Any]:
+    """The pydantic adapter of each route's body."""
+    for route in routes:
+        if getattr(route, "body_field", None) is not None:
+            yield route.body_field._type_adapter
+        yield from _bodies(getattr(route, "routes", ()))
+
+
+def _end_at_first_fault(adapter: Any) -> None:
+    """Validate by the same schema, whose lists end at a fault; the models themselves, which others use, stay."""
+    from pydantic_core import SchemaValidator
+
+    # Without `_use_prebuilt` it would take the models' own validators for the models inside of the schema.
+    adapter.validator = SchemaValidator(_with_short_lists(adapter.core_schema), None, _use_prebuilt=False)
+
+
+def _with_short_lists(schema: Any) -> Any:
+    """A copy of a schema of pydantic-core, which is of dictionaries and lists and refers to others by their name."""
+    if isinstance(schema, dict):
+        copy = {key: _with_short_lists(value) for key, value in schema.items()}
+        return copy | {"fail_fast": True} if schema.get("type") in LISTS else copy
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_with_short_lists, schema))
+    return schema
