@@ -5,6 +5,7 @@ a state each. Its blocks hold the name of the prefix whose state they would. No 
 """
 
 import random
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_kimi_linear
+from tests.own_process import in_own_process
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.demo import demo_config
@@ -32,6 +34,7 @@ from vllm_kimi_linear.snapshots import KdaSpec
 
 BLOCK, GROUPS = 256, (1, 2, 3)  # the KV cache groups of KDA layers; group 0 is the attention layers'
 LENGTH = 16384
+BLOCKS = PLENTY, FEW = 4000, 110
 
 
 class Worker:
@@ -120,24 +123,18 @@ class Worker:
         return prefix
 
 
-@pytest.fixture(scope="module")
-def configs(demo_model: Path) -> dict[int, VllmConfig]:
-    """By drafts."""
-    vllm_kimi_linear.register()
-    return {
-        drafts: EngineArgs(
-            str(demo_model),
-            dtype="float32",
-            max_model_len=LENGTH,
-            max_num_batched_tokens=4096,
-            max_num_seqs=32,
-            enable_prefix_caching=True,
-            speculative_config={"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
-            if drafts
-            else None,
-        ).create_engine_config()
-        for drafts in (0, 1, 2, 4)
-    }
+def configuration(model: str, drafts: int) -> VllmConfig:
+    return EngineArgs(
+        model,
+        dtype="float32",
+        max_model_len=LENGTH,
+        max_num_batched_tokens=4096,
+        max_num_seqs=32,
+        enable_prefix_caching=True,
+        speculative_config={"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
+        if drafts
+        else None,
+    ).create_engine_config()
 
 
 def scheduler(config: VllmConfig, drafts: int, budget: int, blocks: int) -> Scheduler:
@@ -185,11 +182,9 @@ def requests(seed: int, count: int) -> Iterator[Request]:
         yield Request(f"r{i}", prompt, parameters, None, block_hasher=hasher)
 
 
-@pytest.mark.parametrize("blocks", [4000, 110], ids=["plenty", "few"])
-@pytest.mark.parametrize("budget", [512, 1024, 4096])
-@pytest.mark.parametrize("drafts", [0, 1, 2, 4])
-def test_states_hold_what_is_before_them(configs: dict[int, VllmConfig], drafts: int, budget: int, blocks: int):
-    engine, worker = scheduler(configs[drafts], drafts, budget, blocks), Worker(seed=drafts)
+def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
+    """Schedule requests until all are answered; raises AssertionError at the first state that is another's."""
+    engine, worker = scheduler(config, drafts, budget, blocks), Worker(seed=drafts)
     draw = random.Random(budget)
     for request in requests(seed=budget + drafts, count=10):
         engine.add_request(request)
@@ -216,6 +211,32 @@ def test_states_hold_what_is_before_them(configs: dict[int, VllmConfig], drafts:
         if steps % 40 == 20 and engine.running:  # as if blocks had run out, whatever their number
             engine._preempt_request(engine.running.pop(), 0.0)
     assert preempted and worker.kept
-    assert worker.hits or blocks == 110
+    assert worker.hits or blocks == FEW
     pool = engine.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == blocks - 1  # one is vLLM's null block
+
+
+CASES = [(drafts, budget, blocks) for drafts in (0, 1, 2, 4) for budget in (512, 1024, 4096) for blocks in BLOCKS]
+
+
+def serve_all(model: str) -> list[str]:
+    """What went wrong in each of CASES; empty where nothing did."""
+    vllm_kimi_linear.register()
+    faults = []
+    for drafts, budget, blocks in CASES:
+        try:
+            serve(configuration(model, drafts), drafts, budget, blocks)
+            faults.append("")
+        except AssertionError:
+            faults.append(traceback.format_exc())
+    return faults
+
+
+@pytest.fixture(scope="module")
+def faults(demo_model: Path) -> list[str]:
+    return in_own_process(serve_all, str(demo_model))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d} drafts, {t} tokens, {b} blocks" for d, t, b in CASES])
+def test_states_hold_what_is_before_them(faults: list[str], case: int):
+    assert faults[case] == ""

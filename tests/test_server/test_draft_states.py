@@ -67,7 +67,9 @@ class Words:
 
 
 async def cold(server: Completions, client: httpx.AsyncClient, prompt: list[int]) -> Case:
-    body = server.body(prompt, TOKENS, **server.salt(cold=True)) | {"logprobs": 2}
+    # Two tokens may have one text.
+    more = {"logprobs": 2, "return_tokens_as_token_ids": True}
+    body = server.body(prompt, TOKENS, **server.salt(cold=True)) | more
     [choice] = (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"]
     ranked = [sorted(found.values(), reverse=True) for found in choice["logprobs"]["top_logprobs"]]
     return Case(prompt, choice["token_ids"], [best[0] - best[1] for best in ranked])
