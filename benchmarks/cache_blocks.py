@@ -71,9 +71,7 @@ def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> K
 def answer(step: SchedulerOutput, scheduler: Scheduler) -> ModelRunnerOutput:
     """One made-up token for every request whose prompt is read."""
     names = list(step.num_scheduled_tokens)
-    done = {
-        name: scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens for name in names
-    }
+    done = {name: scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens for name in names}
     return ModelRunnerOutput(
         req_ids=names,
         req_id_to_index={name: i for i, name in enumerate(names)},
@@ -168,9 +166,7 @@ def bytes_table() -> list[str]:
     for state in ("float32", "bfloat16"):
         for ranks in (1, 2, 4, 8):
             geometry = Geometry.from_config(config, tensor_parallel=ranks)
-            plan = memory.plan(
-                geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda"
-            )
+            plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda")
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
             kept = [len(kept_boundaries(length // plan.block_tokens)) for length in lengths]

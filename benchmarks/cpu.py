@@ -90,9 +90,7 @@ def measure_ours(model: Path, dtype: str) -> dict[str, float]:
 
     def generate(sequences: int, prompt: int, tokens: int) -> None:
         prompts = [{"prompt_token_ids": token_ids(prompt, vocab, next(seeds))} for _ in range(sequences)]
-        engine.generate(
-            prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False
-        )
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
 
     return measure(generate, repeats=3)
 
@@ -340,9 +338,7 @@ def main() -> None:
     for job in jobs:
         print(f"{job} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--model", str(args.model), "--only", *job.split()]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env={**DEFAULT_ENV, **os.environ}
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**DEFAULT_ENV, **os.environ})
         # vLLM logs to standard output, also after the result.
         results[job] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
         print(f"  {results[job]}", file=sys.stderr, flush=True)

@@ -111,9 +111,7 @@ def end_chunks_at_blocks() -> None:
     def split(self, request, num_new_tokens, num_new_local_computed_tokens=0, num_external_computed_tokens=0):
         managers = snapshots.kda_managers(self.kv_cache_manager.coordinator)
         if not managers:
-            return original(
-                self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
-            )
+            return original(self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens)
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
         block, end = managers[0].block_size, start + num_new_tokens

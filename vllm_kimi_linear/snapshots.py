@@ -85,9 +85,7 @@ class KdaManager(MambaManager):
         )
         return needed if apply_admission_cap else needed + len(self.planned.get(request_id, ()))
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         blocks = self.req_to_blocks[request_id]
         first = len(blocks)
         added = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)

@@ -210,9 +210,5 @@ def register() -> None:
 
 def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
     """One line: whose implementation serves, with which kernels, and why not faster ones."""
-    name, reason = ops.describe(
-        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state
-    )
-    logger.info_once(
-        "Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason
-    )
+    name, reason = ops.describe(current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state)
+    logger.info_once("Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason)

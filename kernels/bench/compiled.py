@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel, compiled for sm_90. Needs no GPU.
 
-    PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchmarks/compiled.md
+PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchmarks/compiled.md
 """
 
 import argparse

@@ -85,8 +85,8 @@ def tune(piece: int | None = None) -> None:
     from triton.runtime.autotuner import Autotuner
 
     os.environ.setdefault("FLA_CACHE_RESULTS", "0")
-    driver.active.get_benchmarker = lambda: lambda call, quantiles: triton.testing.do_bench(
-        call, warmup=5, rep=20, quantiles=quantiles
+    driver.active.get_benchmarker = lambda: (
+        lambda call, quantiles: triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
     )
     if piece is not None:
         prune = Autotuner.prune_configs

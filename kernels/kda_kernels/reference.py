@@ -220,9 +220,7 @@ def _rows(inputs: KdaInputs, rows: slice) -> KdaInputs:
     return KdaInputs(*(getattr(inputs, field.name)[rows] for field in fields(inputs)))
 
 
-def _run(
-    inputs: KdaInputs, params: KdaParams, conv: Tensor, recurrent: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
+def _run(inputs: KdaInputs, params: KdaParams, conv: Tensor, recurrent: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Sections 2 to 5 for rows of one sequence, from the given states; returns the states after them."""
     dtype, heads = recurrent.dtype, (params.heads, params.head_dim)
     mixed, conv = causal_conv(inputs.qkv.to(dtype), params.conv_weight.to(dtype), conv)

@@ -20,9 +20,7 @@ GREEDY = {"temperature": 0, "max_tokens": 24}
 @pytest.fixture
 def chat(client: openai.OpenAI, model: str) -> Callable:
     """A chat completion, greedy and 24 tokens long unless told otherwise."""
-    return lambda **asked: client.chat.completions.create(
-        **{"model": model, "messages": CHAT, **GREEDY, **asked}
-    )
+    return lambda **asked: client.chat.completions.create(**{"model": model, "messages": CHAT, **GREEDY, **asked})
 
 
 @pytest.fixture

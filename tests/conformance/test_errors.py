@@ -51,8 +51,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "JSON schema that is none": (CHAT | {"response_format": SCHEMA}, 400, "banana"),
     "`tool_choice` without `tools`": (CHAT | {"tool_choice": "required"}, 400, "tools"),
     "an image": (
-        CHAT
-        | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x:y"}}]}]},
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x:y"}}]}]},
         400,
         "multimodal",
     ),
@@ -89,9 +88,7 @@ def check(response: httpx.Response, status: int, word: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, id=what, marks=row("bad request", what)) for what in BAD]
-)
+@pytest.mark.parametrize("what", [pytest.param(what, id=what, marks=row("bad request", what)) for what in BAD])
 def test_bad_request(post: Callable, answer: Callable, what: str) -> None:
     body, status, word = BAD[what]
     message = check(post(body), status, word)

@@ -53,9 +53,7 @@ def tally_of(answer: httpx.Response, asked: Asked, may_refuse: bool = False) -> 
 
 
 def test_tokens_are_compared_as_far_as_they_are_well_posed() -> None:
-    right, wrong, level = (
-        tally_of(reply(tokens), Asked(BODY, CASE)) for tokens in ([4, 5, 6], [9, 5, 6], [4, 9, 9])
-    )
+    right, wrong, level = (tally_of(reply(tokens), Asked(BODY, CASE)) for tokens in ([4, 5, 6], [9, 5, 6], [4, 9, 9]))
     assert (right.compared, right.wrong, right.level_ends) == (3, [], 0)
     assert (wrong.compared, len(wrong.wrong), wrong.level_ends) == (0, 1, 0)
     assert (level.compared, level.wrong, level.level_ends) == (1, [], 1)

@@ -64,9 +64,7 @@ async def ask(client: httpx.AsyncClient, plan: Plan) -> tuple[str, int] | None:
 
 
 def test_a_thousand_random_disconnects_leave_no_budget_outstanding(start: Start) -> None:
-    upstreams = [
-        Upstream(hold=0.02, tokens=TOKENS, pace=0.002, held=lambda body: "user" in body) for _ in range(2)
-    ]
+    upstreams = [Upstream(hold=0.02, tokens=TOKENS, pace=0.002, held=lambda body: "user" in body) for _ in range(2)]
     gateway = start(*upstreams, admission={"prefill_tokens": 12000, "short_prompt": 1000, "short_reserve": 2000})
     choose = random.Random(0)
     plans = [draw(choose) for _ in range(COUNT)]

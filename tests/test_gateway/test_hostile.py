@@ -136,9 +136,7 @@ def hasty(start_module: Start, upstream: Upstream) -> Running:
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_nothing_hostile_is_passed_on(
-    request: pytest.FixtureRequest, upstream: Upstream, what: str
-) -> None:
+def test_nothing_hostile_is_passed_on(request: pytest.FixtureRequest, upstream: Upstream, what: str) -> None:
     upstream.seen.clear()
     sent, statuses = HOSTILE[what]
     gateway: Running = request.getfixturevalue("hasty" if 408 in statuses else "gateway")

@@ -125,9 +125,7 @@ def test_a_pipeline_stage():
 
 
 def test_no_kda_layers_no_state():
-    plan = memory.plan(
-        Geometry.from_config(demo.demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB
-    )
+    plan = memory.plan(Geometry.from_config(demo.demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB)
     assert (plan.kda_state_bytes_per_sequence, plan.kda_groups, plan.mla_groups) == (0, 0, 1)
     assert plan.block_tokens == 16
     assert plan.num_blocks == MIB // (4 * 16 * 576 * 4)

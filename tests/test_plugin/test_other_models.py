@@ -59,9 +59,7 @@ def metrics() -> dict[str, float]:
 
 
 def test_another_model_is_served_as_without_the_plugin(llama: Path) -> None:
-    without, with_it = (
-        in_own_process(serve, str(llama), **environment) for environment in ({"VLLM_PLUGINS": ""}, {})
-    )
+    without, with_it = (in_own_process(serve, str(llama), **environment) for environment in ({"VLLM_PLUGINS": ""}, {}))
     assert without["environment"].pop("VLLM_PLUGINS") == ""
     assert len(without["answer"]) == 8
     assert not without["counts in spite of --disable-log-stats"]

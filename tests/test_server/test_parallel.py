@@ -41,9 +41,7 @@ def test_the_matrix_unit_changes_nothing(
     """
     has_amx = torch.cpu._is_amx_tile_supported()
     hook = tmp_path_factory.mktemp("hook")
-    (hook / "sitecustomize.py").write_text(
-        f"import torch\ntorch.cpu._is_amx_tile_supported = lambda: {not has_amx}\n"
-    )
+    (hook / "sitecustomize.py").write_text(f"import torch\ntorch.cpu._is_amx_tile_supported = lambda: {not has_amx}\n")
     path = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
     server = servers(demo_model, *FLAGS, env={"PYTHONPATH": path})
     assert "Using AMX_MLA backend" not in server.log

@@ -140,9 +140,7 @@ def test_random_load_for_long(families: list[Case], conversations: list[list[Cas
         assert asyncio.run(mixed(caching, cases, requests=300, seed=seed, at_once=32)) == []
 
 
-def test_preempted_requests_are_computed_again(
-    growing: list[Case], servers: Callable[..., Server], demo_model: Path
-):
+def test_preempted_requests_are_computed_again(growing: list[Case], servers: Callable[..., Server], demo_model: Path):
     narrow = Completions(servers(demo_model, *NARROW))  # 23 of the 24 fit at first, 18 at the end
     before = narrow.metric("vllm:num_preemptions_total")
     check(growing, narrow.at_once((case.asked for case in growing), cold=True))

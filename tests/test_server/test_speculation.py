@@ -63,9 +63,7 @@ def caching(servers: Callable[..., Server], demo_model: Path) -> Completions:
 
 
 @pytest.fixture(scope="module")
-def repetitive(
-    oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path
-) -> list[Case]:
+def repetitive(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
     """Prompts that say the same few words again and again."""
     stream = Stream(vocab, seed=11)
 
@@ -84,9 +82,7 @@ def test_answers_with_drafts(repetitive: list[Case], drafting: Completions):
     asked = [case.asked for case in repetitive]
     check(repetitive, drafting.one_by_one(asked))
     check(repetitive, drafting.at_once(asked))
-    drafted, accepted = (
-        drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted")
-    )
+    drafted, accepted = (drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
     assert 0 < accepted < drafted
 
 
@@ -165,9 +161,7 @@ def likelihood(one: Drawn, other: Drawn) -> float:
     return 1.0 if len(seen) == 1 else float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-def test_samples_with_drafts_are_drawn_as_without(
-    repetitive: list[Case], drafting: Completions, plain: Completions
-):
+def test_samples_with_drafts_are_drawn_as_without(repetitive: list[Case], drafting: Completions, plain: Completions):
     """All kinds of requests in one batch; the seeds are fixed, so that what is drawn is, too."""
     before = drafting.metric("vllm:spec_decode_num_accepted_tokens_total")
     asked = [(with_drafts, count) for with_drafts, _, count in SAMPLED]

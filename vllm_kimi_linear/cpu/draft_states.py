@@ -82,7 +82,5 @@ def _copy(context: Any, request: int, source: int, target: int) -> None:
         strict=True,
     )
     for base, stride, size, group in list(states)[: context.num_states]:
-        block = [
-            ctypes.c_int32.from_address(tables[group] + (row + column) * 4).value for column in (source, target)
-        ]
+        block = [ctypes.c_int32.from_address(tables[group] + (row + column) * 4).value for column in (source, target)]
         ctypes.memmove(base + block[1] * stride, base + block[0] * stride, size)

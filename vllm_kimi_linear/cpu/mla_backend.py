@@ -111,9 +111,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
             used = -(-int(common.seq_lens[:decodes].max()) // self.block_size)
             blocks = common.block_table_tensor[:decodes, :used]
             decode = LatentDecode(
-                block_table=split_block_table(
-                    blocks, self.block_size, kernel_blocks_apart(self.layer.kv_cache)
-                ).to(torch.int32),
+                block_table=split_block_table(blocks, self.block_size, kernel_blocks_apart(self.layer.kv_cache)).to(
+                    torch.int32
+                ),
                 seq_lens=common.seq_lens[:decodes].to(torch.int32),
             )
         starts = rows.query_start.tolist()
@@ -302,9 +302,7 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         """Cache entries [n, 576] -> keys and values [heads, n, 192]; values are zero-padded to the key width."""
         latent, shared = entries.split([self.latent_dim, self.head_size - self.latent_dim], dim=-1)
         expanded = self.kv_b_proj(latent.contiguous())[0].view(-1, self.num_heads, self.nope_dim + self.value_dim)
-        keys = torch.cat(
-            [expanded[..., : self.nope_dim], shared.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1
-        )
+        keys = torch.cat([expanded[..., : self.nope_dim], shared.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1)
         values = torch.nn.functional.pad(expanded[..., self.nope_dim :], (0, self.key_dim - self.value_dim))
         return keys.transpose(0, 1), values.transpose(0, 1)
 
