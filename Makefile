@@ -48,7 +48,7 @@ else
 endif
 
 lint: install ## ruff and mypy
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 test: lint ## lint, and every test that needs no special tool
