@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.completions import Completions
 from tests.soak import engine, front
 from tests.soak.asking import Tally
+from tests.support.completions import Completions
 
 SHOWN = 20  # faults
 # Below this lead of a logprob two right computations may take either token. In bf16 the prompts that the model was not

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 
-from tests.completions import Completions
 from tests.soak.asking import Tally, ask, cold
 from tests.soak.traffic import LONGEST, Asked, Traffic
+from tests.support.completions import Completions
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.launch import Server

@@ -13,13 +13,13 @@ from kimi_server.gateway import Gateway
 from kimi_server.keys import digest
 from kimi_server.process import Server as GatewayServer
 from kimi_server.settings import load
-from tests.completions import Completions
 from tests.soak.asking import Tally, ask
 from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, renew, say, until_idle
 from tests.soak.hostile import ACTS, Client, bad_replicas
 from tests.soak.traffic import Asked, Traffic
-from tests.test_gateway.conftest import Running
-from tests.upstream import Background
+from tests.support.completions import Completions
+from tests.support.upstream import Background
+from tests.unit.gateway.conftest import Running
 
 KEY = "sk-soak"
 HOSTILE = 24  # clients of a round

@@ -1,0 +1,52 @@
+"""The reference's answers that the tests of this folder compare a server's with."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import FLAGS
+from tests.support.completions import Completions
+from tests.support.prompts import Case, Stream, draw_cases, sizes
+from vllm_kimi_linear.launch import Server
+from vllm_kimi_linear.oracle import Oracle
+
+
+@pytest.fixture(scope="session")
+def oracle(demo_model: Path) -> Oracle:
+    # One thread: on few cores, threads of the reference and of a server that waits for each other cost more.
+    torch.set_num_threads(1)
+    return Oracle(demo_model)
+
+
+@pytest.fixture(scope="session")
+def vocab(oracle: Oracle) -> int:
+    return oracle.model.config.vocab_size
+
+
+@pytest.fixture
+def server(servers: Callable[..., Server], demo_model: Path) -> Completions:
+    """The server of the default test flags."""
+    return Completions(servers(demo_model, *FLAGS))
+
+
+@pytest.fixture(scope="session")
+def cases(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+    """24 prompts of 1 to 2,000 tokens with the reference's greedy answers of up to 300."""
+    server = Completions(servers(demo_model, *FLAGS))
+    stream = Stream(vocab, seed=1)
+    wanted = [(partial(stream.prompt, length), tokens) for length, tokens in sizes()]
+    return draw_cases(oracle, wanted, server.at_once)
+
+
+@pytest.fixture(scope="session")
+def growing(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+    """24 prompts of 100 tokens with answers of 60.
+
+    A server with few blocks admits as many as fit with their prompts, and no schedule lets them all have their answers.
+    """
+    server = Completions(servers(demo_model, *FLAGS))
+    stream = Stream(vocab, seed=12)
+    return draw_cases(oracle, [(partial(stream.prompt, 100), 60)] * 24, server.at_once)

@@ -1,0 +1,160 @@
+"""On a GPU, in bfloat16: every way to serve a prompt is as near to the fp32 reference as transformers in bf16 is.
+
+vLLM's latent attention takes no fp32 there, so answers are not equal token by token. Each server's own greedy answers
+are scored by the reference instead, token after token: where the best token leads by more than bf16 can overturn, the
+server must have taken it, and over all it may not take others much more often than transformers in bf16 would.
+`test_bfloat16.py`, which runs here too, bounds the mean divergence.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.completions import Answer, Completions
+from tests.support.prompts import LENGTHS, Stream
+from vllm_kimi_linear.launch import Server
+from vllm_kimi_linear.oracle import Oracle, Score
+
+pytestmark = pytest.mark.gpu
+
+# A fixed cache, so that several servers may share a card; of the memory, so much must be free.
+FLAGS = (
+    "--dtype=bfloat16",
+    "--max-model-len=4096",
+    "--enable-prompt-tokens-details",
+    "--kv-cache-memory-bytes=1G",
+    "--gpu-memory-utilization=0.1",
+)
+NGRAM = '--speculative-config={"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3}'
+WAYS = {
+    "graphs": ("--enable-prefix-caching",),
+    "eager, short of blocks": (
+        "--enforce-eager",
+        "--max-num-batched-tokens=64",
+        "--max-num-seqs=32",
+        "--num-gpu-blocks-override=25",  # one sequence of the full length needs 23
+        "--no-enable-prefix-caching",
+    ),
+    "drafts": (NGRAM, "--no-enable-prefix-caching"),
+    "drafts, prefixes kept": (NGRAM, "--enable-prefix-caching"),
+    "drafts, prefixes kept, chunks of few blocks": (
+        NGRAM,
+        "--enable-prefix-caching",
+        "--max-num-batched-tokens=768",  # four blocks, more than there are drafts
+    ),
+    "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
+    "two ranks": ("--tensor-parallel-size=2", "--enable-prefix-caching"),
+}
+TOKENS = 64
+GROWING = (180,) * 24  # one block of 192 tokens each, until their answers need another: more than a short cache has
+RATIO = 1.2
+
+
+@pytest.fixture(scope="module")
+def asked(vocab: int) -> list[tuple[list[int], int]]:
+    """Prompts of every length, the later half of each a repetition, so that drafts find something to propose."""
+    stream = Stream(vocab, seed=5)
+    prompts = []
+    for length in (*LENGTHS, *GROWING):
+        half = stream.prompt(-(-length // 2))
+        prompts.append(((half + half)[:length], TOKENS))
+    return prompts
+
+
+class Judge:
+    """The reference in fp32, and what bf16 costs it."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle, self.rough = oracle, Oracle(oracle.path, torch.bfloat16)
+        self.scores: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Score, list[int]]] = {}
+
+    def score(self, prompt: list[int], answer: list[int]) -> tuple[Score, list[int]]:
+        """And the tokens that transformers in bf16 takes in the same contexts."""
+        key = tuple(prompt), tuple(answer)
+        if key not in self.scores:
+            self.scores[key] = self.oracle.score(prompt, answer), self.rough.score(prompt, answer).argmax
+        return self.scores[key]
+
+    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
+        """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
+        tokens, others, rough_others, clear = 0, 0, 0, 0
+        missed = []  # (length of the prompt, place in the answer, lead of the reference's choice)
+        for (prompt, _), answer in zip(asked, answers, strict=True):
+            score, rough = self.score(prompt, answer.tokens)
+            choices = list(zip(score.margins, score.argmax, score.answer, strict=True))
+            missed += [
+                (len(prompt), at, lead)
+                for at, (lead, best, taken) in enumerate(choices)
+                if lead > Score.clear_lead and best != taken
+            ]
+            tokens += len(choices)
+            clear += sum(lead > Score.clear_lead for lead in score.margins)
+            others += sum(best != taken for _, best, taken in choices)
+            rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
+        seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
+        assert not missed, f"{seen}; missed: {missed}"
+        assert others <= RATIO * rough_others, seen
+        return seen
+
+
+@pytest.fixture(scope="module")
+def judge(oracle: Oracle) -> Judge:
+    return Judge(oracle)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_model: Path) -> Completions:
+    if request.param == "two ranks" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return Completions(servers(demo_model, *FLAGS, *WAYS[request.param]))
+
+
+def differing(ours: list[Answer], others: list[Answer]) -> int:
+    return sum(a.tokens != b.tokens for a, b in zip(ours, others, strict=True))
+
+
+def test_every_way(
+    way: Completions,
+    asked: list[tuple[list[int], int]],
+    judge: Judge,
+    record_property: Callable[[str, object], None],
+):
+    alone = way.one_by_one(asked)
+    order = random.Random(0).sample(range(len(asked)), len(asked))
+    shuffled = way.at_once(asked[i] for i in order)
+    together = [shuffled[order.index(i)] for i in range(len(asked))]
+    seen = {
+        "alone": judge.check(asked, alone),
+        "together": judge.check(asked, together),
+        "answers that differ, alone and together": f"{differing(alone, together)} of {len(asked)}",
+    }
+    for name, value in seen.items():
+        record_property(name, value)
+        print(f"{name}: {value}")
+    if "--speculative-config" in str(way.server.flags):
+        assert way.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+    if "--enable-prefix-caching" in way.server.flags:
+        assert sum(answer.cached_tokens for answer in together) > 0
+    if "--num-gpu-blocks-override=25" in way.server.flags:
+        assert way.metric("vllm:num_preemptions_total") > 0
+
+
+def test_warm_answers(
+    servers: Callable[..., Server],
+    demo_model: Path,
+    vocab: int,
+    judge: Judge,
+):
+    """Prompts read once before are served from the prefix cache."""
+    server = Completions(servers(demo_model, *FLAGS, *WAYS["graphs"]))
+    stream = Stream(vocab, seed=6)
+    document = stream.prompt(2000)
+    questions = [(document + stream.prompt(length), TOKENS) for length in (1, 64, 100, 500)]
+    cold = server.one_by_one(questions[:1]) + server.at_once(questions[1:], cold=True)
+    warm = server.at_once(questions)
+    assert sum(answer.cached_tokens for answer in warm) > 0
+    print("cold:", judge.check(questions, cold))
+    print("warm:", judge.check(questions, warm), f"; {differing(cold, warm)} differ from cold")

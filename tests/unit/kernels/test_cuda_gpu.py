@@ -1,0 +1,197 @@
+"""The Triton kernels on a GPU, against the reference in fp64: real shapes, segments, long runs."""
+
+import copy
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from kda_kernels import reference
+from kda_kernels.types import Exports, KdaInputs, KdaState
+from tests.unit.kernels.hostile import HOSTILE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+
+
+def on(device, value):
+    """A copy on the device that keeps strides and the gaps between rows."""
+    if isinstance(value, torch.Tensor):
+        store = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0).to(device)
+        return store.as_strided(value.shape, value.stride(), value.storage_offset())
+    if not hasattr(value, "__dataclass_fields__"):
+        return value
+    return type(value)(*(on(device, getattr(value, f.name)) for f in fields(value)))
+
+
+def on_gpu(value):
+    return on("cuda", value)
+
+
+def in_fp64(problem):
+    want = problem.clone()
+    want.inputs = KdaInputs(*(getattr(problem.inputs, f.name).double() for f in fields(KdaInputs)))
+    want.state = KdaState(problem.state.conv.double(), problem.state.recurrent.double())
+    want.out = problem.out.double()
+    return want
+
+
+def check(problem, cuda, relative_error, call="prefill"):
+    want = in_fp64(problem)
+    getattr(want, call)(reference)
+    got = on_gpu(problem)
+    getattr(got, call)(cuda)
+    tolerance = TOLERANCE[problem.out.dtype]
+    live = [slot for slot in problem.slots.tolist() if slot > 0]
+    assert relative_error(got.out.cpu(), want.out) < tolerance
+    assert torch.equal(got.state.conv.cpu()[live].double(), want.state.conv[live])
+    assert relative_error(got.state.recurrent.cpu()[live], want.state.recurrent[live]) < tolerance
+    others = [slot for slot in range(problem.state.conv.shape[0]) if slot not in live]
+    torch.testing.assert_close(
+        got.state.recurrent.cpu()[others], problem.state.recurrent[others], rtol=0, atol=0, equal_nan=True
+    )
+    again = on_gpu(problem)
+    getattr(again, call)(cuda)
+    assert torch.equal(again.out, got.out) and torch.equal(again.state.conv[live], got.state.conv[live])
+    assert torch.equal(again.state.recurrent[live], got.state.recurrent[live])
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "lengths", [[1], [0, 1, 15, 16, 17], [63, 64, 65], [127, 128, 129], [1] * 50, [300, 0, 2]], ids=str
+)
+def test_prefill(lengths, dtype, dim, cuda, make_problem, relative_error):
+    resume = [n % 2 == 0 for n in range(len(lengths))]
+    check(make_problem(lengths, dim=dim, dtype=dtype, resume=resume, strided=True), cuda, relative_error)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_hostile(call, dtype, hostile, cuda, make_problem, relative_error):
+    problem = make_problem([1] * 3 if call == "decode" else [70, 9, 64], dim=128, dtype=dtype, resume=True)
+    HOSTILE[hostile](problem)
+    check(problem, cuda, relative_error, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_of_long_sequences(dtype, cuda, make_problem, relative_error):
+    problem = make_problem([2500, 70, 0, 2100, 1], heads=1, dim=128, dtype=dtype, resume=True, strided=True)
+    check(problem, cuda, relative_error)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("heads, dim", [(3, 128), (4, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode(dtype, heads, dim, rows, cuda, make_problem, relative_error):
+    slots = [0 if n % 7 == 3 else rows - n for n in range(rows)]
+    problem = make_problem([1] * rows, heads=heads, dim=dim, dtype=dtype, slots=slots, resume=True, strided=True)
+    check(problem, cuda, relative_error, "decode")
+
+
+def test_decode_in_a_graph(cuda, make_problem):
+    """A replay gives what calls give, also for slots changed after the capture."""
+    problem = on_gpu(make_problem([1] * 4, dim=128, dtype=torch.bfloat16, resume=True))
+    problem.decode(cuda)  # compiled before the capture
+    eager = copy.deepcopy(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.decode(cuda)
+    for slots in (problem.slots.clone(), problem.slots.flip(0), torch.zeros_like(problem.slots)):
+        for trial in (problem, eager):
+            trial.slots.copy_(slots)
+        graph.replay()
+        eager.decode(cuda)
+        assert torch.equal(problem.out, eager.out)
+        assert torch.equal(problem.state.conv.nan_to_num(7), eager.state.conv.nan_to_num(7))
+        assert torch.equal(problem.state.recurrent.nan_to_num(7), eager.state.recurrent.nan_to_num(7))
+
+
+@pytest.mark.parametrize("part", [1 << 19, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_exports(state_dtype, dtype, part, cuda, make_problem, relative_error, monkeypatch):
+    """In one part and in several, whole sequences and segments of them: all slots against the reference."""
+    monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "PART", part)
+    options = {"heads": 1, "dim": 128, "dtype": dtype, "strided": True, "spare": 12}
+    options |= {"resume": [True, False, True, True, True], "slots": [3, 1, 5, 2, 4]}
+    problem = make_problem([2500, 70, 0, 2100, 2], **options)
+    problem.state = KdaState(problem.state.conv, problem.state.recurrent.to(state_dtype))
+    points = [64, 2500, 2496, 4672, 2564, 2570 + 64 * 30, 4670, 64, 64 * 20, 2570]
+    exports = Exports(
+        torch.tensor(points, dtype=torch.int32), torch.tensor([15, 6, 7, 14, 8, 9, 13, 10, 11, 0], dtype=torch.int32)
+    )
+    want, got = in_fp64(problem).prefill(reference, exports), on_gpu(problem).prefill(cuda, on_gpu(exports))
+    tolerance = 5e-3 if state_dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert relative_error(got.out.cpu(), want.out) < tolerance
+    for slot in range(17):
+        if slot in (0, 12, 16):
+            assert got.state.recurrent[slot].isnan().all() and got.state.conv[slot].isnan().all()
+            continue
+        assert torch.equal(got.state.conv[slot].cpu().double(), want.state.conv[slot]), slot
+        assert relative_error(got.state.recurrent[slot].cpu(), want.state.recurrent[slot]) < tolerance, slot
+
+
+def drafts(make_problem, sequences, steps, **options):
+    """(problem, slots, accepted) on the GPU: `steps` tokens for each sequence, states from wherever."""
+    count = sequences * steps
+    problem = make_problem([1] * count, slots=range(1, count + 1), resume=True, strided=True, **options)
+    problem.cu_seqlens = torch.arange(0, count + 1, steps, dtype=torch.int32)
+    slots = torch.randperm(count, generator=torch.Generator().manual_seed(1)).add(1).view(sequences, steps)
+    return on_gpu(problem), slots.to(torch.int32).cuda(), (torch.arange(sequences) % steps + 1).to(torch.int32).cuda()
+
+
+def verify(cuda, problem, slots, accepted):
+    cuda.verify(problem.inputs, problem.params, problem.state, problem.cu_seqlens, slots, accepted, problem.out)
+
+
+@pytest.mark.parametrize("sequences, steps", [(2, 1), (3, 4), (80, 1), (80, 4), (3, 16)])
+@pytest.mark.parametrize("heads, dim", [(3, 128), (4, 64)])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_gives_the_bits_of_decode(dtype, state_dtype, heads, dim, sequences, steps, cuda, make_problem):
+    problem, slots, accepted = drafts(make_problem, sequences, steps, heads=heads, dim=dim, dtype=dtype)
+    problem.state = KdaState(problem.state.conv, problem.state.recurrent.to(state_dtype))
+    single = copy.deepcopy(problem)
+    verify(cuda, problem, slots, accepted)
+    before = slots.gather(1, accepted[:, None].long() - 1)[:, 0].long()
+    for step in range(steps):
+        here = slots[:, step].contiguous()
+        for state in (single.state.conv, single.state.recurrent):
+            state[here.long()] = state[before]
+        inputs = KdaInputs(*(getattr(single.inputs, f.name)[step::steps] for f in fields(KdaInputs)))
+        cuda.decode(inputs, single.params, single.state, here, single.out[step::steps])
+        before = here.long()
+    assert torch.equal(problem.out, single.out)
+    assert torch.equal(problem.state.conv[slots.long()], single.state.conv[slots.long()])
+    assert torch.equal(problem.state.recurrent[slots.long()], single.state.recurrent[slots.long()])
+
+
+def test_verify_in_a_graph(cuda, make_problem, relative_error):
+    """A replay gives what calls give, also for tables changed after the capture; null rows and padding are zeros."""
+    problem, slots, accepted = drafts(make_problem, 6, 4, dim=128, dtype=torch.bfloat16)
+    want = in_fp64(on("cpu", problem))
+    verify(cuda, problem, slots, accepted)
+    verify(reference, want, slots.cpu(), accepted.cpu())
+    assert relative_error(problem.out.cpu(), want.out) < TOLERANCE[torch.bfloat16]
+    eager = copy.deepcopy(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        verify(cuda, problem, slots, accepted)
+    for bounds in ([0, 4, 8, 12, 16, 20, 24], [0, 1, 4, 4, 7, 8, 8], [0, 0, 0, 0, 0, 0, 0]):
+        slots[2, 0] = 0
+        for trial in (problem, eager):
+            trial.cu_seqlens.copy_(torch.tensor(bounds, dtype=torch.int32))
+            trial.out.fill_(torch.nan)
+        accepted.copy_(accepted % 4 + 1)
+        graph.replay()
+        verify(cuda, eager, slots, accepted)
+        assert torch.equal(problem.out, eager.out)
+        assert (problem.out[bounds[-1] :] == 0).all() and (problem.out[bounds[2] : bounds[3]] == 0).all()
+        assert torch.equal(problem.state.conv.nan_to_num(7), eager.state.conv.nan_to_num(7))
+        assert torch.equal(problem.state.recurrent.nan_to_num(7), eager.state.recurrent.nan_to_num(7))

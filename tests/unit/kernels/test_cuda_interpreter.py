@@ -1,0 +1,173 @@
+"""The Triton kernels on the CPU: this file runs itself in a process of its own, with Triton's interpreter.
+
+With it run the tests of exports and of verify, whose `backend` is then the one for GPUs.
+
+The interpreter rounds bfloat16 stores towards zero, hence the wider tolerance than on a GPU.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.kernels.hostile import HOSTILE
+
+pytest.importorskip("triton")
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_in_the_interpreter starts")
+ROOT = Path(__file__).parents[3]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+STATE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+
+
+@pytest.mark.skipif(INSIDE, reason="is in the interpreter already")
+def test_in_the_interpreter():
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_exports.py", "test_verify.py"))]
+
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, file], env=env, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor() as pool:  # all at once, for the interpreter is slow
+        for done in pool.map(run, files):
+            assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+            assert " passed" in done.stdout
+
+
+@pytest.fixture
+def cuda():
+    return importlib.import_module("kda_kernels.cuda")
+
+
+def check(problem, cuda, solve, relative_error, call="prefill"):
+    want_out, want_conv, want_recurrent = solve(problem)
+    before = problem.clone()
+    getattr(problem, call)(cuda)
+    dtype = problem.out.dtype
+    live = [slot for slot in problem.slots.tolist() if slot > 0]
+    assert relative_error(problem.out, want_out) < TOLERANCE[dtype]
+    assert torch.equal(problem.state.conv[live].double(), want_conv[live])
+    state_tolerance = 1e-5 if call == "decode" else STATE_TOLERANCE[dtype]
+    if problem.state.recurrent.dtype == torch.bfloat16:
+        state_tolerance = 5e-3
+    assert relative_error(problem.state.recurrent[live], want_recurrent[live]) < state_tolerance
+    others = [slot for slot in range(problem.state.conv.shape[0]) if slot not in live]
+    for name in ("conv", "recurrent"):
+        now, then = getattr(problem.state, name)[others], getattr(before.state, name)[others]
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    bounds = problem.cu_seqlens.tolist()
+    for n, slot in enumerate(problem.slots.tolist()):
+        if slot <= 0:
+            assert (problem.out[bounds[n] : bounds[n + 1]] == 0).all()
+    store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
+    assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the rows
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[0, 1, 15, 16], [63, 0, 17, 2], [64, 3], [65, 1, 1], [127], [128], [129]])
+def test_prefill_of_every_length(lengths, dtype, cuda, make_problem, solve, relative_error):
+    resume = [n % 2 == 0 for n in range(len(lengths))]
+    problem = make_problem(lengths, dtype=dtype, resume=resume, strided=True)
+    check(problem, cuda, solve, relative_error)
+
+
+@inside
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_hostile(call, dtype, hostile, cuda, make_problem, solve, relative_error):
+    lengths = [1] * 3 if call == "decode" else [70, 9]
+    problem = make_problem(lengths, dtype=dtype, resume=True)
+    HOSTILE[hostile](problem)
+    check(problem, cuda, solve, relative_error, call)
+
+
+@inside
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+@pytest.mark.parametrize("dim, heads", [(64, 3), (128, 1)])
+@pytest.mark.parametrize("taps", [2, 4, 5])
+def test_sizes_and_taps(call, dim, heads, taps, cuda, make_problem, solve, relative_error):
+    lengths = [1, 1] if call == "decode" else [18, 2]
+    problem = make_problem(lengths, dim=dim, heads=heads, taps=taps, resume=True, param_dtype=torch.bfloat16)
+    check(problem, cuda, solve, relative_error, call)
+
+
+@inside
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_null_slots_and_slots_out_of_order(call, cuda, make_problem, solve, relative_error):
+    lengths = [1] * 5 if call == "decode" else [3, 66, 1, 2, 17]
+    problem = make_problem(lengths, slots=[0, 5, -1, 0, 2], resume=True, strided=True)
+    check(problem, cuda, solve, relative_error, call)
+
+
+@inside
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_bf16_state(call, cuda, make_problem, solve, relative_error):
+    problem = make_problem([1, 1] if call == "decode" else [20, 1], resume=True)
+    state = type(problem.state)(problem.state.conv, problem.state.recurrent.bfloat16())
+    problem.state = state
+    check(problem, cuda, solve, relative_error, call)
+
+
+@inside
+@pytest.mark.parametrize("options", [{"BV": 16, "INNER": 64}, {"BV": 32, "INNER": 32}, {"BV": 128, "INNER": 128}])
+def test_decode_in_tiles(options, cuda, make_problem, solve, relative_error, monkeypatch):
+    module = sys.modules["kda_kernels.cuda.decode"]  # the package's `decode` is the function
+    monkeypatch.setattr(module, "_launch", lambda *_: {"PDL": False, "num_warps": 4} | options)
+    check(make_problem([1] * 3, dim=128, resume=True), cuda, solve, relative_error, "decode")
+
+
+@inside
+def test_many_sequences_of_one_token(cuda, make_problem, solve, relative_error):
+    check(make_problem([1] * 20, heads=1, resume=[n % 3 > 0 for n in range(20)]), cuda, solve, relative_error)
+
+
+@inside
+def test_long_calls_are_cut_into_parts(cuda, make_problem, solve, relative_error, monkeypatch):
+    monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "PART", 64)
+    problem = make_problem([2, 130, 0, 60, 3], heads=1, resume=[True, True, False, False, True], strided=True)
+    check(problem, cuda, solve, relative_error)
+
+
+@inside
+def test_nothing_to_do(cuda, make_problem):
+    problem = make_problem([])
+    problem.prefill(cuda).decode(cuda)
+    assert problem.state.conv.isnan().all()
+
+
+@inside
+def test_nan_stays_in_its_sequence(cuda, make_problem):
+    problem = make_problem([5, 20, 3])
+    problem.inputs.qkv[7] = torch.nan
+    problem.prefill(cuda)
+    assert problem.out[8].isnan().any()
+    assert problem.out[:5].isfinite().all() and problem.out[25:].isfinite().all()
+
+
+def test_what_is_supported():
+    from kda_kernels import cuda
+
+    assert cuda.supports(torch.bfloat16, 128, torch.float32)[0]
+    for refused in ((torch.float16, 128, torch.float32), (torch.bfloat16, 96, torch.float32)):
+        ok, reason = cuda.supports(*refused)
+        assert not ok and "Triton" in reason
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sequences_are_cut_into_segments(dtype, cuda, make_problem, solve, relative_error, monkeypatch):
+    monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "_segment_length", lambda *_: 1)
+    resume = [True, False, True, True, True]
+    problem = make_problem([2, 0, 200, 70, 20], heads=1, dtype=dtype, resume=resume, strided=True)
+    problem.slots[3] = 0
+    check(problem, cuda, solve, relative_error)

@@ -1,0 +1,242 @@
+"""Every state that a step goes on from holds the tokens before it: the real scheduler, and a worker that only counts.
+
+The worker does to its block table and its blocks what vLLM's does: the table of a request only grows, and drafts leave
+a state each. Its blocks hold the name of the prefix whose state they would. No model runs.
+"""
+
+import random
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MambaSpec, MLAAttentionSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+import vllm_kimi_linear
+from tests.support.own_process import in_own_process
+from vllm_kimi_linear import memory
+from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.demo import demo_config
+from vllm_kimi_linear.snapshots import KdaSpec
+
+BLOCK, GROUPS = 256, (1, 2, 3)  # the KV cache groups of KDA layers; group 0 is the attention layers'
+LENGTH = 16384
+BLOCKS = PLENTY, FEW = 4000, 110
+
+
+class Worker:
+    """States as prefixes: `states[group][block]` is a hash of the tokens whose state the block holds."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.tables: dict[str, dict[int, list[int]]] = {}
+        self.running: dict[str, int] = {}  # column of the running state
+        self.accepted: dict[str, int] = {}
+        self.states: dict[int, dict[int, int]] = {group: {} for group in GROUPS}
+        self.hits = self.kept = 0
+
+    def grow(self, step: SchedulerOutput) -> None:
+        """Take the step's new blocks; a request that was preempted starts its table anew."""
+        for new in step.scheduled_new_reqs:
+            self._begin(new.req_id, new.block_ids, new.num_computed_tokens)
+            self.hits += new.num_computed_tokens
+        cached = step.scheduled_cached_reqs
+        for name, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if name in cached.resumed_req_ids:
+                assert blocks is not None
+                self._begin(name, blocks, computed)
+            elif blocks is not None:
+                for group in GROUPS:
+                    self.tables[name][group] += blocks[group]
+
+    def _begin(self, name: str, blocks: tuple[list[int], ...], computed: int) -> None:
+        self.tables[name] = {group: list(blocks[group]) for group in GROUPS}
+        self.running[name], self.accepted[name] = (computed - 1) // BLOCK, 1
+
+    def run(self, request: Request, scheduled: int, drafts: int, checkpoints: Any) -> int:
+        """One request's part of a step; returns how many of its tokens stand."""
+        name, context = request.request_id, request.num_computed_tokens - scheduled
+        tokens = [*request.all_token_ids, *request.spec_token_ids]
+        end = context + scheduled
+        before, running = self.running[name], (end - 1) // BLOCK
+        bias = self.accepted[name] - 1
+        if before >= 0 and before != running:
+            self._copy(name, before + bias, running)
+            bias = 0
+        decodes = context >= request.num_prompt_tokens and context >= request.num_tokens - 1
+        prefix = self._prefixes(tokens, context, end)
+        for group, table in self.tables[name].items():
+            states = self.states[group]
+            if context:
+                assert states.get(table[running + bias]) == prefix(context), f"{name} from {context} in group {group}"
+            if decodes:
+                for i in range(scheduled):
+                    states[table[running + i]] = prefix(context + i + 1)
+            else:
+                # As kernels do it in any order: no two of these may be one block.
+                written = [table[running], *(checkpoints.blocks[group] if checkpoints else ())]
+                assert len(set(written)) == len(written) and min(written) > 0
+                states[table[running]] = prefix(end)
+                if checkpoints:
+                    self.kept += 1
+                    for position, block in zip(checkpoints.positions, checkpoints.blocks[group], strict=True):
+                        assert context < position < end
+                        states[block] = prefix(position)
+        accepted = self.random.randint(1, 1 + drafts) if end >= request.num_tokens else 0
+        first = end - drafts  # tokens in the running column's first state
+        edge = (first + max(accepted, 1) - 1) // BLOCK * BLOCK
+        self.running[name], self.accepted[name] = running, max(accepted, 1)
+        if edge >= first:
+            if edge // BLOCK - 1 == running:
+                self.accepted[name] = 1
+            self._copy(name, running + edge - first, edge // BLOCK - 1)
+        return accepted
+
+    def _copy(self, name: str, source: int, target: int) -> None:
+        for group, table in self.tables[name].items():
+            self.states[group][table[target]] = self.states[group].get(table[source], 0)
+
+    @staticmethod
+    def _prefixes(tokens: list[int], context: int, end: int):
+        known: dict[int, int] = {}
+
+        def prefix(length: int) -> int:
+            if length not in known:
+                known[length] = hash(tuple(tokens[:length]))
+            return known[length]
+
+        return prefix
+
+
+def configuration(model: str, drafts: int) -> VllmConfig:
+    return EngineArgs(
+        model,
+        dtype="float32",
+        max_model_len=LENGTH,
+        max_num_batched_tokens=4096,
+        max_num_seqs=32,
+        enable_prefix_caching=True,
+        speculative_config={"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
+        if drafts
+        else None,
+    ).create_engine_config()
+
+
+def scheduler(config: VllmConfig, drafts: int, budget: int, blocks: int) -> Scheduler:
+    geometry = Geometry.from_config(demo_config())
+    state = MambaSpec(
+        shapes=memory.kda_state_shapes(geometry),
+        dtypes=(torch.float32, torch.float32),
+        block_size=BLOCK,
+        mamba_cache_mode="align",
+        num_speculative_blocks=drafts,
+    )
+    latents = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=geometry.latent_size, dtype=torch.float32)
+    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=BLOCK, prefix_caching=True)
+    kda: KVCacheSpec = KdaSpec.of(state, LENGTH, plan)
+    cache = KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[
+            KVCacheGroupSpec(["mla"], latents),
+            *(KVCacheGroupSpec([f"kda.{group}"], kda) for group in GROUPS),
+        ],
+        prefix_cache_retention_interval=0,
+    )
+    config.scheduler_config.max_num_batched_tokens = budget
+    config.cache_config.block_size = config.cache_config.mamba_block_size = BLOCK
+    config.cache_config.num_gpu_blocks = blocks
+    init_none_hash(sha256)
+    register_all_kvcache_specs(config)
+    return Scheduler(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
+
+
+def requests(seed: int, count: int) -> Iterator[Request]:
+    """Prompts of 1,000 to 9,000 tokens, half of which begin as another does."""
+    draw = random.Random(seed)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    seen: list[list[int]] = []
+    for i in range(count):
+        prompt = [draw.randrange(1000) for _ in range(draw.randrange(1000, 9000))]
+        if seen and i % 2:
+            other = draw.choice(seen)
+            shared = draw.randrange(len(other) + 1)
+            prompt = (other[:shared] + prompt)[: max(shared, len(prompt))]
+        seen.append(prompt)
+        parameters = SamplingParams(max_tokens=draw.choice([1, 40, 400]), ignore_eos=True)
+        yield Request(f"r{i}", prompt, parameters, None, block_hasher=hasher)
+
+
+def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
+    """Schedule requests until all are answered; raises AssertionError at the first state that is another's."""
+    engine, worker = scheduler(config, drafts, budget, blocks), Worker(seed=drafts)
+    draw = random.Random(budget)
+    for request in requests(seed=budget + drafts, count=10):
+        engine.add_request(request)
+    preempted = steps = 0
+    while engine.has_unfinished_requests():
+        steps += 1
+        step = engine.schedule()
+        worker.grow(step)
+        names, answers, proposals = list(step.num_scheduled_tokens), [], []
+        for name in names:
+            request, scheduled = engine.requests[name], step.num_scheduled_tokens[name]
+            drafted = step.scheduled_spec_decode_tokens.get(name, [])
+            request.spec_token_ids = drafted
+            stand = worker.run(request, scheduled, len(drafted), step.kda_checkpoints.get(name))
+            # What stands of the drafts, and a token of the model's own.
+            answers.append([*drafted[: stand - 1], draw.randrange(1000)] if stand else [])
+            proposals.append([draw.randrange(1000) for _ in range(draw.randint(0, drafts))])
+        engine.update_from_output(step, ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, answers))
+        if drafts:
+            engine.update_draft_token_ids(DraftTokenIds(names, proposals))
+        preempted += len(step.scheduled_cached_reqs.resumed_req_ids)
+        if draw.random() < 0.005 and engine.requests:
+            engine.finish_requests(draw.choice(list(engine.requests)), RequestStatus.FINISHED_ABORTED)
+        if steps % 40 == 20 and engine.running:  # as if blocks had run out, whatever their number
+            engine._preempt_request(engine.running.pop(), 0.0)
+    assert preempted and worker.kept
+    assert worker.hits or blocks == FEW
+    pool = engine.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == blocks - 1  # one is vLLM's null block
+
+
+CASES = [(drafts, budget, blocks) for drafts in (0, 1, 2, 4) for budget in (512, 1024, 4096) for blocks in BLOCKS]
+
+
+def serve_all(model: str) -> list[str]:
+    """What went wrong in each of CASES; empty where nothing did."""
+    vllm_kimi_linear.register()
+    faults = []
+    for drafts, budget, blocks in CASES:
+        try:
+            serve(configuration(model, drafts), drafts, budget, blocks)
+            faults.append("")
+        except AssertionError:
+            faults.append(traceback.format_exc())
+    return faults
+
+
+@pytest.fixture(scope="module")
+def faults(demo_model: Path) -> list[str]:
+    return in_own_process(serve_all, str(demo_model))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d} drafts, {t} tokens, {b} blocks" for d, t, b in CASES])
+def test_states_hold_what_is_before_them(faults: list[str], case: int):
+    assert faults[case] == ""
