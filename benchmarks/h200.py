@@ -30,8 +30,9 @@ import httpx
 
 from benchmarks import trace
 from benchmarks.load import Load, late_tpot, percentile, steady_tpot
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server
 
 CONFIG = Path(__file__).with_name("config_48b.json")
@@ -177,10 +178,10 @@ def tpot_floor(
     touched = 1 - (1 - share) ** sequences
     weights = sum(
         math.prod(w.shape) * 2 * (touched if ".experts." in w.name else 1)
-        for w in memory.weights(geometry)
+        for w in tensors.weights(geometry)
         if "embed_tokens" not in w.name
     )
-    plan = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0)
+    plan = layout.cache_layout(geometry, activation_dtype="bfloat16", kv_bytes=0)
     state = 2 * plan.kda_state_bytes_per_sequence
     return ((weights + sequences * state) / gpus + sequences * plan.mla_bytes_per_token * context) / bandwidth
 

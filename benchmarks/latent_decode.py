@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.h200 import BANDWIDTHS, CONFIG, MILLION
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config.model import Geometry
 
 K = 1024
 BATCHES = {

@@ -18,8 +18,9 @@ import httpx
 import numpy
 import psutil
 
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server
 
 K, MIB, GIB = 1024, 1 << 20, 1 << 30
@@ -55,7 +56,7 @@ def report(rows: list[tuple[int, float, int]], geometry: Geometry) -> str:
     # Relative errors count, so that a short prompt weighs as much as a long one.
     terms = numpy.stack([lengths, lengths**2], axis=1) / times[:, None]
     (linear, square), *_ = numpy.linalg.lstsq(terms, numpy.ones(len(rows)), rcond=None)
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=CACHE)
+    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=CACHE)
     lines = [
         "# A long prompt on a CPU",
         "",

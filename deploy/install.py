@@ -251,7 +251,7 @@ def install(root: Path, venv: Path, device: str, todo: str, extras: str = EXTRAS
             steps.run("vLLM for CUDA, and this project", [*pip, *editable, wanted])
     if list(compiled.glob("*.c")) and not list(compiled.glob("_kda*.so")):
         print(f"The C kernels did not compile, slower ones will be used: {steps.log} says why.", flush=True)
-    steps.run("checking", [python, "-m", "vllm_kimi_linear.install_check"])
+    steps.run("checking", [python, "-m", "vllm_kimi_linear.supported.install_check"])
 
 
 def main() -> int:

@@ -15,18 +15,13 @@ def register() -> None:
     Entry point `kimi_linear` of the group `vllm.general_plugins`. Idempotent. Processes that serve other models call
     it too: nothing here, nor what it calls, may change anything for them.
     """
-    from vllm.model_executor.models import ModelRegistry
+    from vllm_kimi_linear.supported import versions
 
-    from vllm_kimi_linear import vllm_version
-
-    if vllm_version.is_refused():
-        from vllm_kimi_linear import refused
+    if versions.is_refused():
+        from vllm_kimi_linear.supported import refused
 
         return refused.register()
 
-    from vllm_kimi_linear import compat, start_checks
+    from vllm_kimi_linear import registration
 
-    start_checks.report_install()
-    start_checks.register()
-    compat.apply()
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
+    registration.register()

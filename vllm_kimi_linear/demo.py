@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.tensors import weights as tensors_of
 from vllm_kimi_linear.demo_tokenizer import (
     Vocabulary,
     build_vocabulary,
@@ -292,7 +292,7 @@ def write_checkpoint(
     Files that another run left there are replaced, not kept. Raises ValueError for options that do not fit.
     """
     config = demo_config(preset, layers, dtype)
-    tensors = sum(1 for _ in memory.weights(Geometry.from_config(config)))
+    tensors = sum(1 for _ in tensors_of(Geometry.from_config(config)))
     if not 1 <= shards <= tensors:
         raise ValueError(f"--shards is {shards}; this checkpoint has {tensors} tensors, give 1 to that many")
     if seed < 0:

@@ -4,13 +4,13 @@ Standard library only. Weights and cache are exact: the tests compare them with 
 Activations are an estimate, and the runtime an allowance; on a GPU vLLM measures both and sizes the cache itself.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.memory import DTYPE_BYTES, GIB, Plan
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.cache.layout import DTYPE_BYTES, GIB, CacheLayout
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 
 # vLLM pads the vocabulary, and we the rows of KDA's input projection, to multiples of these.
 VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 8
@@ -33,7 +33,7 @@ def held_weight_bytes(geometry: Geometry, dtype: str) -> int:
     projection = -_projection_rows(g) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
     absorbed = g.attention_heads // ranks * (g.qk_nope_head_dim + g.v_head_dim) * g.kv_lora_rank * len(g.mla_layers)
     router = g.num_experts * g.hidden_size * sum(g.layer_moe) * (DTYPE_BYTES["float32"] - size)
-    return memory.weight_bytes(g, dtype) + (vocabulary + projection + absorbed) * size + router
+    return tensors.weight_bytes(g, dtype) + (vocabulary + projection + absorbed) * size + router
 
 
 def _projection_rows(g: Geometry) -> int:
@@ -78,7 +78,7 @@ class Forecast:
     weights: int
     activations: int
     runtime: int
-    plan: Plan  # the cache made of what is left; without a block if nothing is
+    plan: CacheLayout  # the cache made of what is left; without a block if nothing is
     context_parallel: int = 1  # ranks that the latent KV of a sequence is spread over
 
     @property
@@ -113,15 +113,6 @@ class Forecast:
         return ceil(context / self.context_parallel)
 
 
-def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
-    """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
-    low = 0
-    while low < limit:
-        middle = (low + limit + 1) // 2
-        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
-    return low
-
-
 def forecast(
     geometry: Geometry,
     *,
@@ -136,7 +127,7 @@ def forecast(
     """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
     weights = held_weight_bytes(geometry, dtype)
     activations = activation_bytes(geometry, dtype, device, batch_tokens, batch_sequences)
-    plan = memory.plan(
+    plan = layout.cache_layout(
         geometry,
         activation_dtype=dtype,
         kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),

@@ -18,10 +18,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import ops
 from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
-from vllm_kimi_linear import memory, start_checks
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.metadata import KdaMetadata
-from vllm_kimi_linear.snapshots import KdaSpec
+from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
+from vllm_kimi_linear.cache import configured
+from vllm_kimi_linear.cache.layout import kda_state_shapes
+from vllm_kimi_linear.cache.spec import KdaSpec
+from vllm_kimi_linear.config.model import Geometry
 
 # Rows of a sequence that the kernels for GPUs split where heads are few, and of one that they never do.
 SPLIT_ROWS, FEW_ROWS = 2048, 64
@@ -215,8 +216,8 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        plan = start_checks.plan(vllm_config, 0)
-        return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len, plan)
+        layout = configured.cache_layout(vllm_config, 0, self.geometry)
+        return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len, layout)
 
     @property
     def state(self) -> KdaState:
@@ -228,7 +229,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.CUSTOM
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return memory.kda_state_shapes(self.geometry)
+        return kda_state_shapes(self.geometry)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.model_config, self.cache_config)

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
-from vllm_kimi_linear.config import LATENT_NORM_EPS, Geometry
+from vllm_kimi_linear.config.model import LATENT_NORM_EPS, Geometry
 
 
 class KimiLatentAttention(nn.Module):
@@ -58,7 +58,7 @@ class KimiLatentAttention(nn.Module):
         )
         backend = None
         if current_platform.is_cpu():
-            from vllm_kimi_linear.cpu.mla_backend import CpuLatentBackend
+            from vllm_kimi_linear.attention.cpu_mla import CpuLatentBackend
 
             backend = CpuLatentBackend
         self.attn = MLAAttention(

@@ -20,8 +20,9 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_kimi_linear import compat, start_checks, weights
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import validation, weights
+from vllm_kimi_linear.cache import configured
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
@@ -107,7 +108,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.geometry = start_checks.geometry(vllm_config)
+        self.geometry = configured.geometry(vllm_config)
         self.serving = False
         self.model = KimiLinearModel(self.geometry, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = (
@@ -128,11 +129,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             from vllm_kimi_linear.cpu.products import use_plain_products
 
             use_plain_products(self)
-            compat.mend_cpu_runner()
-            if not get_pp_group().is_first_rank:
-                compat.make_pipeline_buffers_on_cpu()
         _, state = state_dtypes(vllm_config.model_config, vllm_config.cache_config)
-        start_checks.log_implementation(vllm_config, self.geometry, state)
+        validation.log_implementation(vllm_config, self.geometry, state)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -165,7 +163,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return MambaHybridModelState if self.geometry.kda_layers else DefaultModelState
 
     # vLLM makes the blocks so large that each MLA layer's part holds a whole state of these; our layers say their own
-    # (`kda.py`), and share a block among themselves (`memory.Plan`).
+    # (`kda.py`), and share a block among themselves (`cache/layout.py`).
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:

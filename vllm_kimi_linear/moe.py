@@ -10,10 +10,9 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
-from vllm_kimi_linear import vllm_version
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.expert_rehearsal import rehearsal
-from vllm_kimi_linear.patches import expert_tiles
+from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.fused_moe_configs import use_tables
+from vllm_kimi_linear.warmup import expert_warmup
 
 
 class GatedMlp(nn.Module):
@@ -96,9 +95,8 @@ class MixtureOfExperts(nn.Module):
             from vllm_kimi_linear.cpu.experts import use_onednn_experts
 
             use_onednn_experts(self.experts)
-        elif vllm_version.is_known():
-            expert_tiles.apply(self.experts)
-        rehearsal.register_warmup(self, get_current_vllm_config())
+        use_tables(self.experts)
+        expert_warmup.register_warmup(self, get_current_vllm_config())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x)

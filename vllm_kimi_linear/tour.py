@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from openai import OpenAI
 
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server, StartError
 
 if TYPE_CHECKING:
@@ -161,9 +162,9 @@ def _allocated_blocks(server: Server) -> int:
 
 
 def _print_memory(model: Path, dtype: str, blocks: int) -> bool:
-    """State and cache bytes from memory.py; False if its plan is not what the engine allocated."""
+    """State and cache bytes from layout.py; False if its plan is not what the engine allocated."""
     geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
-    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=KV_BYTES)
+    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=KV_BYTES)
     print(
         f"\nKDA state {plan.kda_state_bytes_per_sequence / 2**20:.2f} MiB a sequence, whatever its length; "
         f"MLA cache {plan.mla_bytes_per_token} bytes a token"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 
 # Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
 IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
@@ -37,7 +37,7 @@ class Target:
     """Where one checkpoint tensor goes: a parameter of the model, the shapes it may have, its loader's arguments."""
 
     parameter: str
-    shapes: tuple[memory.Shape, ...]
+    shapes: tuple[tensors.Shape, ...]
     arguments: tuple[object, ...] = ()
 
 
@@ -45,10 +45,10 @@ class Target:
 def targets(geometry: Geometry) -> dict[str, Target]:
     """The target of every tensor of the original layout, by checkpoint name."""
     table = {}
-    for weight in memory.weights(geometry):
+    for weight in tensors.weights(geometry):
         kda = weight.layer is not None and geometry.layer_kinds[weight.layer] == "kda"
         parameter, arguments = _parameter(weight.name, kda)
-        shapes: tuple[memory.Shape, ...] = (weight.shape,)
+        shapes: tuple[tensors.Shape, ...] = (weight.shape,)
         if weight.name.endswith("A_log"):
             shapes += ((geometry.kda_heads,),)
         table[weight.name] = Target(parameter, shapes, arguments)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_kimi_linear.config import LATENT_NORM_EPS, Geometry
+from vllm_kimi_linear.config.model import LATENT_NORM_EPS, Geometry
 
 EPS = 1e-5
 

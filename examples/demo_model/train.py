@@ -25,7 +25,7 @@ from examples.demo_model.batches import Batch, Maker
 from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS
 from examples.demo_model.network import KimiLinear
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config.model import Geometry
 
 LENGTHS = (192, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 MASTERED = 0.8  # of the questions at the greatest length so far

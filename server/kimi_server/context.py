@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_server.settings import SettingsError
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.config_error import ConfigError
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.model import Geometry
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def read_cost(path: Path) -> ContextCost:
     except (OSError, ValueError, ConfigError) as error:
         raise SettingsError(f"model_config {path} cannot be used: {error}") from None
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in memory.DTYPE_BYTES:
-        raise SettingsError(f"model_config {path}: dtype is {dtype!r}: use one of {', '.join(memory.DTYPE_BYTES)}.")
-    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=0)
+    if dtype not in tensors.DTYPE_BYTES:
+        raise SettingsError(f"model_config {path}: dtype is {dtype!r}: use one of {', '.join(tensors.DTYPE_BYTES)}.")
+    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=0)
     return ContextCost(plan.kda_state_bytes_per_sequence, plan.mla_bytes_per_token)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_server import nvidia, sizes
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.memory import MIB
+from vllm_kimi_linear.cache.layout import MIB
+from vllm_kimi_linear.config.errors import ConfigError
 
 # Short name -> NVIDIA's name and the MiB that nvidia-smi shows for it.
 GPUS = {

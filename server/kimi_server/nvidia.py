@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.memory import MIB
+from vllm_kimi_linear.cache.layout import MIB
+from vllm_kimi_linear.config.errors import ConfigError
 
 QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 MIG_QUERY = ("--query-gpu=mig.mode.current", "--format=csv,noheader")

@@ -1,6 +1,6 @@
 """Chooses how a model is spread over a machine, so that as many sequences of the asked length fit as can.
 
-All arithmetic is in `vllm_kimi_linear.memory` and `.forecast`.
+All arithmetic is in `vllm_kimi_linear.cache.layout` and `.forecast`.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,10 @@ from typing import Any
 
 from kimi_server.gpus import Machine
 from kimi_server.sizes import gib
-from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.forecast import Forecast, forecast, longest_context
+from vllm_kimi_linear.cache.layout import longest_context
+from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.forecast import Forecast, forecast
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
 # Tokens of one step, and the least number of sequences that may run at once: what is planned and the server is told.

@@ -14,7 +14,7 @@ from kimi_server import plan_report, sizes
 from kimi_server.gpus import machine
 from kimi_server.plan import Choice, Request, choose
 from kimi_server.serve_config import yaml
-from vllm_kimi_linear.config_error import ConfigError
+from vllm_kimi_linear.config.errors import ConfigError
 
 
 def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kimi_server.plan import Choice, best_spread
 from kimi_server.serve_config import settings
 from kimi_server.sizes import tokens
-from vllm_kimi_linear.memory import GIB, MIB
+from vllm_kimi_linear.cache.layout import GIB, MIB
 
 CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
 

@@ -2,7 +2,7 @@
 
 import re
 
-from vllm_kimi_linear.config_error import ConfigError
+from vllm_kimi_linear.config.errors import ConfigError
 
 FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

@@ -10,8 +10,8 @@ import httpx
 from tests.soak.asking import Tally, ask, cold
 from tests.soak.traffic import LONGEST, Asked, Traffic
 from tests.support.completions import Completions
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.tour import TRAINED
 
@@ -31,7 +31,7 @@ def server(folder: Path, gpu: bool, drafts: bool, prefix_caching: bool) -> Serve
     model = TRAINED / "checkpoint"
     dtype = "bfloat16" if gpu else "float32"
     geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
-    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=1 << 30, prefix_caching=prefix_caching)
+    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=1 << 30, prefix_caching=prefix_caching)
     flags = [
         f"--dtype={dtype}",
         f"--max-model-len={CONTEXT}",

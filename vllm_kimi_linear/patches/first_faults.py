@@ -1,31 +1,15 @@
-"""Refuse a malformed request at the first faulty item of a list, and not after a look at them all.
+"""Refuse a malformed request at the first faulty item of a list, and not after a look at them all."""
 
-Symptom: a body of 900 kB, `{"messages": [{}, {}, ...]}`, stops every stream of a server for 80 seconds, and takes
-    7 GiB of its memory, before it is refused.
-Cause: pydantic collects the faults of every item of a list, here 15 an item, one for each kind of message that it
-    is not, and FastAPI makes a dictionary of each. vLLM shortens the answer only, to ten of them.
-Upstream: vLLM bounds what is shown (`_MAX_REPORTED_ERRORS`), not what is collected; not reported yet.
-Remove when: vLLM's request models end at a list's first fault (pydantic's `FailFast`).
-"""
-
-import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.patches.patch import Hook, Patch
 
 LISTS = ("list", "tuple", "set", "frozenset")
 
 
-def apply() -> None:
-    """Let the servers of our architecture do so. Idempotent; nothing in a process that serves no HTTP."""
-    entry = sys.modules.get("vllm.entrypoints.launchers.api_server.entry")  # engines and workers do without it
-    original: Callable | None = getattr(entry, "build_app", None)
-    if entry is None or original is None or hasattr(original, "keeps_kimi_linear"):
-        return
-
-    @functools.wraps(original)
+def end_at_first_faults(original: Callable) -> Callable:
     def build_app(args: Any, supported_tasks: Any = None, model_config: Any = None) -> Any:
         app = original(args, supported_tasks, model_config)
         if model_config is not None and model_config.architecture == ARCHITECTURE:
@@ -33,8 +17,7 @@ def apply() -> None:
                 _end_at_first_fault(adapter)
         return app
 
-    vars(build_app)["keeps_kimi_linear"] = True
-    vars(entry)["build_app"] = build_app
+    return build_app
 
 
 def _bodies(routes: Any) -> Iterator[Any]:
@@ -61,3 +44,21 @@ def _with_short_lists(schema: Any) -> Any:
     if isinstance(schema, list | tuple):
         return type(schema)(map(_with_short_lists, schema))
     return schema
+
+
+PATCH = Patch(
+    symptom='A body of 900 kB, `{"messages": [{}, {}, ...]}`, stops every stream of a server for 80 seconds, and '
+    "takes 7 GiB of its memory, before it is refused.",
+    cause="pydantic collects the faults of every item of a list, here 15 an item, one for each kind of message that "
+    "it is not, and FastAPI makes a dictionary of each. vLLM shortens the answer only, to ten of them.",
+    upstream="vLLM bounds what is shown (`_MAX_REPORTED_ERRORS`), not what is collected; not reported yet.",
+    remove_when="vLLM's request models end at a list's first fault (pydantic's `FailFast`).",
+    hooks=(
+        # In the module that calls it, which has it by name from `launchers.app`.
+        Hook(
+            "vllm.entrypoints.launchers.api_server.entry:build_app",
+            "args supported_tasks model_config",
+            end_at_first_faults,
+        ),
+    ),
+)

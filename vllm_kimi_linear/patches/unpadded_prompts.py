@@ -1,29 +1,13 @@
-"""Start the state of a prompt of one token from zero, with drafts too.
+"""Start the state of a prompt of one token from zero, with drafts too."""
 
-Symptom: with --speculative-config a prompt of one token that comes while others are answered goes on from the state
-    that another request left in its block: the answer is wrong, and shows what the other was about.
-Cause: `Scheduler.schedule` pads a request that has one token left to compute with placeholders for drafts (-1), so
-    that the step fits a CUDA graph of decodes. Drafts are verified from a request's state; this one has none yet.
-Upstream: not reported yet.
-Remove when: a request without computed tokens is not padded.
-"""
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.patches.patch import Hook, Patch
 
 
-def apply() -> None:
-    """Take the placeholders off again before a step leaves the scheduler. Idempotent."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    original: Callable = Scheduler._update_after_schedule
-    if hasattr(original, "keeps_kimi_linear"):
-        return
-
-    @functools.wraps(original)
+def take_padding_off(original: Callable) -> Callable:
     def _update_after_schedule(self: Any, scheduler_output: Any) -> None:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts and self.vllm_config.model_config.architecture == ARCHITECTURE:
@@ -33,5 +17,19 @@ def apply() -> None:
                 scheduler_output.total_num_scheduled_tokens -= padding
         original(self, scheduler_output)
 
-    vars(_update_after_schedule)["keeps_kimi_linear"] = True
-    Scheduler._update_after_schedule = _update_after_schedule
+    return _update_after_schedule
+
+
+PATCH = Patch(
+    symptom="With --speculative-config a prompt of one token that comes while others are answered goes on from the "
+    "state that another request left in its block: the answer is wrong, and shows what the other was about.",
+    cause="`Scheduler.schedule` pads a request that has one token left to compute with placeholders for drafts (-1), "
+    "so that the step fits a CUDA graph of decodes. Drafts are verified from a request's state; this one has none yet.",
+    upstream="Not reported yet.",
+    remove_when="a request without computed tokens is not padded.",
+    hooks=(
+        Hook(
+            "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule", "self scheduler_output", take_padding_off
+        ),
+    ),
+)

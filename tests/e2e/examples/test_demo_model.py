@@ -13,7 +13,7 @@ from examples.demo_model import batches, figure4, train, words
 from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS, MOST_RECORDS, Asker, make_log
 from examples.demo_model.network import KimiLinear
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.oracle import Oracle
 
 

@@ -12,8 +12,8 @@ import torch
 from tests.conftest import CORES
 from tests.support.completions import Completions
 from tests.support.prompts import LOGPROB_TOLERANCE, Stream
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.oracle import Oracle
 
@@ -56,7 +56,7 @@ def check_end(oracle: Oracle, million: Completions, demo_model: Path, prompt: li
             assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {len(prompt) - LAST + at}"
     assert grown < SPARE_BYTES, f"{grown / MIB:.0f} MiB"
     geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=5 << 30)
+    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=5 << 30)
     assert plan.sequences(1 << 20) == 1
     assert f'num_gpu_blocks="{plan.num_blocks}"' in million.metrics()
 

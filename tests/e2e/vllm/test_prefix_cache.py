@@ -18,8 +18,8 @@ from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from tests.support.load import mixed
 from tests.support.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.oracle import Oracle
 
@@ -177,7 +177,7 @@ def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Ser
 def test_the_log_says_what_fits(servers: Callable[..., Server], demo_model: Path):
     """In sequences, as planned before the start, and not in a number of tokens."""
     geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=1 << 30, prefix_caching=True)
+    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=1 << 30, prefix_caching=True)
     log = servers(demo_model, *WIDE).log
     assert f"Kimi Linear: {plan.describe(4096)}" in log
     assert f"{plan.sequences(4096)} sequences of 4,096 tokens" in log

@@ -14,10 +14,9 @@ from compressed_tensors.quantization import QuantizationConfig, preset_name_to_s
 from safetensors.torch import load_file, save_file
 
 from tests.support.own_process import in_own_process
-from vllm_kimi_linear import memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.demo import demo_config, write_checkpoint
-from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.launch import Server
 
 REMOVED = object()  # a key that the config.json of the case lacks
@@ -231,8 +230,8 @@ def check_elsewhere(model: str) -> dict[str, str]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    from vllm_kimi_linear.config_error import ConfigError
-    from vllm_kimi_linear.start_checks import check_flags
+    from vllm_kimi_linear.config.errors import ConfigError
+    from vllm_kimi_linear.config.flags import check_flags
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since
@@ -414,8 +413,8 @@ def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[s
     assert status != 0
     [line, *_] = (line for line in log if "ConfigError: " + ENDINGS["cache"] in line)
     geometry = Geometry.from_config(demo_config())
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
-    longest = longest_context(1 << 20, lambda context: plan.sequences(context) > 0)
+    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
+    longest = plan.longest_context(1 << 20)
     assert 0 < longest < 1 << 20
     assert " a rank and 64.0 MiB are there, " in line
     assert f" short: --max-model-len {longest} fits, or give more with " in line

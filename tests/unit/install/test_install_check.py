@@ -1,4 +1,4 @@
-"""vllm_kimi_linear.install_check on environments made of metadata alone."""
+"""vllm_kimi_linear.supported.install_check on environments made of metadata alone."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def check(folder: Path, distributions: dict[str, str]) -> list[str]:
         (folder / normal).mkdir()
         (folder / normal / "version.py").write_text(f"import os\n__version__ = '{version}'\ncuda = None\n")
     # -S leaves site-packages out: only the above and the standard library can be found or imported.
-    command = [sys.executable, "-S", "-m", "vllm_kimi_linear.install_check"]
+    command = [sys.executable, "-S", "-m", "vllm_kimi_linear.supported.install_check"]
     environment = {"PYTHONPATH": f"{folder}:{ROOT}"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert not done.stderr
@@ -66,6 +66,6 @@ def test_fault(tmp_path: Path, distributions: dict[str, str], says: str) -> None
 
 
 def test_this_environment_is_sound() -> None:
-    from vllm_kimi_linear.install_check import problems
+    from vllm_kimi_linear.supported.install_check import problems
 
     assert problems() == []

@@ -213,14 +213,14 @@ def test_unreadable_stamp_is_none(installer: ModuleType, tmp_path: Path, text: s
         ("setup.py", {"project"}),
         ("deploy/cpu-alias/pyproject.toml", {"dependencies"}),
         ("vllm_kimi_linear/__init__.py", set()),
-        ("vllm_kimi_linear/install_check.py", set()),
+        ("vllm_kimi_linear/supported/install_check.py", set()),
     ],
 )
 def test_fingerprint_sees_what_an_install_depends_on(
     installer: ModuleType, tmp_path: Path, changed: str, keys: set[str]
 ) -> None:
     names = ["pyproject.toml", "setup.py", "deploy/install.py", "deploy/cpu-alias/pyproject.toml"]
-    for name in [*names, "vllm_kimi_linear/__init__.py", "vllm_kimi_linear/install_check.py"]:
+    for name in [*names, "vllm_kimi_linear/__init__.py", "vllm_kimi_linear/supported/install_check.py"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     before = installer.fingerprint(tmp_path, "cpu")

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from vllm_kimi_linear.install_check import SERIES, is_known
+from vllm_kimi_linear.supported.install_check import SERIES, is_known
 
 ROOT = Path(__file__).resolve().parents[3]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -126,9 +126,10 @@ print(json.dumps({
 
 
 def test_the_stated_vllm_is_the_one_that_is_known() -> None:
-    stated, series = EXTRAS["cuda"]["vllm"].specifier, Version(SERIES)
-    outside = f"{series.major}.{series.minor + 1}.0", f"{series.major}.{series.minor - 1}.9"
-    assert stated.contains(f"{SERIES}.0") and stated.contains(f"{SERIES}.9")
+    stated = EXTRAS["cuda"]["vllm"].specifier
+    first, last = Version(SERIES[0]), Version(SERIES[-1])
+    outside = f"{last.major}.{last.minor + 1}.0", f"{first.major}.{first.minor - 1}.9"
+    assert all(stated.contains(f"{series}.{patch}") for series in SERIES for patch in (0, 9))
     assert not any(stated.contains(version) or is_known(version) for version in outside)
     assert is_known(ALIAS["project"]["version"])
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo, forecast, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo, forecast
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 PRESETS = ("demo", "one-mla", "dense")
@@ -144,7 +145,7 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cache_is_what_the_engine_allocates(allocated, preset: str) -> None:
     geometry = Geometry.from_config(demo.demo_config(preset))
-    plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=64 * MIB, prefix_caching=True)
+    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=64 * MIB, prefix_caching=True)
     block = plan.bytes_per_sequence(4096) // plan.blocks_per_sequence(4096)
     assert allocated[preset] == [plan.num_blocks, plan.block_tokens, plan.num_blocks * block]
 
@@ -155,7 +156,7 @@ def test_what_is_left_is_the_cache() -> None:
     held = forecast.forecast(geometry, memory_bytes=70 << 30, **sizes)  # type: ignore[arg-type]  # one dict for all
     assert held.cache == (70 << 30) - held.weights - held.activations - held.runtime
     options: dict[str, Any] = {"activation_dtype": "bfloat16", "prefix_caching": True, "device": "cuda"}
-    assert held.plan == memory.plan(geometry, kv_bytes=held.cache, **options)
+    assert held.plan == layout.cache_layout(geometry, kv_bytes=held.cache, **options)
     for context in (1, 4096, 100_000, 1 << 20):
         count = held.sequences(context)
         assert held.shortage(count, context) == 0
@@ -173,15 +174,15 @@ def test_activations_grow_with_the_step() -> None:
 
 
 def test_constants_are_those_of_what_they_describe() -> None:
-    from vllm_kimi_linear.cpu import mla_backend
+    from vllm_kimi_linear.attention import cpu_mla
 
-    assert forecast.CONTEXT_TOKENS["cpu"] == mla_backend.CONTEXT_TILE
+    assert forecast.CONTEXT_TOKENS["cpu"] == cpu_mla.CONTEXT_TILE
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 1 << 20])
 def test_longest_context(limit: int) -> None:
     for most in (0, 1, 5, 1 << 19):
-        assert forecast.longest_context(limit, most.__ge__) == min(limit, most)
+        assert layout.longest_context(limit, most.__ge__) == min(limit, most)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kimi_server import gpus, nvidia
 from kimi_server.cli import main
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.memory import GIB, MIB
+from vllm_kimi_linear.cache.layout import GIB, MIB
+from vllm_kimi_linear.config.errors import ConfigError
 
 CONFIG = str(Path(__file__).parents[3] / "benchmarks" / "config_48b.json")
 

@@ -12,10 +12,11 @@ import pytest
 from kimi_server.gpus import machine
 from kimi_server.plan import Choice, Request, choose
 from kimi_server.plan_report import commands, report
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.memory import GIB
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.cache.layout import GIB
+from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.model import Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 K, M = 1 << 10, 1 << 20
@@ -94,7 +95,9 @@ def test_an_impossible_request_says_what_is_short_and_by_how_much() -> None:
     needed, held, short = (float(each) for each in re.findall(r"([\d.]+) GiB", text))
     assert short == pytest.approx(needed - held, abs=0.02)
     geometry = Geometry.from_config(CONFIG_48B, tensor_parallel=4)
-    one = memory.plan(geometry, activation_dtype="bfloat16", kv_bytes=0, prefix_caching=True).bytes_per_sequence(M)
+    one = layout.cache_layout(
+        geometry, activation_dtype="bfloat16", kv_bytes=0, prefix_caching=True
+    ).bytes_per_sequence(M)
     assert needed == pytest.approx(8 * one / GIB, abs=0.03)
     assert "\n" not in text
     # Every remedy is one.

@@ -10,8 +10,9 @@ import pytest
 
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
-from vllm_kimi_linear import demo, memory
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.forecast import forecast
 from vllm_kimi_linear.launch import Server
 
@@ -109,7 +110,7 @@ def test_memory_is_not_promised_twice() -> None:
     held = forecast(
         geometry, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
     )
-    block = held.cache_bytes(1, CONTEXT) - memory.plan(
+    block = held.cache_bytes(1, CONTEXT) - layout.cache_layout(
         geometry, activation_dtype="float32", kv_bytes=0, prefix_caching=True
     ).bytes_per_sequence(CONTEXT)
     assert held.memory - block < held.weights + held.activations + held.plan.num_blocks * block <= held.memory

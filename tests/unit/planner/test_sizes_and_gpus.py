@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from kimi_server import gpus, sizes
-from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.memory import GIB, MIB
+from vllm_kimi_linear.cache.layout import GIB, MIB
+from vllm_kimi_linear.config.errors import ConfigError
 
 
 @pytest.mark.parametrize(

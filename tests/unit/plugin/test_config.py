@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from vllm_kimi_linear import demo
-from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
-from vllm_kimi_linear.config_error import ConfigError
+from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 
@@ -274,7 +274,7 @@ def test_config_and_memory_import_the_standard_library_only():
     script = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['torch', 'vllm', 'transformers', 'numpy', 'safetensors']))\n"
-        "import vllm_kimi_linear.config, vllm_kimi_linear.memory\n"
+        "import vllm_kimi_linear.config.model, vllm_kimi_linear.cache.layout\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parents[3], capture_output=True, text=True

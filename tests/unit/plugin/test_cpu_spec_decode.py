@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.utils import cpu_triton_utils
 from vllm.v1.sample.ops import topk_topp_sampler
 
-from vllm_kimi_linear import compat
+from vllm_kimi_linear.patches import all as patches
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU runs the kernels themselves")
 
@@ -19,7 +19,7 @@ DRAFTED = [[0], [1], [3], [0, 0, 0], [3, 0, 2, 0, 1], [0, 2], [2, 0]]  # tokens,
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> None:
     current_platform.import_kernels()
-    compat.apply()
+    patches.apply_to_process()
 
 
 def ends(drafted: list[int]) -> torch.Tensor:

@@ -32,9 +32,9 @@ def client():
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    first_faults.apply()
+    first_faults.PATCH.apply()
     patched = entry.build_app
-    first_faults.apply()
+    first_faults.PATCH.apply()
     assert entry.build_app is patched
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     made: dict[str, TestClient] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import chunks, expert_tiles, h200, trace
 from benchmarks.load import Load, Reply, late_tpot, percentile, steady_tpot
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear.config.model import Geometry
 
 BASE = json.loads(h200.CONFIG.read_text())
 WHOLE = Geometry.from_config(BASE)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
+from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.kda import _kimi_delta_attention
-from vllm_kimi_linear.metadata import KdaMetadata
 
 LAYER = "model.layers.0.self_attn"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_kimi_linear.cpu.mla_backend import FEW_ROWS, CpuLatentImpl, LatentPrefill
+from vllm_kimi_linear.attention.cpu_mla import FEW_ROWS, CpuLatentImpl, LatentPrefill
 
 HEADS, LATENT, SHARED, NOPE, VALUE = 4, 512, 64, 128, 128
 

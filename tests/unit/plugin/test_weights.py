@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_kimi_linear import demo, memory, weights
-from vllm_kimi_linear.config import Geometry
+from vllm_kimi_linear import demo, weights
+from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.tensors import weights as tensors_of
 from vllm_kimi_linear.demo import demo_config
 
 Tensor = tuple[str, torch.Tensor]
@@ -60,7 +61,7 @@ def saved(checkpoint: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dense", [0, 1, 2, 8])
 def test_names_that_transformers_saves(dense: int) -> None:
     geometry = Geometry.from_config(demo_config() | {"first_k_dense_replace": dense})
-    tensors = [(w.name, torch.empty(w.shape)) for w in memory.weights(geometry)]
+    tensors = [(w.name, torch.empty(w.shape)) for w in tensors_of(geometry)]
     assert sum(".mlp." in name for name, _ in tensors) == 3 * dense
     assert load(geometry, tensors) == load(geometry, saved(tensors)) == set()
     if dense:

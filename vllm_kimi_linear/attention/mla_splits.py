@@ -1,0 +1,53 @@
+"""Let the latent attention of a few long sequences use the whole GPU."""
+
+import functools
+from collections.abc import Callable
+
+from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+WIDE = 4  # times as many parts of a context as vLLM's default, where few sequences decode
+FEW = 8  # tokens of a step that count as few, however small the largest graph is
+
+
+def split_contexts_of_few(original: Callable) -> Callable:
+    def _build_decode(self, *, num_decode_tokens, **kwargs):
+        from vllm.config import AttentionConfig
+
+        config, default = self.vllm_config, AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
+        if (
+            config.model_config.architecture == ARCHITECTURE
+            and config.attention_config.flash_attn_max_num_splits_for_cuda_graph == default  # else the user's stands
+            and self.max_num_splits >= default  # else graphs are off, or batches invariant
+        ):
+            few = few_tokens(tuple(config.compilation_config.cudagraph_capture_sizes))
+            self.max_num_splits = default * (WIDE if num_decode_tokens <= few else 1)
+        return original(self, num_decode_tokens=num_decode_tokens, **kwargs)
+
+    return _build_decode
+
+
+@functools.cache  # asked in every step
+def few_tokens(graphs: tuple[int, ...]) -> int:
+    """The largest graph's tokens, of these, that count as few: a step and the graph that it is padded to agree."""
+    bound = max([FEW, *(size // WIDE for size in graphs)])
+    return max((size for size in graphs if size <= bound), default=0)
+
+
+PATCH = Patch(
+    symptom="One sequence of a million tokens decodes at a third of the memory's bandwidth (`docs/gpu.md`).",
+    cause="In a CUDA graph FLASH_ATTN_MLA cuts a sequence into at most 32 parts, one for each multiprocessor, of which "
+    "a Hopper has 132. The bound is there for the buffers of partial results, which grow with it and with the tokens "
+    "of the step: a quarter of the largest graph's tokens can have four times the parts in the same bytes.",
+    upstream="vllm-project/vllm#35899, closed, did so for all sizes of a graph.",
+    remove_when="the bound depends on the size of the graph.",
+    device="cuda",
+    speed=True,
+    hooks=(
+        Hook(
+            "vllm.v1.attention.backends.mla.flashattn_mla:FlashAttnMLAMetadataBuilder._build_decode",
+            "self ... num_decode_tokens ...",
+            split_contexts_of_few,
+        ),
+    ),
+)

@@ -1,0 +1,157 @@
+"""Shapes and bytes of KDA state and MLA cache, and how vLLM pages them: the only copy of this arithmetic.
+
+Standard library only. Bytes are those of one tensor-parallel rank; `layers` (0-based) restricts an answer to
+a pipeline stage.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from math import ceil, floor, prod
+
+from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Shape
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
+    """Shapes of the two states of one KDA layer and sequence on one rank.
+
+    The convolution's is [taps - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
+    recurrence's is [H, V, K], fp32 unless asked otherwise.
+    """
+    g, ranks = geometry, geometry.tensor_parallel
+    conv = (g.conv_taps - 1, 3 * g.kda_size // ranks)
+    return conv, (g.kda_heads // ranks, g.kda_head_dim, g.kda_head_dim)
+
+
+KERNEL_BLOCK = 16  # tokens: attention kernels read blocks of so many, or of a multiple
+# Tokens of which a block is a multiple. On a GPU a prefill passes a state on, and can keep it, every 64 rows.
+BLOCK_MULTIPLE = {"cpu": KERNEL_BLOCK, "cuda": 64}
+USUAL_BLOCK = 256  # tokens: of about so many are the blocks that `cache_layout` chooses
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How vLLM pages the cache of one rank.
+
+    There is one pool of blocks, all of one size in bytes. A block holds the latents of `block_tokens` tokens in every
+    MLA layer, or a state of each layer of a group of KDA layers, as many as fit.
+    """
+
+    kda_layers: int
+    mla_layers: int
+    state_bytes: int  # both states of one KDA layer and sequence, before padding
+    latent_bytes: int  # one token in one MLA layer; every tensor-parallel rank holds all of it
+    block_tokens: int
+    block_bytes: int  # a multiple of KERNEL_BLOCK tokens' latents in one layer
+    kda_groups: int
+    mla_groups: int
+    state_pages: int  # blocks per KDA group and sequence: the running state, and one before it for a step or two
+    num_blocks: int  # the null block included
+
+    @property
+    def kda_state_bytes_per_sequence(self) -> int:
+        """Without padding, whatever the context."""
+        return self.kda_layers * self.state_bytes
+
+    @property
+    def mla_bytes_per_token(self) -> int:
+        return self.mla_layers * self.latent_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A state of every KDA layer, kept for the prefix cache."""
+        return self.kda_groups * self.block_bytes
+
+    def blocks_per_sequence(self, context: int) -> int:
+        """Blocks that a sequence of `context` tokens takes."""
+        return self.mla_groups * ceil(context / self.block_tokens) + self.kda_groups * self.state_pages
+
+    def bytes_per_sequence(self, context: int) -> int:
+        """Memory that a sequence of `context` tokens takes, padding included."""
+        return self.blocks_per_sequence(context) * self.block_bytes
+
+    def sequences(self, context: int) -> int:
+        """How many sequences of `context` tokens fit at once."""
+        return max(0, self.num_blocks - 1) // self.blocks_per_sequence(context)
+
+    def longest_context(self, limit: int) -> int:
+        """The longest context of up to `limit` tokens of which one sequence fits; 0 if none does."""
+        return longest_context(limit, lambda context: self.sequences(context) > 0)
+
+    def describe(self, context: int) -> str:
+        """What fits, in a person's words."""
+        fitting, each = self.sequences(context), self.bytes_per_sequence(context)
+        return (
+            f"the cache of {self.num_blocks * self.block_bytes / GIB:.2f} GiB a rank holds {fitting:,} "
+            f"sequence{'' if fitting == 1 else 's'} of "
+            f"{context:,} tokens at once, {each / GIB:.3f} GiB each: {self.kda_state_bytes_per_sequence / MIB:.2f} MiB "
+            f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache, and what "
+            f"blocks of {self.block_tokens:,} tokens leave over"
+        )
+
+
+def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
+    """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def cache_layout(
+    geometry: Geometry,
+    *,
+    activation_dtype: str,
+    kv_bytes: int,
+    state_dtype: str = "float32",
+    block_tokens: int | None = None,
+    speculative: int = 0,
+    prefix_caching: bool = False,
+    layers: Collection[int] | None = None,
+    device: str = "cpu",
+) -> CacheLayout:
+    """The cache that vLLM makes of `kv_bytes` of memory on one rank.
+
+    `activation_dtype` is also the latents' and the convolution state's. `block_tokens`, a multiple of 16, is
+    --block-size, or None to choose for `device`, "cpu" or "cuda". `speculative` is the number of drafted tokens a step,
+    each of which has a state of its own.
+    """
+    conv, recurrent = kda_state_shapes(geometry)
+    state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
+    latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
+    kda, mla = len(geometry.kda_layers), len(geometry.mla_layers)
+    if block_tokens is None:
+        block_tokens = _block_tokens(kda, state_bytes, mla * latent_bytes, BLOCK_MULTIPLE[device])
+    groups = ceil(kda / max(1, block_tokens * mla * latent_bytes // state_bytes)) if kda else 0
+    # The groups are those of the whole model; a pipeline stage has its own layers of each.
+    mla_here = sum(layers is None or i in layers for i in geometry.mla_layers)
+    kda_here = [layers is None or i in layers for i in geometry.kda_layers]
+    widest = max((sum(kda_here[group::groups]) for group in range(groups)), default=0)
+    kernel_block = KERNEL_BLOCK * latent_bytes
+    block_bytes = max(mla_here * block_tokens // KERNEL_BLOCK, ceil(widest * state_bytes / kernel_block)) * kernel_block
+    return CacheLayout(
+        kda_layers=sum(kda_here),
+        mla_layers=mla_here,
+        state_bytes=state_bytes,
+        latent_bytes=latent_bytes,
+        block_tokens=block_tokens,
+        block_bytes=block_bytes,
+        kda_groups=groups,
+        mla_groups=1 if mla else 0,
+        state_pages=(2 if prefix_caching else 1) + speculative,
+        num_blocks=kv_bytes // block_bytes,
+    )
+
+
+def _block_tokens(kda_layers: int, state_bytes: int, token_bytes: int, multiple: int) -> int:
+    """A multiple near 256, or smaller, whose latents, `token_bytes` a token, some number of states fills."""
+    if not kda_layers:
+        return KERNEL_BLOCK
+    groups = ceil(kda_layers / max(1, round(USUAL_BLOCK * token_bytes / state_bytes)))
+    states = ceil(kda_layers / groups)
+    multiples = states * state_bytes / (token_bytes * multiple)
+    # One state may be wider than the latents beside it; several must fit between them.
+    return multiple * (max(1, floor(multiples)) if states == 1 else ceil(multiples))

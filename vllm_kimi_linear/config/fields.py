@@ -1,0 +1,283 @@
+"""The fields of config.json, each checked. Standard library only.
+
+What cannot be run raises `ConfigError` with one sentence: the field, its value, the remedy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.config.errors import ConfigError
+
+# The kernels tile a head by powers of two, and tensor cores need at least 16.
+KDA_HEAD_DIMS = (16, 32, 64, 128)
+CONV_TAPS = (2, 3, 4)
+
+LINEAR_KEYS = {"full_attn_layers", "kda_layers", "head_dim", "num_heads", "short_conv_kernel_size"}
+
+# Fields of related models and the values at which they do nothing here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "q_lora_rank": (None,),
+    "attention_bias": (None, False),
+    "attn_res_block_size": (None,),
+    "mla_use_output_gate": (None, False),
+    "routed_expert_hidden_size": (None,),
+    "latent_moe_use_norm": (None, False),
+    "activation_situ_beta": (None,),
+    "activation_situ_linear_beta": (None,),
+    "topk_method": (None, "noaux_tc"),
+    "num_nextn_predict_layers": (None, 0),
+    "rope_scaling": (None,),
+}
+
+
+def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Geometry` that config.json decides. Raises ConfigError at the first that cannot be run."""
+    _check_fixed_fields(config)
+    kinds = _layer_kinds(config)
+    moe = _layer_moe(config, len(kinds))
+    return {
+        "hidden_size": _positive(config, "hidden_size"),
+        "vocab_size": _positive(config, "vocab_size"),
+        "max_context": _max_context(config),
+        "layer_kinds": kinds,
+        "layer_moe": moe,
+        "intermediate_size": 0 if all(moe) else _positive(config, "intermediate_size"),
+        "rms_norm_eps": _positive_number(config, "rms_norm_eps"),
+        "tied_embeddings": _flag(config, "tie_word_embeddings", False),
+        **_kda_fields(config["linear_attn_config"], "kda" in kinds),
+        **_mla_fields(config),
+        **(_moe_fields(config) if any(moe) else dict.fromkeys(_MOE_FIELDS, 0)),
+    }
+
+
+def original_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in the original's spelling, whoever wrote it or holds it.
+
+    vLLM's class keeps that spelling. transformers' class, and what it saves, has other names for the linear-attention
+    fields and writes the layouts out as layer_types and mlp_layer_types; it has no linear_attn_config unless it was
+    given one, and it implements only NoPE and the sigmoid router, so that it has no field for either.
+    """
+    config = dict(fields)
+    if "layer_types" not in config or "mlp_layer_types" not in config:
+        return config
+    kinds = config["layer_types"]
+    config.setdefault("mla_use_nope", True)
+    config.setdefault(
+        "linear_attn_config",
+        {
+            "kda_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "linear_attention"],
+            "full_attn_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"],
+            "num_heads": config.get("linear_num_heads"),
+            "head_dim": config.get("linear_head_dim"),
+            "short_conv_kernel_size": config.get("linear_conv_kernel_dim"),
+        },
+    )
+    dense = [kind == "dense" for kind in config["mlp_layer_types"]]
+    first = dense.index(False) if False in dense else len(dense)
+    if any(dense[first:]):
+        raise ConfigError(f"mlp_layer_types is {config['mlp_layer_types']!r}; dense layers must come first")
+    config["first_k_dense_replace"] = first
+    config["moe_layer_freq"] = 1
+    return config
+
+
+def is_int(value: Any) -> bool:
+    """Not True or False, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _show(value: Any) -> str:
+    return "missing" if value is None else repr(value)
+
+
+def _whole(config: Mapping[str, Any], name: str, least: int, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {_show(value)}; give a whole number from {least}")
+    return value
+
+
+def _positive(config: Mapping[str, Any], name: str) -> int:
+    return _whole(config, name, 1)
+
+
+def _positive_number(config: Mapping[str, Any], name: str) -> float:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} is {_show(value)}; give a number above 0")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; give true or false")
+    return value
+
+
+def _check_fixed_fields(config: Mapping[str, Any]) -> None:
+    """Fields of which one value is implemented."""
+    if config.get("model_type", "kimi_linear") != "kimi_linear":
+        raise ConfigError(f"model_type is {config['model_type']!r}; this implementation runs kimi_linear only")
+    names = config.get("architectures")
+    if names is not None and list(names) != [ARCHITECTURE]:
+        raise ConfigError(f"architectures is {names!r}; it must be [{ARCHITECTURE!r}]")
+    for name, values in NEUTRAL.items():
+        if config.get(name) not in values:
+            wanted = " or ".join("unset" if v is None else str(v).lower() for v in values)
+            raise ConfigError(f"{name} is {config[name]!r}; that is not implemented, it must be {wanted}")
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ConfigError(
+            f"quantization_config is of {method!r}; quantised checkpoints are not implemented for this model, "
+            "serve the one in bfloat16"
+        )
+    if config.get("hidden_act") != "silu":
+        raise ConfigError(f"hidden_act is {_show(config.get('hidden_act'))}; only 'silu' is implemented")
+    if config.get("mla_use_nope") is not True:
+        raise ConfigError(
+            f"mla_use_nope is {_show(config.get('mla_use_nope'))}; it must be true, "
+            "attention with rotary positions is not implemented"
+        )
+    # rope_theta alone rotates nothing. A scaling rule may also change the softmax scale, so it is not harmless.
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and (rope.get("rope_type") or rope.get("type") or "default") != "default":
+        raise ConfigError(f"rope_parameters is {rope!r}; this model has no rotary positions, leave it unset")
+
+
+def _max_context(config: Mapping[str, Any]) -> int | None:
+    """The original's model_max_length; vLLM adds a max_position_embeddings of its own, which counts for less."""
+    for name in ("model_max_length", "max_position_embeddings"):
+        if config.get(name) is not None:
+            return _positive(config, name)
+    return None
+
+
+def _layer_list(linear: Mapping[str, Any], name: str, layers: int) -> list[int]:
+    at = f"linear_attn_config.{name}"
+    numbers = linear.get(name)
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or not all(map(is_int, numbers)):
+        raise ConfigError(f"{at} is {_show(numbers)}; give the list of layer numbers, counted from 1")
+    for number in numbers:
+        if not 1 <= number <= layers:
+            raise ConfigError(f"{at} has layer {number}; layers count from 1 to num_hidden_layers = {layers}")
+        if numbers.count(number) > 1:
+            raise ConfigError(f"{at} has layer {number} more than once; name each layer once")
+    return list(numbers)
+
+
+def _layer_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    layers = _positive(config, "num_hidden_layers")
+    linear = config.get("linear_attn_config")
+    if not isinstance(linear, Mapping):
+        raise ConfigError(
+            f"linear_attn_config is {_show(linear)}; give the checkpoint's own lists kda_layers and full_attn_layers, "
+            "there is no default layout that fits"
+        )
+    for name in sorted(linear.keys() - LINEAR_KEYS):
+        if linear[name] is not None and linear[name] is not False:
+            raise ConfigError(f"linear_attn_config.{name} is {linear[name]!r}; that is not implemented, remove it")
+    kda = _layer_list(linear, "kda_layers", layers)
+    mla = _layer_list(linear, "full_attn_layers", layers)
+    for number in range(1, layers + 1):
+        if number in kda and number in mla:
+            raise ConfigError(
+                f"linear_attn_config has layer {number} in both kda_layers and full_attn_layers; keep it in one"
+            )
+        if number not in kda and number not in mla:
+            raise ConfigError(
+                f"linear_attn_config has layer {number} in neither kda_layers nor full_attn_layers; add it to one"
+            )
+    if not mla:
+        raise ConfigError(
+            "linear_attn_config.full_attn_layers is []; give at least one MLA layer, the cache is paged by it"
+        )
+    return tuple("kda" if number in kda else "mla" for number in range(1, layers + 1))
+
+
+def _layer_moe(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    experts = _whole(config, "num_experts", 0, default=0)
+    if not experts:
+        return (False,) * layers
+    first = _whole(config, "first_k_dense_replace", 0)  # no default: the two public config classes differ
+    every = _whole(config, "moe_layer_freq", 1, default=1)
+    return tuple(i >= first and i % every == 0 for i in range(layers))
+
+
+def _kda_fields(linear: Mapping[str, Any], used: bool) -> dict[str, int]:
+    if not used:
+        return {"kda_heads": 0, "kda_head_dim": 0, "conv_taps": 0}
+    try:
+        heads, dim = _positive(linear, "num_heads"), _positive(linear, "head_dim")
+        taps = _positive(linear, "short_conv_kernel_size")
+    except ConfigError as error:
+        raise ConfigError(f"linear_attn_config.{error}") from None
+    for name, value, choices in (
+        ("head_dim", dim, KDA_HEAD_DIMS),
+        ("short_conv_kernel_size", taps, CONV_TAPS),
+    ):
+        if value not in choices:
+            known = ", ".join(map(str, choices))
+            raise ConfigError(f"linear_attn_config.{name} is {value}; the kernels take one of {known}")
+    return {"kda_heads": heads, "kda_head_dim": dim, "conv_taps": taps}
+
+
+def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:
+    heads = _positive(config, "num_attention_heads")
+    kv_heads = _whole(config, "num_key_value_heads", 1, default=heads)
+    if kv_heads != heads:
+        raise ConfigError(f"num_key_value_heads is {kv_heads}; MLA needs as many as num_attention_heads = {heads}")
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    return {"attention_heads": heads} | {name: _positive(config, name) for name in names}
+
+
+_MOE_FIELDS = (
+    "moe_intermediate_size",
+    "num_experts",
+    "experts_per_token",
+    "shared_experts",
+    "expert_groups",
+    "topk_groups",
+    "renormalize",
+    "routed_scaling_factor",
+)
+
+
+def _moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    activation = config.get("moe_router_activation_func", "sigmoid")
+    if activation != "sigmoid":
+        raise ConfigError(f"moe_router_activation_func is {activation!r}; only 'sigmoid' is implemented")
+    experts = _positive(config, "num_experts")
+    groups = _whole(config, "num_expert_group", 1, default=1)
+    kept = _whole(config, "topk_group", 1, default=1)
+    # A group is ranked by its two best experts.
+    if experts % groups or (groups > 1 and experts // groups < 2):
+        raise ConfigError(
+            f"num_expert_group is {groups}; it must divide num_experts = {experts} into groups of two or more"
+        )
+    if kept > groups:
+        raise ConfigError(f"topk_group is {kept}; give at most num_expert_group = {groups}")
+    if groups > 1 and not _flag(config, "use_grouped_topk", True):
+        raise ConfigError(
+            f"use_grouped_topk is False with num_expert_group = {groups}; set it to true or use one group"
+        )
+    chosen, eligible = _positive(config, "num_experts_per_token"), experts // groups * kept
+    if chosen > eligible:
+        raise ConfigError(
+            f"num_experts_per_token is {chosen}; only {eligible} of num_experts = {experts} can be chosen"
+        )
+    return {
+        "moe_intermediate_size": _positive(config, "moe_intermediate_size"),
+        "num_experts": experts,
+        "experts_per_token": chosen,
+        "shared_experts": _whole(config, "num_shared_experts", 0, default=0),
+        "expert_groups": groups,
+        "topk_groups": kept,
+        "renormalize": _flag(config, "moe_renormalize", True),
+        "routed_scaling_factor": _positive_number(config, "routed_scaling_factor"),
+    }

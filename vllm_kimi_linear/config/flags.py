@@ -1,0 +1,99 @@
+"""The flags of `vllm serve` that this model cannot honour, or that nothing would read."""
+
+from collections.abc import Container
+from enum import Enum
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.mamba import MambaBackendEnum
+from vllm.platforms import current_platform
+
+from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
+from vllm_kimi_linear.config.errors import ConfigError
+
+
+def check_block_size(tokens: int, device: str) -> None:
+    """Raises ConfigError for blocks at whose ends a prefill on the device can keep no state for the prefix cache."""
+    multiple = BLOCK_MULTIPLE[device]
+    if tokens % multiple:
+        raise ConfigError(f"--block-size is {tokens}; give a multiple of {multiple}, or leave it out")
+
+
+def check_flags(vllm_config: VllmConfig, states: bool) -> None:
+    """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read.
+
+    `states`: whether any layer keeps a state, which vLLM's connectors would have to move beside the latents.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
+    mamba, offload, scheduler = vllm_config.mamba_config, vllm_config.offload_config, vllm_config.scheduler_config
+    unset = "it is not implemented for this model, leave it out"
+    unread = "nothing reads it for this model, leave it out"
+    flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
+        ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
+        ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
+        ("quantization", model.quantization, (None,), unset),
+        ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
+        ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
+        ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
+        ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
+        ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
+        ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
+        ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
+        ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
+        (
+            "prefix-cache-retention-interval",
+            cache.prefix_cache_retention_interval,
+            (0,),
+            "states are kept at distances of the model's own, leave it out",
+        ),
+        ("enable-mamba-shared-prefix-checkpoint", cache.enable_mamba_shared_prefix_checkpoint, (False,), unread),
+        ("use-replayssm", cache.use_replayssm, (False,), unread),
+        ("mamba-backend", mamba.backend, (MambaBackendEnum.TRITON,), unread),
+        ("enable-mamba-cache-stochastic-rounding", mamba.enable_stochastic_rounding, (False,), unread),
+        ("mamba-cache-philox-rounds", mamba.stochastic_rounding_philox_rounds, (0,), unread),
+        ("gdn-prefill-backend", extra.get("gdn_prefill_backend"), (None,), unread),
+        ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
+        ("kda-decode-backend", extra.get("kda_decode_backend"), (None,), unread),
+        ("disable-chunked-mm-input", scheduler.disable_chunked_mm_input, (False,), unread),
+        ("prefill-context-parallel-size", parallel.prefill_context_parallel_size, (1,), unset),
+        ("enable-dbo", parallel.enable_dbo, (False,), unset),
+        ("ubatch-size", parallel.ubatch_size, (0, 1), unset),
+        ("enable-eplb", parallel.enable_eplb, (False,), unset),
+        ("enable-elastic-ep", parallel.enable_elastic_ep, (False,), unset),
+        ("enable-hc-sp", parallel.enable_hc_sp, (False,), unread),
+        ("cpu-offload-gb", offload.uva.cpu_offload_gb, (0,), unset),
+        ("offload-group-size", offload.prefetch.offload_group_size, (0,), unset),
+        (
+            "disable-hybrid-kv-cache-manager",
+            bool(scheduler.disable_hybrid_kv_cache_manager),
+            (False,),
+            "this model keeps two kinds of state, leave it out",
+        ),
+    ]
+    if current_platform.is_cpu():
+        flags += [
+            ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
+            ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
+            ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
+            ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
+            (
+                "speculative-config rejection_sample_method",
+                speculative and speculative.rejection_sample_method,
+                (None, "standard"),
+                "a CPU has only the standard one, leave it out",
+            ),
+        ]
+    if cache.enable_prefix_caching:
+        remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"
+        flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), remedy))
+        remedy = "prefix caching needs it, leave it out or add --no-enable-prefix-caching"
+        flags.append(("enable-chunked-prefill", scheduler.enable_chunked_prefill, (True,), remedy))
+    if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
+        # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
+        raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")
+    for name, value, accepted, remedy in flags:
+        if value not in accepted:
+            shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
+            raise ConfigError(f"--{name} is {shown}; {remedy}")

@@ -1,0 +1,73 @@
+"""Tiles for the experts on GPUs for which vLLM has none, made by `benchmarks/expert_tiles.py`.
+
+A table is read in steps through experts that were handed to `use_tables` alone. A folder that the user names takes its
+place.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+TABLES = Path(__file__).parent / "fused_moe_tables"
+
+_ours: WeakSet[nn.Module] = WeakSet()
+
+
+def use_tables(experts: nn.Module) -> None:
+    """Look for tables of ours in steps through these experts."""
+    _ours.add(experts)
+
+
+def prefer_tables(original: Callable) -> Callable:
+    from vllm import envs
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
+        shape = [block_n, block_k] if block_n and block_k else None
+        table = _table(fused_moe.get_config_file_name(E, N, dtype, shape))
+        if table and not envs.VLLM_TUNED_CONFIG_FOLDER and not envs.VLLM_BATCH_INVARIANT and _in_a_step_of_ours():
+            return table
+        return original(E, N, dtype, block_n, block_k)
+
+    return get_moe_configs
+
+
+@functools.cache
+def _table(name: str) -> dict[int, Any] | None:
+    """Tokens of a step -> tiles, without the version of the compiler that the file notes."""
+    path = TABLES / name
+    if not path.exists():
+        return None
+    return {int(tokens): tiles for tokens, tiles in json.loads(path.read_text()).items() if tokens != "triton_version"}
+
+
+def _in_a_step_of_ours() -> bool:
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    layers = get_forward_context().no_compile_layers if is_forward_context_available() else {}
+    return any(layer in _ours for layer in layers.values())
+
+
+PATCH = Patch(
+    symptom="On an H200 the experts of this model run with tiles for no GPU in particular.",
+    cause="vLLM looks for tables by GPU and sizes in a folder of its own and in VLLM_TUNED_CONFIG_FOLDER, which holds "
+    "for every model and for other kernels of the process.",
+    upstream="Not reported yet.",
+    remove_when="vLLM ships the tables in `fused_moe_tables/`, or a layer can name its own.",
+    device="cuda",
+    speed=True,
+    hooks=(
+        Hook(
+            "vllm.model_executor.layers.fused_moe.fused_moe:get_moe_configs",
+            "E N dtype block_n block_k",
+            prefer_tables,
+        ),
+    ),
+)

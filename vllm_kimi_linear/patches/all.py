@@ -1,0 +1,52 @@
+"""Every patch of vLLM, and when each is applied."""
+
+from importlib import import_module
+
+from vllm.platforms import current_platform
+
+from vllm_kimi_linear.patches.patch import Patch
+from vllm_kimi_linear.supported import versions
+
+MODULES = (
+    "patches.worker_model",
+    "patches.chunk_ends",
+    "patches.state_checkpoints",
+    "patches.unpadded_prompts",
+    "patches.checkpoint_metrics",
+    "patches.first_faults",
+    "patches.cache_size_log",
+    "patches.cache_too_small",
+    "patches.cpu_scheduling",
+    "patches.cpu_spec_decode",
+    "patches.cpu_draft_states",
+    "patches.cpu_seeds",
+    "patches.cpu_pipeline_buffers",
+    "patches.cpu_polling",
+    # Speed-ups, beside what they speed up.
+    "cache.steady_requests",
+    "attention.mla_splits",
+    "fused_moe_configs",
+)
+
+
+def patches() -> dict[str, Patch]:
+    """Name of each module, in this package -> its patch."""
+    return {name: import_module(f"vllm_kimi_linear.{name}").PATCH for name in MODULES}
+
+
+def apply() -> None:
+    """Those of scope "call": in every process, whatever it serves. Idempotent."""
+    _apply("call")
+
+
+def apply_to_process() -> None:
+    """Those of scope "process": where this process is known to serve our model. Idempotent."""
+    _apply("process")
+
+
+def _apply(scope: str) -> None:
+    series = versions.series()
+    for patch in patches().values():
+        here = patch.device in ("any", current_platform.device_type)
+        if here and patch.scope == scope and series in patch.versions:
+            patch.apply()

@@ -1,0 +1,82 @@
+"""Count the states in the prefix cache where it is kept, and show the counts at /metrics beside vLLM's own."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.cache import manager as kda
+from vllm_kimi_linear.cache.metrics import CheckpointMetrics
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+FIELD = "kda_checkpoints"  # of SchedulerStats: name of a count -> its number; None in engines of other models
+
+
+def add_field(stats: Any) -> Any:
+    """A field more of a dataclass that is sent from process to process, and its serializer asks for its fields."""
+    if FIELD not in stats.__dataclass_fields__:
+        field: Any = dataclasses.field(default=None)
+        field.name, field.type = FIELD, dict[str, int] | None
+        field._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
+        stats.__dataclass_fields__[FIELD] = field
+        stats.__annotations__[FIELD] = field.type
+        setattr(stats, FIELD, None)
+    return stats
+
+
+def count(original: Callable) -> Callable:
+    def make_stats(self, *args, **kwargs):
+        stats = original(self, *args, **kwargs)
+        managers = kda.kda_managers(self.kv_cache_manager.coordinator)
+        if stats is not None and managers and managers[0].count is not None:
+            setattr(stats, FIELD, managers[0].count.take())
+        return stats
+
+    return make_stats
+
+
+def start(original: Callable) -> Callable:
+    def __init__(self, vllm_config, engine_indexes=None):
+        original(self, vllm_config, engine_indexes)
+        self.kimi_linear = None
+        if vllm_config.model_config.architecture == ARCHITECTURE:
+            self.kimi_linear = CheckpointMetrics(self._gauge_cls, self._counter_cls, self.per_engine_labelvalues)
+
+    return __init__
+
+
+def show(original: Callable) -> Callable:
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+        original(self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx)
+        counts = getattr(scheduler_stats, FIELD, None)
+        if self.kimi_linear is not None and counts is not None:
+            self.kimi_linear.record(counts, engine_idx)
+
+    return record
+
+
+PATCH = Patch(
+    symptom="Nothing tells how many states of KDA layers the prefix cache holds, nor how many it lost. With a plugin "
+    "of the group `vllm.stat_logger_plugins`, which is there for this, --disable-log-stats is ignored for every model, "
+    'and a second `AsyncLLM` in one process ends with "Duplicated timeseries".',
+    cause="`SchedulerStats` has no field for what a plugin counts. `AsyncLLM` takes the presence of such a plugin for "
+    "a wish to log, before it can say which models it is for; and vLLM withdraws only metrics named `vllm:...` from "
+    "the registry before it registers them again.",
+    upstream="Not reported yet.",
+    remove_when="a plugin can add to the scheduler's statistics, is asked whether it wants a model's, and can withdraw "
+    "its metrics.",
+    hooks=(
+        Hook("vllm.v1.metrics.stats:SchedulerStats", "", add_field),
+        Hook(
+            "vllm.v1.core.sched.scheduler:Scheduler.make_stats",
+            "self ...",
+            count,
+        ),
+        Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", "self vllm_config engine_indexes", start),
+        Hook(
+            "vllm.v1.metrics.loggers:PrometheusStatLogger.record",
+            "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
+            show,
+        ),
+    ),
+)

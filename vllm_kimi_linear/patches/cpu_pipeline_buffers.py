@@ -1,0 +1,35 @@
+"""Give the later stages of a pipeline the buffers they receive hidden states in, on a CPU."""
+
+from collections.abc import Callable
+
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+
+def make_buffers(original: Callable) -> Callable:
+    def sync_and_gather_intermediate_tensors(self, *args, **kwargs):
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return original(self, *args, **kwargs)
+
+    return sync_and_gather_intermediate_tensors
+
+
+PATCH = Patch(
+    symptom="With --pipeline-parallel-size on a CPU the first request ends the engine with an AssertionError in "
+    "`sync_and_gather_intermediate_tensors`.",
+    cause="The model runner makes the buffers in its profiling run, which the CPU runner leaves out when nothing is "
+    "compiled.",
+    upstream="Not reported yet.",
+    remove_when="the CPU runner makes them itself.",
+    device="cpu",
+    scope="process",
+    hooks=(
+        Hook(
+            "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sync_and_gather_intermediate_tensors",
+            "self ...",
+            make_buffers,
+        ),
+    ),
+)

@@ -1,0 +1,26 @@
+"""Leave the cores to the threads that compute while a process waits for another's message, on a CPU."""
+
+import functools
+import time
+from collections.abc import Callable
+
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+POLL_SECONDS = 1e-4
+
+
+def sleep(original: Callable) -> Callable:
+    return functools.partial(time.sleep, POLL_SECONDS)
+
+
+PATCH = Patch(
+    symptom="On a machine of few cores decoding is a third slower than its matrix products.",
+    cause="A reader of the shared-memory queue polls without a pause for a second after each message, so that in "
+    "steady decoding the engine's process takes a core from the worker's threads all the time.",
+    upstream="vllm-project/vllm#52848 and #52814 make the wait configurable; #52916 would make it adaptive.",
+    remove_when="one of these has landed; set its variable in its place.",
+    device="cpu",
+    scope="process",
+    speed=True,
+    hooks=(Hook("vllm.distributed.device_communicators.shm_broadcast:sched_yield", "", sleep),),
+)

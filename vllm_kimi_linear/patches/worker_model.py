@@ -1,0 +1,32 @@
+"""Tell the workers of this model from those of others, for patches that cannot."""
+
+from collections.abc import Callable
+
+from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.patches.patch import Hook, Patch
+
+
+def patch_workers_of_ours(original: Callable) -> Callable:
+    def __init__(self, vllm_config, *args, **kwargs):
+        if vllm_config.model_config is not None and vllm_config.model_config.architecture == ARCHITECTURE:
+            from vllm_kimi_linear.patches.all import apply_to_process
+
+            apply_to_process()
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+PATCH = Patch(
+    symptom="A plugin that mends what knows no model, such as a sampler, mends it for all models.",
+    cause="vLLM loads plugins in a worker before it says which model the worker is for.",
+    upstream="Not reported.",
+    remove_when="no patch of scope `process` is left.",
+    hooks=(
+        Hook(
+            "vllm.v1.worker.worker_base:WorkerBase.__init__",
+            "self vllm_config ...",
+            patch_workers_of_ours,
+        ),
+    ),
+)

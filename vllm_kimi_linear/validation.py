@@ -1,0 +1,80 @@
+"""What is checked and said when a server starts: the config, the cache dtypes, the implementation in use.
+
+vLLM consults `MODELS_CONFIG_MAP` by architecture while it builds its configuration, before any weight is
+read: the earliest place where the model's config, the parallelism and the cache flags are all known.
+"""
+
+import torch
+import transformers
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from kda_kernels import ops
+from vllm_kimi_linear import __version__
+from vllm_kimi_linear.cache import configured
+from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.flags import check_block_size, check_flags
+from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.patches import all as patches
+from vllm_kimi_linear.supported import install_check, versions
+
+logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
+
+
+class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
+    """Stops the start, in one sentence, of anything we cannot run or would have to ignore."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        sizes = configured.geometry(vllm_config)
+        cache = vllm_config.cache_config
+        if not versions.is_known():
+            cache.enable_prefix_caching = False
+            logger.warning_once("Kimi Linear: %s.", versions.unsupported())
+        else:
+            patches.apply_to_process()
+        if current_platform.is_cpu():
+            check_cpu(sizes)
+        check_cache_dtypes(
+            cache.cache_dtype,
+            cache.mamba_cache_dtype,
+            cache.mamba_ssm_cache_dtype,
+            current_platform.device_type,
+        )
+        check_flags(vllm_config, states=bool(sizes.kda_layers))
+        check_tokenizer(vllm_config.model_config)
+        if sizes.kda_layers:
+            # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.
+            cache.block_size = configured.cache_layout(vllm_config, 0).block_tokens
+            cache.user_specified_block_size = True
+            if cache.enable_prefix_caching:
+                check_block_size(cache.block_size, current_platform.device_type)
+
+
+def check_tokenizer(model: ModelConfig) -> None:
+    """Raises ConfigError if the checkpoint's tokenizer, often code of its own, does not load; vLLM keeps it."""
+    if model.skip_tokenizer_init:
+        return
+    try:
+        cached_tokenizer_from_config(model)
+    except Exception as error:  # the code is the checkpoint's: it may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"the tokenizer of {model.tokenizer} does not load with transformers {transformers.__version__}; "
+            f"choose one made for that version with --tokenizer or --tokenizer-revision ({reason})"
+        ) from error
+
+
+def report_install() -> None:
+    """Log one sentence for each fault of the installed environment, naming the command that mends it."""
+    for problem in install_check.problems():
+        logger.warning_once("%s", problem)
+
+
+def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
+    """One line: whose implementation serves, with which kernels, and why not faster ones."""
+    name, reason = ops.describe(current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state)
+    logger.info_once("Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason)
