@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-from kda_kernels import ops
+from kda_kernels import interface
 from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory, vllm_version
 from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
 from vllm_kimi_linear.config_error import ConfigError
@@ -210,5 +210,7 @@ def register() -> None:
 
 def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
     """One line: whose implementation serves, with which kernels, and why not faster ones."""
-    name, reason = ops.describe(current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state)
+    name, reason = interface.describe(
+        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state
+    )
     logger.info_once("Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason)
