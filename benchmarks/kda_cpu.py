@@ -17,10 +17,10 @@ from types import ModuleType
 
 import torch
 
-from kda_kernels import ops, reference
-from kda_kernels.types import KdaInputs, KdaParams, KdaState
+from kda_kernels import interface, reference
+from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState, PrefillArgs
 
-BACKENDS = {"ours": ops, "reference": reference}
+BACKENDS = {"ours": interface, "reference": reference}
 CACHE_BYTES = 128 << 20  # decode goes round through this much state, so that none of it is found in a cache
 
 
@@ -36,10 +36,10 @@ def median(call: Callable[[], object], repeats: int) -> float:
 
 
 def make_layer(
-    rows: int, slots: int, heads: int, dim: int, dtype: torch.dtype
+    rows: int, states: int, heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[KdaInputs, KdaParams, KdaState, torch.Tensor]:
     width = heads * dim
-    qkv, forget, beta, gate = (torch.randn(rows, n).to(dtype) for n in (3 * width, width, heads, width))
+    qkv, g, beta, output_gate = (torch.randn(rows, n).to(dtype) for n in (3 * width, width, heads, width))
     params = KdaParams(
         (torch.randn(3 * width, 4) * 0.5).to(dtype),
         torch.rand(heads).mul(15).add(1).log(),
@@ -47,17 +47,18 @@ def make_layer(
         torch.ones(dim).to(dtype),
         1e-5,
     )
-    state = KdaState(torch.zeros(slots, 3, 3 * width, dtype=dtype), torch.zeros(slots, heads, dim, dim))
-    return KdaInputs(qkv, forget, beta, gate), params, state, torch.empty(rows, width, dtype=dtype)
+    state = KdaState(torch.zeros(states, 3, 3 * width, dtype=dtype), torch.zeros(states, heads, dim, dim))
+    return KdaInputs(qkv, g, beta, output_gate), params, state, torch.empty(rows, width, dtype=dtype)
 
 
 def prefill(rows: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
     inputs, params, state, out = make_layer(rows, 2, args.heads, args.dim, dtype)
-    bounds, slots = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-    resume = torch.tensor([False])
+    bounds, state_indices = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    has_initial_state = torch.tensor([False])
+    kernel_args = PrefillArgs(inputs, params, state, bounds, state_indices, has_initial_state, out)
     results = {}
     for name, backend in BACKENDS.items():
-        call = partial(backend.prefill, inputs, params, state, bounds, slots, resume, out)
+        call = partial(backend.prefill, kernel_args)
         results[name] = median(call, args.repeats) / rows
     results["transformers"] = transformers("chunk", rows, 1, args, dtype) / rows
     return results
@@ -68,11 +69,11 @@ def decode(batch: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str
     layers = [
         make_layer(batch, batch + 1, args.heads, args.dim, dtype) for _ in range(max(1, CACHE_BYTES // bytes_of_state))
     ]
-    slots = torch.arange(1, batch + 1, dtype=torch.int32)
+    state_indices = torch.arange(1, batch + 1, dtype=torch.int32)
 
     def step(backend: ModuleType) -> None:
         for inputs, params, state, out in layers:
-            backend.decode(inputs, params, state, slots, out)
+            backend.decode(DecodeArgs(inputs, params, state, state_indices, out))
 
     def touch() -> None:
         for _, _, state, _ in layers:
@@ -115,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    name, reason = ops.describe("cpu", dtype, args.dim)
+    name, reason = interface.describe("cpu", dtype, args.dim)
     print(f"{args.heads} heads of {args.dim}, {args.dtype}, {torch.get_num_threads()} threads, {name}: {reason}")
     print("microseconds per token and layer\n")
     print("| | ours | torch reference | transformers | state in place |")

@@ -16,8 +16,16 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from kda_kernels import ops
-from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
+from kda_kernels import interface
+from kda_kernels.interface import (
+    DecodeArgs,
+    KdaInputs,
+    KdaParams,
+    KdaState,
+    PrefillArgs,
+    PrefillCheckpoints,
+    SpecDecodeArgs,
+)
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.cache.layout import kda_state_shapes
@@ -139,20 +147,20 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         projected, _ = self.in_proj(hidden_states)
         widths = self.in_proj.local_sizes
         qkv, beta, low, *_ = projected.split([sum(widths[:3]), widths[3], sum(widths[4:6]), *widths[6:]], dim=-1)
-        forget, gate = self._gates(low)
-        out = torch.empty_like(gate)
-        torch.ops.vllm.kimi_delta_attention(qkv, forget, beta, gate, out, self.prefix)
+        g, output_gate = self._gates(low)
+        out = torch.empty_like(output_gate)
+        torch.ops.vllm.kimi_delta_attention(qkv, g, beta, output_gate, out, self.prefix)
         return self.o_proj(out)[0]
 
     def _gates(self, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """low [T, 2D], f_a(x) | g_a(x) -> forget and gate, [T, P] each."""
+        """low [T, 2D], f_a(x) | g_a(x) -> g and output_gate, [T, P] each."""
         if current_platform.is_cpu():
             from vllm_kimi_linear.cpu.products import linear
 
-            forget, gate = map(linear, low.chunk(2, dim=-1), self.gates_b)
+            g, output_gate = map(linear, low.chunk(2, dim=-1), self.gates_b)
         else:
-            forget, gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
-        return forget, gate
+            g, output_gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
+        return g, output_gate
 
     def mix(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
         """Run the kernels on the rows of one step; `out` [T, P] is written, the state updated in place."""
@@ -160,29 +168,34 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         out[tokens:].zero_()  # rows that pad a CUDA graph go on through the other layers
         if metadata.order is not None:
             inputs, mixed, out = _rows(inputs, metadata.order.rows), out, torch.empty_like(out[:tokens])
+        params, state = self.kernel_params, self.state
         if metadata.drafts is not None and first:
-            ops.verify(
-                _rows(inputs, slice(first)),
-                self.kernel_params,
-                self.state,
-                metadata.drafts.cu_seqlens,
-                metadata.continuing_slots,
-                metadata.drafts.accepted,
-                out[:first],
+            interface.spec_decode(
+                SpecDecodeArgs(
+                    _rows(inputs, slice(first)),
+                    params,
+                    state,
+                    metadata.drafts.cu_seqlens,
+                    metadata.continuing_slots,
+                    metadata.drafts.accepted,
+                    out[:first],
+                )
             )
         elif first:
             slots = metadata.continuing_slots[:, 0]
-            ops.decode(_rows(inputs, slice(first)), self.kernel_params, self.state, slots, out[:first])
+            interface.decode(DecodeArgs(_rows(inputs, slice(first)), params, state, slots, out[:first]))
         if metadata.prefills is not None:
-            ops.prefill(
-                _rows(inputs, slice(first, tokens)),
-                self.kernel_params,
-                self.state,
-                metadata.prefills.cu_seqlens,
-                metadata.prefill_slots,
-                metadata.prefills.resume,
-                out[first:tokens],
-                metadata.exports,
+            interface.prefill(
+                PrefillArgs(
+                    _rows(inputs, slice(first, tokens)),
+                    params,
+                    state,
+                    metadata.prefills.cu_seqlens,
+                    metadata.prefill_slots,
+                    metadata.prefills.resume,
+                    out[first:tokens],
+                    metadata.exports,
+                )
             )
         if metadata.order is not None:
             mixed[metadata.order.rows] = out
@@ -198,15 +211,17 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         for most, keeps in ((len(out), False), (SPLIT_ROWS, True), (FEW_ROWS, False), (FEW_ROWS, True)):
             rows = slice(min(most, len(out)))
             cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
-            exports = Exports(cu_seqlens[1:], nobody) if keeps else None
-            some = _rows(inputs, rows)
-            ops.prefill(some, self.kernel_params, state, cu_seqlens, nobody, nobody > 0, out[rows], exports)
+            checkpoints = PrefillCheckpoints(cu_seqlens[1:], nobody) if keeps else None
+            some, resume = _rows(inputs, rows), nobody > 0
+            interface.prefill(
+                PrefillArgs(some, self.kernel_params, state, cu_seqlens, nobody, resume, out[rows], checkpoints)
+            )
 
     @cached_property
     def kernel_params(self) -> KdaParams:
         return KdaParams(
             conv_weight=self.conv_weight,
-            a_log=self.A_log,
+            A_log=self.A_log,
             dt_bias=self.dt_bias,
             norm_weight=self.o_norm_weight,
             norm_eps=self.geometry.rms_norm_eps,
@@ -236,22 +251,22 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
 
 def _rows(inputs: KdaInputs, rows: slice | torch.Tensor) -> KdaInputs:
-    return KdaInputs(inputs.qkv[rows], inputs.forget[rows], inputs.beta[rows], inputs.gate[rows])
+    return KdaInputs(inputs.qkv[rows], inputs.g[rows], inputs.beta[rows], inputs.output_gate[rows])
 
 
 @eager_break_during_capture
 def _kimi_delta_attention(
     qkv: torch.Tensor,
-    forget: torch.Tensor,
+    g: torch.Tensor,
     beta: torch.Tensor,
-    gate: torch.Tensor,
+    output_gate: torch.Tensor,
     out: torch.Tensor,
     layer_name: str,
 ) -> None:
     """The KDA core as one opaque operation, so that compilation and graph capture see no data-dependent code."""
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
-    inputs = KdaInputs(qkv=qkv, forget=forget, beta=beta, gate=gate)
+    inputs = KdaInputs(qkv=qkv, g=g, beta=beta, output_gate=output_gate)
     metadata = context.attn_metadata or {}
     if layer_name in metadata:
         layer.mix(inputs, out, metadata[layer_name])
@@ -263,9 +278,9 @@ def _kimi_delta_attention(
 
 def _kimi_delta_attention_fake(
     qkv: torch.Tensor,
-    forget: torch.Tensor,
+    g: torch.Tensor,
     beta: torch.Tensor,
-    gate: torch.Tensor,
+    output_gate: torch.Tensor,
     out: torch.Tensor,
     layer_name: str,
 ) -> None:

@@ -12,12 +12,12 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from kda_kernels import ops
+from kda_kernels import interface
 from vllm_kimi_linear import __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.flags import check_block_size, check_flags
 from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model.flags import check_block_size, check_flags
 from vllm_kimi_linear.patches import all as patches
 from vllm_kimi_linear.supported import install_check, versions
 
@@ -76,5 +76,7 @@ def report_install() -> None:
 
 def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
     """One line: whose implementation serves, with which kernels, and why not faster ones."""
-    name, reason = ops.describe(current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state)
+    name, reason = interface.describe(
+        current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state
+    )
     logger.info_once("Kimi Linear by vllm-kimi-linear %s: KDA kernels %s (%s)", __version__, name, reason)

@@ -96,11 +96,11 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, forget: Tensor, beta: Tensor, a_
     from kda_kernels import reference
 
     batch, _, heads, dim = q.shape
-    g = reference.log_decay(forget.float(), a_log, dt_bias)
-    q, k = reference.normalise(q.float()) * dim**-0.5, reference.normalise(k.float())
+    g = reference.kda_gate(forget.float(), a_log, dt_bias)
+    q, k = reference.l2norm(q.float()) * dim**-0.5, reference.l2norm(k.float())
     # Heads of all sequences side by side, as the reference takes one sequence.
     q, k, v32, g, beta = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v.float(), g, beta))
-    out, _ = reference.chunked(q, k, v32, g, beta, torch.zeros(batch * heads, dim, dim))
+    out, _ = reference.chunk_kda(q, k, v32, g, beta, torch.zeros(batch * heads, dim, dim))
     return out.unflatten(1, (batch, heads)).transpose(0, 1).to(v.dtype)
 
 

@@ -52,20 +52,21 @@ def report(kernel, types: dict[str, str], options: dict[str, int | bool], consta
 
 def variants(dim: int):
     """(name, kernel, argument types, launch options, constants) of what runs for bf16 rows and 4 taps."""
-    decode, verify, prefill, prepare, intra, states, output = (
+    decode, spec_decode, prefill, prepare, intra, states, output = (
         importlib.import_module(f"kda_kernels.cuda.{name}")
-        for name in ("decode", "verify", "prefill", "prepare", "intra", "states", "output")
+        for name in ("decode", "spec_decode", "prefill", "prepare", "intra", "states", "output")
     )
     size, chunk = {"D": dim}, {"D": dim, "C": prefill.CHUNK}
     columns = {"BV": min(dim, prefill.COLUMNS)}
     for name, programs, narrow in (("few", 1, False), ("many", 10000, False), ("many, bf16 state", 10000, True)):
         options, more = (
-            decode._launch(programs, dim, narrow, registers) | {"PDL": True} for registers in (128, verify.REGISTERS)
+            decode._launch(programs, dim, narrow, registers) | {"PDL": True}
+            for registers in (128, spec_decode.REGISTERS)
         )
         types = {"recurrent": "*bf16"} if narrow else {}
         constants = size | {"TAPS": 4, "VALUES_AT": decode.VALUES_AT}
         yield f"decode, {name}", decode._decode, types, options, constants
-        yield f"verify, {name}", verify._verify, types, more, constants
+        yield f"spec_decode, {name}", spec_decode._spec_decode, types, more, constants
     constants = chunk | {"TAPS": 4, "QKV_ALIGN": 16, "FORGET_ALIGN": 16}
     yield "prepare", prepare.prepare_kernel, {}, prefill.PREPARE, constants
     yield "intra", intra.intra_kernel, {}, prefill.INTRA, chunk | {"LEVELS": prefill.CHUNK.bit_length() - 1}

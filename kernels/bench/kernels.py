@@ -61,7 +61,7 @@ MOVES = "us | MB | us of a copy | GB/s | of copy"
 def rotation(rows: int, heads: int, dtype: torch.dtype, steps: int = 1) -> tuple[cases.Case, list[torch.Tensor]]:
     """Rows of one token and the slot tables of several calls, no state in two of them while it is in the cache."""
     calls = int(min(max(2, CACHE / (rows * steps * heads * DIM * DIM * dtype.itemsize)), 256))
-    case = cases.make([1] * rows * steps, heads, slots=rows * steps * calls + 1, state_dtype=dtype)
+    case = cases.make([1] * rows * steps, heads, states=rows * steps * calls + 1, state_dtype=dtype)
     order = [torch.randperm(rows * steps * calls, device="cuda") for _ in range(calls)]
     return case, [(o[: rows * steps] + 1).to(torch.int32) for o in order]
 
@@ -76,7 +76,7 @@ def decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     shapes += [(b, 32, d) for d in (f32, bf16) for b in (64, 128, 256, 512)]
     for rows, heads, dtype in shapes:
         case, tables = rotation(rows, heads, dtype)
-        run = lambda i, c=case, t=tables: cuda.decode(c.inputs, c.params, c.state, t[i], c.out)  # noqa: E731
+        run = lambda i, c=case, t=tables: c.decode(cuda, t[i])  # noqa: E731
         ours = timing.graph_time(run, len(tables))
         chain = peers.VllmChain(case)
         theirs = measure(lambda c=chain, t=tables: lambda i: c.decode(t[i]), len(tables), 20)
@@ -86,7 +86,7 @@ def decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
         del case, chain, run
 
 
-def verify(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
+def spec_decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     steps = 4
     yield (
         f"Verify, {steps} tokens a sequence in one launch\n\nMB counts one state read and {steps} written. Beside it "
@@ -96,19 +96,19 @@ def verify(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     for rows, heads, dtype in [(b, 32, torch.float32) for b in (1, 8, 32, 128)] + [(32, 32, torch.bfloat16)]:
         case, tables = rotation(rows, heads, dtype, steps)
         bounds = torch.arange(0, rows * steps + 1, steps, device="cuda", dtype=torch.int32)
-        accepted = torch.randint(1, steps + 1, (rows,), device="cuda", dtype=torch.int32)
+        num_accepted_tokens = torch.randint(1, steps + 1, (rows,), device="cuda", dtype=torch.int32)
         wide = [table.view(rows, steps) for table in tables]
 
-        def ours(i: int, c=case, b=bounds, a=accepted, t=wide) -> None:
-            cuda.verify(c.inputs, c.params, c.state, b, t[i], a, c.out)
+        def ours(i: int, c=case, b=bounds, a=num_accepted_tokens, t=wide) -> None:
+            c.spec_decode(cuda, b, t[i], a)
 
-        single, slots = rotation(rows, heads, dtype)
+        single, state_indices = rotation(rows, heads, dtype)
 
-        def plain(i: int, c=single, t=slots) -> None:
+        def plain(i: int, c=single, t=state_indices) -> None:
             for _ in range(steps):
-                cuda.decode(c.inputs, c.params, c.state, t[i], c.out)
+                c.decode(cuda, t[i])
 
-        seconds, theirs = timing.graph_time(ours, len(wide)), timing.graph_time(plain, len(slots))
+        seconds, theirs = timing.graph_time(ours, len(wide)), timing.graph_time(plain, len(state_indices))
         moved = (1 + steps) * rows * heads * DIM * DIM * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
         yield [f"{rows}", f"{heads}", name, *moves(seconds, moved, bandwidth), *times(seconds, theirs)]
@@ -142,17 +142,17 @@ def mixed(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
         f"rows | heads | {MOVES} | vLLM us | times faster | vLLM apart us | times faster",
     )
     rows, prompt, heads = 127, 2048, 32
-    few, long = cases.make([1] * rows, heads, resume=True), cases.make([prompt], heads)
-    together = cases.make([1] * rows + [prompt], heads, resume=True)
+    few, long = cases.make([1] * rows, heads, has_initial_state=True), cases.make([prompt], heads)
+    together = cases.make([1] * rows + [prompt], heads, has_initial_state=True)
 
     def ours(_: int) -> None:
-        cuda.decode(few.inputs, few.params, few.state, few.slots, few.out)
+        few.decode(cuda, few.state_indices)
         long.prefill(cuda)
 
     chain, first, second = peers.VllmChain(together), peers.VllmChain(few), peers.VllmChain(long)
 
     def apart(_: int) -> None:
-        first.decode(few.slots)
+        first.decode(few.state_indices)
         second.prefill()
 
     seconds = timing.graph_time(ours, 1)
@@ -175,7 +175,7 @@ def errors(_: float) -> Iterator[tuple[str, str] | Row]:
         want.out = case.out.double()
         want.prefill(reference)
         row = [f"{len(lengths)} x {lengths[0]}", f"{heads}"]
-        index = case.slots.long()
+        index = case.state_indices.long()
         for chain in (None, peers.VllmChain, peers.FlaChain):
             trial = copy.deepcopy(case)
             if chain is None:
@@ -191,7 +191,7 @@ def errors(_: float) -> Iterator[tuple[str, str] | Row]:
         yield row
 
 
-SECTIONS = {"decode": decode, "prefill": prefill, "mixed": mixed, "verify": verify, "errors": errors}
+SECTIONS = {"decode": decode, "prefill": prefill, "mixed": mixed, "spec_decode": spec_decode, "errors": errors}
 
 
 def main() -> None:

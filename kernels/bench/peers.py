@@ -131,11 +131,11 @@ class VllmChain:
     def _finish(self, o: Tensor, rows: slice) -> Tensor:
         core, params = self.core[:, rows], self.case.params
         core[0] = o[0]
-        gate = self.case.inputs.gate[rows].unflatten(1, (self.heads, self.dim))
+        gate = self.case.inputs.output_gate[rows].unflatten(1, (self.heads, self.dim))
         core.copy_(self.norm(core, gate, params.norm_weight, None, "sigmoid", eps=params.norm_eps))
         return core
 
-    def decode(self, slots: Tensor, rows: slice = slice(None)) -> Tensor:
+    def decode(self, state_indices: Tensor, rows: slice = slice(None)) -> Tensor:
         inputs, params, state = self.case.inputs, self.case.params, self.case.state
         qkv = inputs.qkv[rows]
         mixed = self.conv.causal_conv1d_update(
@@ -144,19 +144,19 @@ class VllmChain:
             params.conv_weight,
             None,
             activation="silu",
-            conv_state_indices=slots,
+            conv_state_indices=state_indices,
             validate_data=False,
             out=torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
         )
         o, _ = self.kda.fused_recurrent_kda_packed_decode(
             mixed_qkv=mixed,
-            raw_g=inputs.forget[rows].unflatten(1, (self.heads, self.dim))[None],
+            raw_g=inputs.g[rows].unflatten(1, (self.heads, self.dim))[None],
             raw_beta=inputs.beta[rows][None],
-            A_log=params.a_log,
+            A_log=params.A_log,
             dt_bias=params.dt_bias,
             lower_bound=None,
             initial_state=state.recurrent,
-            state_indices=slots,
+            state_indices=state_indices,
         )
         return self._finish(o, rows)
 
@@ -173,27 +173,27 @@ class VllmChain:
                 None,
                 activation="silu",
                 conv_states=state.conv.transpose(-1, -2)[:, columns],
-                has_initial_state=case.resume,
-                cache_indices=case.slots,
+                has_initial_state=case.has_initial_state,
+                cache_indices=case.state_indices,
                 query_start_loc=case.cu_seqlens,
                 metadata=self.metadata,
             )
             parts.append(mixed.transpose(0, 1).unflatten(1, (heads, dim))[None])
-        initial = self.gather(state.recurrent, case.slots, case.resume)
+        initial = self.gather(state.recurrent, case.state_indices, case.has_initial_state)
         o, last = self.kda.chunk_kda_with_fused_gate(
             q=parts[0],
             k=parts[1],
             v=parts[2],
-            raw_g=inputs.forget.unflatten(1, (heads, dim))[None],
+            raw_g=inputs.g.unflatten(1, (heads, dim))[None],
             raw_beta=inputs.beta[None],
-            A_log=params.a_log,
+            A_log=params.A_log,
             g_bias=params.dt_bias,
             initial_state=initial,
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=case.cu_seqlens,
         )
-        state.recurrent[case.slots] = last
+        state.recurrent[case.state_indices] = last
         return self._finish(o, slice(None))
 
 
@@ -216,15 +216,15 @@ class FlaChain:
         bounds = {"cu_seqlens": self.cu_seqlens, "cu_seqlens_cpu": self.cu_seqlens_cpu}
         mixed, _ = self.conv(inputs.qkv[None], params.conv_weight, activation="silu", **bounds)
         q, k, v = (x.unflatten(2, (heads, dim)).contiguous() for x in mixed.chunk(3, dim=2))
-        index = case.slots.long()
-        initial = case.state.recurrent[index] * case.resume[:, None, None, None]
+        index = case.state_indices.long()
+        initial = case.state.recurrent[index] * case.has_initial_state[:, None, None, None]
         o, last = self.chunk(
             q=q,
             k=k,
             v=v,
-            g=inputs.forget.unflatten(1, (heads, dim))[None],
+            g=inputs.g.unflatten(1, (heads, dim))[None],
             beta=inputs.beta[None].contiguous(),
-            A_log=params.a_log,
+            A_log=params.A_log,
             dt_bias=params.dt_bias,
             initial_state=initial,
             output_final_state=True,
@@ -235,7 +235,7 @@ class FlaChain:
             **bounds,
         )
         case.state.recurrent[index] = last
-        gate = inputs.gate.unflatten(1, (heads, dim))[None]
+        gate = inputs.output_gate.unflatten(1, (heads, dim))[None]
         return self.norm(o, gate, params.norm_weight, None, "sigmoid", eps=params.norm_eps)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from kimi_server.settings import SettingsError
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import Geometry, tensors
 
 
 @dataclass(frozen=True)

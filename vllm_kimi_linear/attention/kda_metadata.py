@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from kda_kernels.types import Exports
+from kda_kernels.interface import PrefillCheckpoints
 from vllm_kimi_linear.cache.check import StateCheck
 from vllm_kimi_linear.cache.policy import StateCheckpoints
 
@@ -105,7 +105,7 @@ class KdaMetadata:
     continuing_tokens: int
     continuing_slots: torch.Tensor  # [continuing, K] int32
     prefill_slots: torch.Tensor  # [prefills] int32
-    exports: Exports | None  # states to be kept at block boundaries
+    exports: PrefillCheckpoints | None  # states to be kept at block boundaries
     drafts: Drafts | None
     prefills: Prefills | None
     order: Order | None
@@ -269,7 +269,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         exports = None
         if prefills.checkpoints:
             blocks = list(chain.from_iterable(found.blocks[self.group] for found in prefills.checkpoints))
-            exports = Exports(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
+            exports = PrefillCheckpoints(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
         ours = slots[count:requests, 0].contiguous()
         return replace(metadata, continuing_slots=continuing, prefill_slots=ours, exports=exports)
 

@@ -1,4 +1,4 @@
-"""KDA on the CPU: one C function does a whole step of a layer, prefill, decode and verify alike.
+"""KDA on the CPU: one C function does a whole step of a layer, prefill, decode and spec_decode alike.
 
 Each head runs through its sequence token by token with its state in registers (docs/kda.md section 4), so a
 result depends on nothing but its own sequence: the same bits for any split into chunks, any batch and any
@@ -10,23 +10,14 @@ import struct
 import torch
 from torch import Tensor
 
+from kda_kernels.checks import check_decode_values, check_prefill_values, check_spec_decode_values
 from kda_kernels.cpu.library import load
-from kda_kernels.types import (
-    Exports,
-    KdaInputs,
-    KdaParams,
-    KdaState,
-    check_call,
-    check_sequences,
-    check_step_values,
-    check_steps,
-    check_values,
-)
+from kda_kernels.interface import DecodeArgs, PrefillArgs, PrefillCheckpoints, SpecDecodeArgs
 
 _ISA_NAMES = {1: "baseline instructions", 2: "AVX2", 3: "AVX-512"}
 _CALL = struct.Struct("=38qd")  # struct kda_call of kda.h
-_MAX_DIM, _MAX_TAPS = 256, 8  # as in kda.h
-_NO_MEMORY = "the C kernels could not allocate a few bytes for each state slot."
+_MAX_DIM, _MAX_CONV_KERNEL_SIZE = 256, 8  # as in kda.h
+_NO_MEMORY = "the C kernels could not allocate a few bytes for each state."
 _library = load(_CALL.size)
 _isa = _library.kda_best_isa()
 
@@ -34,7 +25,7 @@ _isa = _library.kda_best_isa()
 def supports(dtype: torch.dtype, head_dim: int, state_dtype: torch.dtype) -> tuple[bool, str]:
     """Whether these kernels can serve, and the reason."""
     if dtype not in (torch.float32, torch.bfloat16):
-        return False, f"the C kernels take float32 and bfloat16 rows, not {dtype}"
+        return False, f"the C kernels take float32 and bfloat16 inputs, not {dtype}"
     if state_dtype != torch.float32:
         return False, f"the C kernels keep the state in float32, not {state_dtype}"
     if head_dim % 16 or not 0 < head_dim <= _MAX_DIM:
@@ -45,82 +36,64 @@ def supports(dtype: torch.dtype, head_dim: int, state_dtype: torch.dtype) -> tup
     return True, f"C kernels with {_ISA_NAMES[_isa]}"
 
 
-def decode(inputs: KdaInputs, params: KdaParams, state: KdaState, slots: Tensor, out: Tensor) -> None:
-    """One token for each of T sequences; arguments as `kda_kernels.ops.decode`."""
-    check_call(inputs, params, state, slots, out, inputs.qkv.shape[0])
-    if _run(inputs, params, state, slots, out):
-        count = inputs.qkv.shape[0]
-        check_values(list(range(count + 1)), slots.tolist(), count, state.conv.shape[0])
+def decode(args: DecodeArgs) -> None:
+    """One token for each of T sequences."""
+    if _run(args):
+        check_decode_values(args)
         raise MemoryError(_NO_MEMORY)
 
 
-def prefill(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    resume: Tensor,
-    out: Tensor,
-    exports: Exports | None = None,
-) -> None:
-    """Runs of tokens of N sequences; arguments as `kda_kernels.ops.prefill`."""
-    check_call(inputs, params, state, slots, out, check_sequences(cu_seqlens, slots, resume, exports))
-    if _run(inputs, params, state, slots, out, cu_seqlens=cu_seqlens, resume=resume, exports=exports):
-        check_values(cu_seqlens.tolist(), slots.tolist(), inputs.qkv.shape[0], state.conv.shape[0], exports)
+def prefill(args: PrefillArgs) -> None:
+    """Runs of tokens of N sequences."""
+    if _run(args, cu_seqlens=args.cu_seqlens, has_initial_state=args.has_initial_state, checkpoints=args.checkpoints):
+        check_prefill_values(args)
         raise MemoryError(_NO_MEMORY)
 
 
-def verify(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    accepted: Tensor,
-    out: Tensor,
-) -> None:
-    """Up to K tokens of N sequences; arguments as `kda_kernels.ops.verify`."""
-    sequences, steps = check_steps(cu_seqlens, slots, accepted)
-    check_call(inputs, params, state, slots.view(-1), out, sequences * steps)
-    if sequences and _run(inputs, params, state, slots, out, cu_seqlens=cu_seqlens, accepted=accepted):
-        bounds, table = cu_seqlens.tolist(), slots.tolist()
-        check_step_values(bounds, table, accepted.tolist(), inputs.qkv.shape[0], state.conv.shape[0])
+def spec_decode(args: SpecDecodeArgs) -> None:
+    """Up to Q tokens of N sequences."""
+    tables = {"cu_seqlens": args.cu_seqlens, "num_accepted_tokens": args.num_accepted_tokens}
+    if args.state_indices.shape[0] and _run(args, **tables):
+        check_spec_decode_values(args)
         raise MemoryError(_NO_MEMORY)
-    out[int(cu_seqlens[-1]) :] = 0
+    args.out[int(args.cu_seqlens[-1]) :] = 0
 
 
 def _run(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    slots: Tensor,
-    out: Tensor,
+    args: DecodeArgs | PrefillArgs | SpecDecodeArgs,
     cu_seqlens: Tensor | None = None,
-    resume: Tensor | None = None,
-    accepted: Tensor | None = None,
-    exports: Exports | None = None,
+    has_initial_state: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    checkpoints: PrefillCheckpoints | None = None,
 ) -> int:
     """0, or, if the tables are not sound, 1 with nothing done."""
-    qkv, forget, beta, gate = inputs.qkv, inputs.forget, inputs.beta, inputs.gate
+    inputs, params, state, state_indices, out = args.inputs, args.params, args.state, args.state_indices, args.out
+    qkv, g, beta, output_gate = inputs.qkv, inputs.g, inputs.beta, inputs.output_gate
     conv, recurrent, conv_weight = state.conv, state.recurrent, params.conv_weight
-    norm_weight, a_log, dt_bias = params.norm_weight, params.a_log, params.dt_bias
+    norm_weight, A_log, dt_bias = params.norm_weight, params.A_log, params.dt_bias
     wide, narrow = torch.float32, torch.bfloat16
-    if a_log.dtype != wide or dt_bias.dtype != wide:
-        a_log, dt_bias = a_log.float(), dt_bias.float()
+    if A_log.dtype != wide or dt_bias.dtype != wide:
+        A_log, dt_bias = A_log.float(), dt_bias.float()
     if conv_weight.dtype not in (wide, narrow) or norm_weight.dtype not in (wide, narrow):
         conv_weight, norm_weight = conv_weight.float(), norm_weight.float()
-    if params.taps > _MAX_TAPS:
-        raise ValueError(f"conv_weight has {params.taps} taps; the C kernels take up to {_MAX_TAPS}.")
-    after, targets = (exports.after, exports.slots) if exports is not None else (None, None)
+    if params.conv_kernel_size > _MAX_CONV_KERNEL_SIZE:
+        raise ValueError(
+            f"conv_weight has {params.conv_kernel_size} taps; the C kernels take up to {_MAX_CONV_KERNEL_SIZE}."
+        )
+    offsets, targets = None, None
+    if checkpoints is not None:
+        offsets, targets = checkpoints.checkpoint_offsets, checkpoints.state_indices
     call = _CALL.pack(
-        *(x.data_ptr() for x in (qkv, forget, beta, gate, out)),
-        *(x.stride(0) for x in (qkv, forget, beta, gate, out)),
-        *(x.data_ptr() for x in (conv_weight, norm_weight, a_log, dt_bias, conv, recurrent)),
+        *(x.data_ptr() for x in (qkv, g, beta, output_gate, out)),
+        *(x.stride(0) for x in (qkv, g, beta, output_gate, out)),
+        *(x.data_ptr() for x in (conv_weight, norm_weight, A_log, dt_bias, conv, recurrent)),
         *(conv.stride(0), conv.stride(1), recurrent.stride(0)),
-        *(0 if x is None else x.data_ptr() for x in (slots, cu_seqlens, resume, accepted, after, targets)),
-        *(0 if after is None else after.shape[0], 1 if accepted is None else slots.shape[1]),
-        *(qkv.shape[0], slots.shape[0], conv.shape[0], params.heads, params.head_dim, params.taps),
+        *(
+            0 if x is None else x.data_ptr()
+            for x in (state_indices, cu_seqlens, has_initial_state, num_accepted_tokens, offsets, targets)
+        ),
+        *(0 if offsets is None else offsets.shape[0], 1 if num_accepted_tokens is None else state_indices.shape[1]),
+        *(qkv.shape[0], state_indices.shape[0], conv.shape[0], params.heads, params.head_dim, params.conv_kernel_size),
         *(qkv.dtype == narrow, conv_weight.dtype == narrow, norm_weight.dtype == narrow),
         *(torch.get_num_threads(), _isa),
         params.norm_eps,

@@ -1,4 +1,4 @@
-"""KDA on NVIDIA GPUs, in Triton: decode (and verify) in one launch, prefill in chunks on the tensor cores.
+"""KDA on NVIDIA GPUs, in Triton: decode (and spec_decode) in one launch, prefill in chunks on the tensor cores.
 
 Neither synchronises with the host, so neither checks the values of the tables, only dtypes and shapes.
 """
@@ -12,15 +12,15 @@ except ImportError as error:
 
 from kda_kernels.cuda.decode import decode
 from kda_kernels.cuda.prefill import prefill
-from kda_kernels.cuda.verify import verify
+from kda_kernels.cuda.spec_decode import spec_decode
 
-__all__ = ["decode", "prefill", "supports", "verify"]
+__all__ = ["decode", "prefill", "spec_decode", "supports"]
 
 
 def supports(dtype: torch.dtype, head_dim: int, state_dtype: torch.dtype) -> tuple[bool, str]:
     """Whether these kernels can serve, and the reason."""
     if dtype not in (torch.float32, torch.bfloat16):
-        return False, f"the Triton kernels take float32 and bfloat16 rows, not {dtype}"
+        return False, f"the Triton kernels take float32 and bfloat16 inputs, not {dtype}"
     if state_dtype not in (torch.float32, torch.bfloat16):
         return False, f"the Triton kernels keep the state in float32 or bfloat16, not {state_dtype}"
     if head_dim not in (64, 128):

@@ -18,10 +18,9 @@ registers of one thread, so that the two sums over K are mostly additions within
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kda_kernels.cuda.elementwise import INTERPRETED, LOG2E, sigmoid, silu, softplus
-from kda_kernels.types import KdaInputs, KdaParams, KdaState, check_call
+from kda_kernels.interface import DecodeArgs
 
 # Where the V axis of a state tile stands: Triton 3.6 spreads a warp's lanes over the first axis before the
 # second, later versions over the second; OUTER belongs in the one that lanes take last.
@@ -29,28 +28,28 @@ MANY = 192
 VALUES_AT = 0 if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6) else 1
 
 
-def decode(inputs: KdaInputs, params: KdaParams, state: KdaState, slots: Tensor, out: Tensor) -> None:
-    """One token for each of T sequences; arguments as `kda_kernels.ops.decode`.
+def decode(args: DecodeArgs) -> None:
+    """One token for each of T sequences.
 
-    One launch, no allocation, no synchronisation: safe to capture in a CUDA graph. The values of `slots` are
-    not checked: a slot beyond the state or used twice is the caller's error.
+    One launch, no allocation, no synchronisation: safe to capture in a CUDA graph. The values of `state_indices` are
+    not checked: an index beyond the cache or used twice is the caller's error.
     """
-    rows, heads, dim, taps = inputs.qkv.shape[0], params.heads, params.head_dim, params.taps
-    check_call(inputs, params, state, slots, out, rows)
-    if rows == 0:
+    inputs, params, state, out = args.inputs, args.params, args.state, args.out
+    num_tokens, heads, dim = inputs.qkv.shape[0], params.heads, params.head_dim
+    if num_tokens == 0:
         return
-    _decode[(heads, rows)](
-        *(inputs.qkv, inputs.forget, inputs.beta, inputs.gate),
-        *(params.conv_weight, params.a_log, params.dt_bias, params.norm_weight),
-        *(state.conv, state.recurrent, slots, out),
-        *(inputs.qkv.stride(0), inputs.forget.stride(0), inputs.beta.stride(0), inputs.gate.stride(0)),
+    _decode[(heads, num_tokens)](
+        *(inputs.qkv, inputs.g, inputs.beta, inputs.output_gate),
+        *(params.conv_weight, params.A_log, params.dt_bias, params.norm_weight),
+        *(state.conv, state.recurrent, args.state_indices, out),
+        *(inputs.qkv.stride(0), inputs.g.stride(0), inputs.beta.stride(0), inputs.output_gate.stride(0)),
         *(state.conv.stride(0), state.conv.stride(1), state.recurrent.stride(0), out.stride(0)),
         params.norm_eps,
         heads,
         D=dim,
-        TAPS=taps,
+        TAPS=params.conv_kernel_size,
         VALUES_AT=VALUES_AT,
-        **_launch(rows * heads, dim, state.recurrent.dtype.itemsize < 4),
+        **_launch(num_tokens * heads, dim, state.recurrent.dtype.itemsize < 4),
     )
 
 

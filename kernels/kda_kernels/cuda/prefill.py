@@ -17,14 +17,13 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kda_kernels.cuda.intra import intra_kernel
 from kda_kernels.cuda.output import output_kernel
 from kda_kernels.cuda.prepare import prepare_kernel
 from kda_kernels.cuda.rows import cut
 from kda_kernels.cuda.states import combine_kernel, states_kernel
-from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState, check_call, check_sequences
+from kda_kernels.interface import PrefillArgs
 
 CHUNK = 64
 COLUMNS = 32
@@ -37,44 +36,21 @@ PROGRAMS = 132  # a program of `states` for each multiprocessor of a Hopper GPU
 PART = 1 << 19  # rows x heads of one part: 0.9 GB of workspace for head size 128
 
 
-def prefill(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    resume: Tensor,
-    out: Tensor,
-    exports: Exports | None = None,
-) -> None:
-    """Runs of tokens of N sequences; arguments as `kda_kernels.ops.prefill`.
-
-    No host synchronisation. The values of the tables are not checked.
-    """
-    sequences = check_sequences(cu_seqlens, slots, resume, exports)
-    check_call(inputs, params, state, slots, out, sequences)
-    if sequences == 0:
+def prefill(args: PrefillArgs) -> None:
+    """Runs of tokens of N sequences. No host synchronisation. The values of the tables are not checked."""
+    if args.state_indices.shape[0] == 0:
         return
-    rows = inputs.qkv.shape[0]
-    part = max(PART // params.heads // CHUNK, 1) * CHUNK
-    for begin in range(0, max(rows, 1), part):
-        _part(inputs, params, state, cu_seqlens, slots, resume, out, exports, begin, min(begin + part, rows))
+    num_tokens = args.inputs.qkv.shape[0]
+    part = max(PART // args.params.heads // CHUNK, 1) * CHUNK
+    for begin in range(0, max(num_tokens, 1), part):
+        _part(args, begin, min(begin + part, num_tokens))
 
 
-def _part(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    resume: Tensor,
-    out: Tensor,
-    exports: Exports | None,
-    begin: int,
-    end: int,
-) -> None:
-    heads, dim, taps, sequences = params.heads, params.head_dim, params.taps, slots.shape[0]
-    device = inputs.qkv.device
+def _part(args: PrefillArgs, begin: int, end: int) -> None:
+    inputs, params, state, out, checkpoints = args.inputs, args.params, args.state, args.out, args.checkpoints
+    cu_seqlens, state_indices, has_initial_state = args.cu_seqlens, args.state_indices, args.has_initial_state
+    heads, dim, conv_kernel_size = params.heads, params.head_dim, params.conv_kernel_size
+    sequences, device = state_indices.shape[0], inputs.qkv.device
     # A part begins and ends between whole chunks of a sequence: up to CHUNK - 1 rows before `begin` and `end`.
     chunks = (end - begin) // CHUNK + min(sequences, end - begin) + (begin > 0)
     columns = min(dim, COLUMNS)
@@ -99,19 +75,19 @@ def _part(
     table_kernel[(sequences,)](cu_seqlens, first_chunk, chunk_sequence, begin, end, sequences, chunks, 1, 0, C=CHUNK)
     if chunks:
         prepare_kernel[(chunks * 4, heads)](
-            *(inputs.qkv, inputs.forget, inputs.beta, params.conv_weight, params.a_log, params.dt_bias),
-            *(state.conv, slots, resume, cu_seqlens, chunk_sequence, first_chunk),
+            *(inputs.qkv, inputs.g, inputs.beta, params.conv_weight, params.A_log, params.dt_bias),
+            *(state.conv, state_indices, has_initial_state, cu_seqlens, chunk_sequence, first_chunk),
             *(qd, kd, u, sums, strengths, v_scales, begin, end),
-            *(qkv_stride, inputs.forget.stride(0), inputs.beta.stride(0), *conv, heads),
+            *(qkv_stride, inputs.g.stride(0), inputs.beta.stride(0), *conv, heads),
             D=dim,
             C=CHUNK,
-            TAPS=taps,
+            TAPS=conv_kernel_size,
             QKV_ALIGN=math.gcd(qkv_stride, 16),
-            FORGET_ALIGN=math.gcd(inputs.forget.stride(0), 16),
+            FORGET_ALIGN=math.gcd(inputs.g.stride(0), 16),
             **PREPARE,
         )
         intra_kernel[(chunks, heads)](
-            *(slots, chunk_sequence, w, u, qd, kd, p, decay, scale, sums, strengths, v_scales, heads, chunks),
+            *(state_indices, chunk_sequence, w, u, qd, kd, p, decay, scale, sums, strengths, v_scales, heads, chunks),
             D=dim,
             C=CHUNK,
             LEVELS=CHUNK.bit_length() - 1,
@@ -125,34 +101,53 @@ def _part(
             cu_seqlens, first_segment, segment_sequence, begin, end, sequences, segments, length, 1, C=CHUNK
         )
 
+    checkpoint_offsets, checkpoint_state_indices, num_checkpoints = state_indices, state_indices, 0
+    if checkpoints is not None:
+        checkpoint_offsets, checkpoint_state_indices = checkpoints.checkpoint_offsets, checkpoints.state_indices
+        num_checkpoints = checkpoint_offsets.shape[0]
+
     def states(parts: int, summary: bool) -> None:
         states_kernel[(parts, heads, segments)](
-            *(inputs.qkv, state.conv, state.recurrent, slots, resume, cu_seqlens, first_chunk),
+            *(inputs.qkv, state.conv, state.recurrent, state_indices, has_initial_state, cu_seqlens, first_chunk),
             *(segment_sequence, first_segment, w, u, kd, decay, scale, snapshots, units, starts, transitions),
-            *((slots, slots, 0) if exports is None else (exports.after, exports.slots, exports.slots.shape[0])),
+            *(checkpoint_offsets, checkpoint_state_indices, num_checkpoints),
             *(begin, end, length, qkv_stride, *conv, state.recurrent.stride(0), heads, chunks),
             D=dim,
             C=CHUNK,
             BV=columns,
-            TAPS=taps,
-            WINDOW=triton.next_power_of_2(taps - 1),
+            TAPS=conv_kernel_size,
+            WINDOW=triton.next_power_of_2(conv_kernel_size - 1),
             SEGMENTS=length > 0,
             SUMMARY=summary,
-            EXPORTS=exports is not None and not summary,
+            EXPORTS=checkpoints is not None and not summary,
             **STATES,
         )
 
     if length:
         states(2 * dim // columns, True)
         combine_kernel[(dim // columns, heads, sequences)](
-            slots, first_segment, starts, transitions, heads, D=dim, BV=columns, **COMBINE
+            state_indices, first_segment, starts, transitions, heads, D=dim, BV=columns, **COMBINE
         )
     states(dim // columns, False)
     if chunks:
         output_kernel[(chunks, heads)](
-            *(inputs.gate, params.norm_weight, slots, cu_seqlens, chunk_sequence, first_chunk, first_segment),
-            *(qd, p, u, snapshots, units, out, begin, end, length, inputs.gate.stride(0), out.stride(0)),
-            *(params.norm_eps, heads),
+            *(inputs.output_gate, params.norm_weight, state_indices),
+            *(
+                cu_seqlens,
+                chunk_sequence,
+                first_chunk,
+                first_segment,
+                qd,
+                p,
+                u,
+                snapshots,
+                units,
+                out,
+                begin,
+                end,
+                length,
+            ),
+            *(inputs.output_gate.stride(0), out.stride(0), params.norm_eps, heads),
             D=dim,
             C=CHUNK,
             BV=columns,

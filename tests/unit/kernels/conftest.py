@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kda_kernels import reference
-from kda_kernels.types import Exports, KdaInputs, KdaParams, KdaState
+from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState, PrefillArgs, PrefillCheckpoints
 
 # What runs here: within Triton's interpreter (test_cuda_interpreter.py) the kernels for GPUs, else those for the CPU.
 BACKENDS = ["cuda"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpu"]
@@ -22,26 +22,26 @@ class Problem:
     params: KdaParams
     state: KdaState
     cu_seqlens: Tensor
-    slots: Tensor
-    resume: Tensor
+    state_indices: Tensor
+    has_initial_state: Tensor
     out: Tensor
 
     def clone(self) -> "Problem":
         return copy.deepcopy(self)  # keeps strides: tensors are copied with their storage
 
-    def prefill(self, backend: ModuleType, *exports: Exports) -> "Problem":
-        rows = (self.cu_seqlens, self.slots, self.resume)
-        backend.prefill(self.inputs, self.params, self.state, *rows, self.out, *exports)
+    def prefill(self, backend: ModuleType, *checkpoints: PrefillCheckpoints) -> "Problem":
+        table = (self.cu_seqlens, self.state_indices, self.has_initial_state)
+        backend.prefill(PrefillArgs(self.inputs, self.params, self.state, *table, self.out, *checkpoints))
         return self
 
     def decode(self, backend: ModuleType) -> "Problem":
-        backend.decode(self.inputs, self.params, self.state, self.slots, self.out)
+        backend.decode(DecodeArgs(self.inputs, self.params, self.state, self.state_indices, self.out))
         return self
 
     def lengths(self) -> list[int]:
         return self.cu_seqlens.diff().tolist()
 
-    def part(self, start: int, end: int, sequence: int, resume: bool) -> "Problem":
+    def part(self, start: int, end: int, sequence: int, has_initial_state: bool) -> "Problem":
         """Rows start to end, all of one sequence, as a problem that shares this one's state and output."""
         rows, picked = slice(start, end), slice(sequence, sequence + 1)
         return Problem(
@@ -49,8 +49,8 @@ class Problem:
             self.params,
             self.state,
             torch.tensor([0, end - start], dtype=torch.int32),
-            self.slots[picked],
-            torch.tensor([resume]),
+            self.state_indices[picked],
+            torch.tensor([has_initial_state]),
             self.out[rows],
         )
 
@@ -60,19 +60,19 @@ def make_problem(
     *,
     heads: int = 2,
     dim: int = 64,
-    taps: int = 4,
+    conv_kernel_size: int = 4,
     dtype: torch.dtype = torch.float32,
     param_dtype: torch.dtype = torch.float32,
-    slots: list[int] | None = None,
-    resume: list[bool] | bool = False,
+    state_indices: list[int] | None = None,
+    has_initial_state: list[bool] | bool = False,
     strided: bool = False,
     spare: int = 3,
     seed: int = 0,
 ) -> Problem:
-    """Random rows at trained scale: decays from 'forgets at once' to 'hardly ever', slots out of order.
+    """Random rows at trained scale: decays from 'forgets at once' to 'hardly ever', states out of order.
 
-    strided: rows and slots are views with gaps, filled with NaN. Slots that are not resumed hold NaN too.
-    spare: slots of the state beside one a sequence.
+    strided: inputs and states are views with gaps, filled with NaN. States that are not read hold NaN too.
+    spare: states of the cache beside one a sequence.
     """
     make = torch.Generator().manual_seed(seed)
     rows, width, count = sum(lengths), heads * dim, len(lengths)
@@ -93,61 +93,61 @@ def make_problem(
 
     inputs = KdaInputs(rows_of(3 * width), rows_of(width), rows_of(heads), rows_of(width))
     params = KdaParams(
-        conv_weight=(randn(3 * width, taps) * 0.5).to(param_dtype),
-        a_log=torch.linspace(1.0, 16.0, heads).log(),
+        conv_weight=(randn(3 * width, conv_kernel_size) * 0.5).to(param_dtype),
+        A_log=torch.linspace(1.0, 16.0, heads).log(),
         dt_bias=torch.linspace(-7.0, 1.0, width)[torch.randperm(width, generator=make)],
         norm_weight=(1 + 0.1 * randn(dim)).to(param_dtype),
         norm_eps=1e-5,
     )
-    shapes = ((taps - 1, 3 * width), (heads, dim, dim))
+    shapes = ((conv_kernel_size - 1, 3 * width), (heads, dim, dim))
     state = KdaState(paged(shapes[0], dtype), paged(shapes[1], torch.float32))
-    if slots is None:
-        slots = (torch.randperm(count + 2, generator=make)[:count] + 1).tolist()
-    resumed = [resume] * count if isinstance(resume, bool) else resume
-    for slot, go_on in zip(slots, resumed, strict=True):
+    if state_indices is None:
+        state_indices = (torch.randperm(count + 2, generator=make)[:count] + 1).tolist()
+    resumed = [has_initial_state] * count if isinstance(has_initial_state, bool) else has_initial_state
+    for slot, go_on in zip(state_indices, resumed, strict=True):
         if go_on and slot > 0:
             state.conv[slot] = randn(*shapes[0]).to(dtype)
             state.recurrent[slot] = randn(*shapes[1])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     out = torch.full((rows, width + gap), torch.nan, dtype=dtype)[:, :width]
-    slot_table = torch.tensor(slots, dtype=torch.int32)
-    return Problem(inputs, params, state, bounds, slot_table, torch.tensor(resumed, dtype=torch.bool), out)
+    index_table = torch.tensor(state_indices, dtype=torch.int32)
+    return Problem(inputs, params, state, bounds, index_table, torch.tensor(resumed, dtype=torch.bool), out)
 
 
 def solve(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """docs/kda.md sections 2 to 5 by scalar loops in fp64, K-first: (out, state.conv, state.recurrent)."""
     params, wide = problem.params, torch.float64
-    heads, dim, taps = params.heads, params.head_dim, params.taps
-    qkv, forget, beta, gate = (getattr(problem.inputs, f.name).to(wide) for f in fields(KdaInputs))
-    weight, a_log, dt_bias, norm = (
-        x.to(wide) for x in (params.conv_weight, params.a_log, params.dt_bias, params.norm_weight)
+    heads, dim, conv_kernel_size = params.heads, params.head_dim, params.conv_kernel_size
+    qkv, g, beta, output_gate = (getattr(problem.inputs, f.name).to(wide) for f in fields(KdaInputs))
+    weight, A_log, dt_bias, norm = (
+        x.to(wide) for x in (params.conv_weight, params.A_log, params.dt_bias, params.norm_weight)
     )
     out = torch.zeros(qkv.shape[0], heads * dim, dtype=wide)
     conv, recurrent = problem.state.conv.to(wide), problem.state.recurrent.to(wide)
     bounds = problem.cu_seqlens.tolist()
-    for n, slot in enumerate(problem.slots.tolist()):
+    for n, slot in enumerate(problem.state_indices.tolist()):
         if slot <= 0:
             continue
-        go_on = bool(problem.resume[n])
-        past = list(conv[slot]) if go_on else [torch.zeros(qkv.shape[1], dtype=wide)] * (taps - 1)
+        go_on = bool(problem.has_initial_state[n])
+        past = list(conv[slot]) if go_on else [torch.zeros(qkv.shape[1], dtype=wide)] * (conv_kernel_size - 1)
         S = recurrent[slot].mT.clone() if go_on else torch.zeros(heads, dim, dim, dtype=wide)
         for t in range(bounds[n], bounds[n + 1]):
             past.append(qkv[t])
-            y = sum(weight[:, i] * past[len(past) - taps + i] for i in range(taps))
+            y = sum(weight[:, i] * past[len(past) - conv_kernel_size + i] for i in range(conv_kernel_size))
             y = y / (1 + torch.exp(-y))
             for h in range(heads):
                 q, k, v = (y[p * heads * dim + h * dim :][:dim] for p in range(3))
                 q = q / (q.square().sum() + 1e-6).sqrt() / dim**0.5
                 k = k / (k.square().sum() + 1e-6).sqrt()
-                z = forget[t, h * dim :][:dim] + dt_bias[h * dim :][:dim]
-                alpha = torch.exp(-a_log[h].exp() * torch.logaddexp(z, torch.zeros_like(z)))
+                z = g[t, h * dim :][:dim] + dt_bias[h * dim :][:dim]
+                alpha = torch.exp(-A_log[h].exp() * torch.logaddexp(z, torch.zeros_like(z)))
                 decayed = alpha[:, None] * S[h]
                 error = v - decayed.T @ k
                 S[h] = decayed + torch.outer(k, error) / (1 + torch.exp(-beta[t, h]))
                 o = S[h].T @ q
                 o = o / (o.square().mean() + params.norm_eps).sqrt() * norm
-                out[t, h * dim :][:dim] = o / (1 + torch.exp(-gate[t, h * dim :][:dim]))
-        conv[slot] = torch.stack(past[len(past) - taps + 1 :])
+                out[t, h * dim :][:dim] = o / (1 + torch.exp(-output_gate[t, h * dim :][:dim]))
+        conv[slot] = torch.stack(past[len(past) - conv_kernel_size + 1 :])
         recurrent[slot] = S.mT
     return out, conv, recurrent
 

@@ -3,16 +3,16 @@
 
 def every_gate(z: float):
     def change(problem):
-        problem.inputs.forget.fill_(z)
+        problem.inputs.g.fill_(z)
         problem.params.dt_bias.zero_()
-        problem.params.a_log.fill_(2.7725887)  # exp: 16
+        problem.params.A_log.fill_(2.7725887)  # exp: 16
 
     return change
 
 
 def one_gate(z: float):
     def change(problem):
-        problem.inputs.forget[problem.inputs.forget.shape[0] // 2] = z
+        problem.inputs.g[problem.inputs.g.shape[0] // 2] = z
 
     return change
 
@@ -22,7 +22,7 @@ def every_beta(logit: float):
 
 
 def zero_keys(problem):
-    width = problem.inputs.forget.shape[1]
+    width = problem.inputs.g.shape[1]
     problem.inputs.qkv[:, width : 2 * width] = 0
     problem.state.conv[..., width : 2 * width] = 0
 

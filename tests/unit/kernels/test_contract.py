@@ -14,7 +14,7 @@ def check(problem, backend, solve, relative_error, call="prefill"):
     before = problem.clone()
     getattr(problem, call)(backend)
     tolerance = TOLERANCE[problem.out.dtype]
-    live = [slot for slot in problem.slots.tolist() if slot > 0]
+    live = [slot for slot in problem.state_indices.tolist() if slot > 0]
     assert relative_error(problem.out, want_out) < tolerance
     assert torch.equal(problem.state.conv[live].double(), want_conv[live])
     assert relative_error(problem.state.recurrent[live], want_recurrent[live]) < 1e-5
@@ -25,16 +25,18 @@ def check(problem, backend, solve, relative_error, call="prefill"):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("has_initial_state", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_prefill_of_every_length(length, resume, dtype, backend, make_problem, solve, relative_error):
-    check(make_problem([length], dim=32, dtype=dtype, resume=resume), backend, solve, relative_error)
+def test_prefill_of_every_length(length, has_initial_state, dtype, backend, make_problem, solve, relative_error):
+    check(
+        make_problem([length], dim=32, dtype=dtype, has_initial_state=has_initial_state), backend, solve, relative_error
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_prefill(hostile, dtype, backend, make_problem, solve, relative_error):
-    problem = make_problem([40, 1, 33], dtype=dtype, resume=[True, True, False])
+    problem = make_problem([40, 1, 33], dtype=dtype, has_initial_state=[True, True, False])
     HOSTILE[hostile](problem)
     check(problem, backend, solve, relative_error)
 
@@ -42,17 +44,17 @@ def test_hostile_prefill(hostile, dtype, backend, make_problem, solve, relative_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_decode(hostile, dtype, backend, make_problem, solve, relative_error):
-    problem = make_problem([1] * 5, dtype=dtype, resume=True)
+    problem = make_problem([1] * 5, dtype=dtype, has_initial_state=True)
     HOSTILE[hostile](problem)
     check(problem, backend, solve, relative_error, "decode")
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 128, 144])
-@pytest.mark.parametrize("taps", [2, 3, 4, 5])
+@pytest.mark.parametrize("conv_kernel_size", [2, 3, 4, 5])
 @pytest.mark.parametrize("call", ["decode", "prefill"])
-def test_head_sizes_and_taps(call, dim, taps, backend, make_problem, solve, relative_error):
+def test_head_sizes_and_taps(call, dim, conv_kernel_size, backend, make_problem, solve, relative_error):
     lengths = [1, 1, 1] if call == "decode" else [1, 18, 2]
-    problem = make_problem(lengths, dim=dim, taps=taps, resume=True)
+    problem = make_problem(lengths, dim=dim, conv_kernel_size=conv_kernel_size, has_initial_state=True)
     check(problem, backend, solve, relative_error, call)
 
 
@@ -60,21 +62,21 @@ def test_head_sizes_and_taps(call, dim, taps, backend, make_problem, solve, rela
 @pytest.mark.parametrize("call", ["decode", "prefill"])
 def test_views_with_gaps_and_bf16_params(call, dtype, backend, make_problem, solve, relative_error):
     lengths = [1] * 4 if call == "decode" else [5, 20, 1, 7]
-    problem = make_problem(lengths, strided=True, resume=True, dtype=dtype, param_dtype=torch.bfloat16)
+    problem = make_problem(lengths, strided=True, has_initial_state=True, dtype=dtype, param_dtype=torch.bfloat16)
     check(problem, backend, solve, relative_error, call)
     store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
     assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the rows
 
 
 def test_many_sequences_of_one_token(backend, make_problem, solve, relative_error):
-    resume = [n % 3 > 0 for n in range(40)]
-    check(make_problem([1] * 40, dim=16, resume=resume), backend, solve, relative_error)
+    has_initial_state = [n % 3 > 0 for n in range(40)]
+    check(make_problem([1] * 40, dim=16, has_initial_state=has_initial_state), backend, solve, relative_error)
 
 
 @pytest.mark.parametrize("call", ["decode", "prefill"])
 def test_null_slots_give_zeros_and_touch_nothing(call, backend, make_problem, solve, relative_error):
     lengths = [1] * 5 if call == "decode" else [3, 20, 1, 2, 17]
-    problem = make_problem(lengths, dim=32, slots=[0, 5, -1, 0, 2], resume=True)
+    problem = make_problem(lengths, dim=32, state_indices=[0, 5, -1, 0, 2], has_initial_state=True)
     check(problem, backend, solve, relative_error, call)
     bounds = problem.cu_seqlens.tolist()
     for n in (0, 2, 3):
@@ -94,10 +96,10 @@ def test_chunks_continue_one_another(sizes, backend, make_problem, relative_erro
     whole.prefill(backend)
     start = 0
     for size in sizes:
-        pieces.part(start, start + size, 0, resume=start > 0).prefill(backend)
+        pieces.part(start, start + size, 0, has_initial_state=start > 0).prefill(backend)
         start += size
     assert relative_error(pieces.out, whole.out) < 1e-5
-    slot = int(whole.slots[0])
+    slot = int(whole.state_indices[0])
     assert torch.equal(pieces.state.conv[slot], whole.state.conv[slot])
     assert relative_error(pieces.state.recurrent[slot], whole.state.recurrent[slot]) < 1e-5
 
@@ -111,14 +113,14 @@ def test_nan_in_one_sequence_stays_there(backend, make_problem):
 
 
 BROKEN = {
-    "slots holds 9": lambda p: p.slots.fill_(9),
-    "slots holds 1 twice": lambda p: p.slots.fill_(1),
+    "state_indices holds 9": lambda p: p.state_indices.fill_(9),
+    "state_indices holds 1 twice": lambda p: p.state_indices.fill_(1),
     "cu_seqlens falls from 6 to 4": lambda p: p.cu_seqlens.copy_(torch.tensor([0, 6, 4])),
     "cu_seqlens runs from 1 to 4": lambda p: p.cu_seqlens.copy_(torch.tensor([1, 2, 4])),
     "cu_seqlens runs from 0 to 7": lambda p: p.cu_seqlens.copy_(torch.tensor([0, 2, 7])),
-    "slots is torch.int64": lambda p: setattr(p, "slots", p.slots.long()),
-    "slots is torch.int32 \\[1\\]": lambda p: setattr(p, "slots", p.slots[:1]),
-    "resume is torch.uint8": lambda p: setattr(p, "resume", p.resume.byte()),
+    "state_indices is torch.int64": lambda p: setattr(p, "state_indices", p.state_indices.long()),
+    "state_indices is torch.int32 \\[1\\]": lambda p: setattr(p, "state_indices", p.state_indices[:1]),
+    "has_initial_state is torch.uint8": lambda p: setattr(p, "has_initial_state", p.has_initial_state.byte()),
     "cu_seqlens is torch.int64": lambda p: setattr(p, "cu_seqlens", p.cu_seqlens.long()),
     "out is torch.float64": lambda p: setattr(p, "out", p.out.double()),
     "out is torch.float32 \\[3,": lambda p: setattr(p, "out", p.out[:3]),

@@ -46,24 +46,24 @@ def test_chunks_and_decode_steps_give_the_same_bits(dim, dtype, make_problem):
     whole.prefill(cpu)
     bounds = [0, *itertools.accumulate(SIZES)]
     for start, end in itertools.pairwise(bounds):
-        pieces.part(start, end, 0, resume=start > 0).prefill(cpu)
+        pieces.part(start, end, 0, has_initial_state=start > 0).prefill(cpu)
     assert_same_bits(pieces, whole)
-    steps.part(0, 1, 0, resume=False).prefill(cpu)
+    steps.part(0, 1, 0, has_initial_state=False).prefill(cpu)
     for row in range(1, sum(SIZES)):
-        steps.part(row, row + 1, 0, resume=True).decode(cpu)
+        steps.part(row, row + 1, 0, has_initial_state=True).decode(cpu)
     assert_same_bits(steps, whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_company_in_the_batch_does_not_change_a_bit(dtype, make_problem):
-    resume = [True, False, True, True, False, True]
-    together = make_problem(SIZES, dtype=dtype, resume=resume, strided=True)
+    has_initial_state = [True, False, True, True, False, True]
+    together = make_problem(SIZES, dtype=dtype, has_initial_state=has_initial_state, strided=True)
     alone = together.clone()
     together.prefill(cpu)
     start = sum(SIZES)
     for n in reversed(range(len(SIZES))):
         start -= SIZES[n]
-        alone.part(start, start + SIZES[n], n, resume=resume[n]).prefill(cpu)
+        alone.part(start, start + SIZES[n], n, has_initial_state=has_initial_state[n]).prefill(cpu)
     assert_same_bits(alone, together)
 
 
@@ -71,7 +71,7 @@ def test_company_in_the_batch_does_not_change_a_bit(dtype, make_problem):
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_number_of_threads_does_not_change_a_bit(heads, call, make_problem, threads):
     lengths = [1] * 6 if call == "decode" else SIZES
-    problem = make_problem(lengths, heads=heads, resume=True)
+    problem = make_problem(lengths, heads=heads, has_initial_state=True)
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
@@ -84,10 +84,10 @@ def test_number_of_threads_does_not_change_a_bit(heads, call, make_problem, thre
 @pytest.mark.parametrize("dim", [16, 64, 128, 144])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_is_right(dtype, dim, call, make_problem, solve, relative_error):
-    problem = make_problem([1, 1] if call == "decode" else [35, 2], dim=dim, dtype=dtype, resume=True)
+    problem = make_problem([1, 1] if call == "decode" else [35, 2], dim=dim, dtype=dtype, has_initial_state=True)
     out, conv, recurrent = solve(problem)
     getattr(problem, call)(cpu)
-    live = problem.slots.tolist()
+    live = problem.state_indices.tolist()
     assert relative_error(problem.out, out) < (1e-5 if dtype == torch.float32 else 5e-3)
     assert torch.equal(problem.state.conv[live].double(), conv[live])
     assert relative_error(problem.state.recurrent[live], recurrent[live]) < 1e-5
@@ -96,22 +96,22 @@ def test_every_instruction_set_is_right(dtype, dim, call, make_problem, solve, r
 def test_channels_do_not_depend_on_their_place(make_problem):
     """Equal inputs in every channel give equal decays, convolutions and outputs in every lane."""
     problem = make_problem([20], dim=64, heads=2)
-    for rows in (problem.inputs.qkv, problem.inputs.forget, problem.inputs.gate, problem.inputs.beta):
+    for rows in (problem.inputs.qkv, problem.inputs.g, problem.inputs.output_gate, problem.inputs.beta):
         rows.copy_(rows[:, :1].expand_as(rows))
     params = problem.params
-    for weights in (params.a_log, params.dt_bias, params.norm_weight):
+    for weights in (params.A_log, params.dt_bias, params.norm_weight):
         weights.fill_(0.5)
     params.conv_weight.copy_(params.conv_weight[:1].expand_as(params.conv_weight))
     problem.prefill(cpu)
     assert torch.equal(problem.out, problem.out[:, :1].expand_as(problem.out))
-    recurrent = problem.state.recurrent[problem.slots.long()]
+    recurrent = problem.state.recurrent[problem.state_indices.long()]
     assert torch.equal(recurrent, recurrent[..., :1, :1].expand_as(recurrent))
 
 
 def test_rounding_to_bf16_is_that_of_torch(make_problem):
     problem = make_problem([64], dtype=torch.bfloat16)
     wide = make_problem([64], dtype=torch.float32)
-    for name in ("qkv", "forget", "beta", "gate"):
+    for name in ("qkv", "g", "beta", "output_gate"):
         getattr(wide.inputs, name).copy_(getattr(problem.inputs, name))
     problem.prefill(cpu)
     wide.prefill(cpu)
@@ -144,4 +144,4 @@ def test_library_that_cannot_be_used_gives_the_reason(monkeypatch, tmp_path):
 
 def test_too_many_taps_are_refused(make_problem):
     with pytest.raises(ValueError, match="conv_weight has 9 taps"):
-        make_problem([3], taps=9).prefill(cpu)
+        make_problem([3], conv_kernel_size=9).prefill(cpu)

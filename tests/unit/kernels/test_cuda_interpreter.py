@@ -1,6 +1,6 @@
 """The Triton kernels on the CPU: this file runs itself in a process of its own, with Triton's interpreter.
 
-With it run the tests of exports and of verify, whose `backend` is then the one for GPUs.
+With it run the tests of checkpoints and of spec_decode, whose `backend` is then the one for GPUs.
 
 The interpreter rounds bfloat16 stores towards zero, hence the wider tolerance than on a GPU.
 """
@@ -31,7 +31,8 @@ def test_in_the_interpreter():
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_exports.py", "test_verify.py"))]
+    names = ("test_prefill_checkpoints.py", "test_spec_decode.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in names)]
 
     def run(file: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, file], env=env, cwd=ROOT, capture_output=True, text=True)
@@ -52,7 +53,7 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
     before = problem.clone()
     getattr(problem, call)(cuda)
     dtype = problem.out.dtype
-    live = [slot for slot in problem.slots.tolist() if slot > 0]
+    live = [slot for slot in problem.state_indices.tolist() if slot > 0]
     assert relative_error(problem.out, want_out) < TOLERANCE[dtype]
     assert torch.equal(problem.state.conv[live].double(), want_conv[live])
     state_tolerance = 1e-5 if call == "decode" else STATE_TOLERANCE[dtype]
@@ -64,7 +65,7 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
         now, then = getattr(problem.state, name)[others], getattr(before.state, name)[others]
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     bounds = problem.cu_seqlens.tolist()
-    for n, slot in enumerate(problem.slots.tolist()):
+    for n, slot in enumerate(problem.state_indices.tolist()):
         if slot <= 0:
             assert (problem.out[bounds[n] : bounds[n + 1]] == 0).all()
     store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
@@ -75,8 +76,8 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[0, 1, 15, 16], [63, 0, 17, 2], [64, 3], [65, 1, 1], [127], [128], [129]])
 def test_prefill_of_every_length(lengths, dtype, cuda, make_problem, solve, relative_error):
-    resume = [n % 2 == 0 for n in range(len(lengths))]
-    problem = make_problem(lengths, dtype=dtype, resume=resume, strided=True)
+    has_initial_state = [n % 2 == 0 for n in range(len(lengths))]
+    problem = make_problem(lengths, dtype=dtype, has_initial_state=has_initial_state, strided=True)
     check(problem, cuda, solve, relative_error)
 
 
@@ -86,7 +87,7 @@ def test_prefill_of_every_length(lengths, dtype, cuda, make_problem, solve, rela
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 def test_hostile(call, dtype, hostile, cuda, make_problem, solve, relative_error):
     lengths = [1] * 3 if call == "decode" else [70, 9]
-    problem = make_problem(lengths, dtype=dtype, resume=True)
+    problem = make_problem(lengths, dtype=dtype, has_initial_state=True)
     HOSTILE[hostile](problem)
     check(problem, cuda, solve, relative_error, call)
 
@@ -94,10 +95,17 @@ def test_hostile(call, dtype, hostile, cuda, make_problem, solve, relative_error
 @inside
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 @pytest.mark.parametrize("dim, heads", [(64, 3), (128, 1)])
-@pytest.mark.parametrize("taps", [2, 4, 5])
-def test_sizes_and_taps(call, dim, heads, taps, cuda, make_problem, solve, relative_error):
+@pytest.mark.parametrize("conv_kernel_size", [2, 4, 5])
+def test_sizes_and_taps(call, dim, heads, conv_kernel_size, cuda, make_problem, solve, relative_error):
     lengths = [1, 1] if call == "decode" else [18, 2]
-    problem = make_problem(lengths, dim=dim, heads=heads, taps=taps, resume=True, param_dtype=torch.bfloat16)
+    problem = make_problem(
+        lengths,
+        dim=dim,
+        heads=heads,
+        conv_kernel_size=conv_kernel_size,
+        has_initial_state=True,
+        param_dtype=torch.bfloat16,
+    )
     check(problem, cuda, solve, relative_error, call)
 
 
@@ -105,14 +113,14 @@ def test_sizes_and_taps(call, dim, heads, taps, cuda, make_problem, solve, relat
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 def test_null_slots_and_slots_out_of_order(call, cuda, make_problem, solve, relative_error):
     lengths = [1] * 5 if call == "decode" else [3, 66, 1, 2, 17]
-    problem = make_problem(lengths, slots=[0, 5, -1, 0, 2], resume=True, strided=True)
+    problem = make_problem(lengths, state_indices=[0, 5, -1, 0, 2], has_initial_state=True, strided=True)
     check(problem, cuda, solve, relative_error, call)
 
 
 @inside
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 def test_bf16_state(call, cuda, make_problem, solve, relative_error):
-    problem = make_problem([1, 1] if call == "decode" else [20, 1], resume=True)
+    problem = make_problem([1, 1] if call == "decode" else [20, 1], has_initial_state=True)
     state = type(problem.state)(problem.state.conv, problem.state.recurrent.bfloat16())
     problem.state = state
     check(problem, cuda, solve, relative_error, call)
@@ -123,18 +131,22 @@ def test_bf16_state(call, cuda, make_problem, solve, relative_error):
 def test_decode_in_tiles(options, cuda, make_problem, solve, relative_error, monkeypatch):
     module = sys.modules["kda_kernels.cuda.decode"]  # the package's `decode` is the function
     monkeypatch.setattr(module, "_launch", lambda *_: {"PDL": False, "num_warps": 4} | options)
-    check(make_problem([1] * 3, dim=128, resume=True), cuda, solve, relative_error, "decode")
+    check(make_problem([1] * 3, dim=128, has_initial_state=True), cuda, solve, relative_error, "decode")
 
 
 @inside
 def test_many_sequences_of_one_token(cuda, make_problem, solve, relative_error):
-    check(make_problem([1] * 20, heads=1, resume=[n % 3 > 0 for n in range(20)]), cuda, solve, relative_error)
+    check(
+        make_problem([1] * 20, heads=1, has_initial_state=[n % 3 > 0 for n in range(20)]), cuda, solve, relative_error
+    )
 
 
 @inside
 def test_long_calls_are_cut_into_parts(cuda, make_problem, solve, relative_error, monkeypatch):
     monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "PART", 64)
-    problem = make_problem([2, 130, 0, 60, 3], heads=1, resume=[True, True, False, False, True], strided=True)
+    problem = make_problem(
+        [2, 130, 0, 60, 3], heads=1, has_initial_state=[True, True, False, False, True], strided=True
+    )
     check(problem, cuda, solve, relative_error)
 
 
@@ -167,7 +179,7 @@ def test_what_is_supported():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_sequences_are_cut_into_segments(dtype, cuda, make_problem, solve, relative_error, monkeypatch):
     monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "_segment_length", lambda *_: 1)
-    resume = [True, False, True, True, True]
-    problem = make_problem([2, 0, 200, 70, 20], heads=1, dtype=dtype, resume=resume, strided=True)
-    problem.slots[3] = 0
+    has_initial_state = [True, False, True, True, True]
+    problem = make_problem([2, 0, 200, 70, 20], heads=1, dtype=dtype, has_initial_state=has_initial_state, strided=True)
+    problem.state_indices[3] = 0
     check(problem, cuda, solve, relative_error)

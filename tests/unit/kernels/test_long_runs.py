@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kda_kernels import reference
-from kda_kernels.types import KdaInputs
+from kda_kernels.interface import KdaInputs
 from tests.unit.kernels.test_cuda_gpu import in_fp64, on_gpu
 
 pytestmark = [
@@ -23,10 +23,10 @@ def test_a_million_rows(cuda, make_problem, relative_error, record_property):
     size = ROWS // CALLS
     for start in range(0, ROWS, size):
         part = parts.part(start, start + size, 0, start > 0)
-        replace(part, cu_seqlens=part.cu_seqlens.cuda(), resume=part.resume.cuda()).prefill(cuda)
+        replace(part, cu_seqlens=part.cu_seqlens.cuda(), has_initial_state=part.has_initial_state.cuda()).prefill(cuda)
     exact = in_fp64(whole).prefill(reference)
     whole.prefill(cuda)
-    (slot,) = whole.slots.tolist()
+    (slot,) = whole.state_indices.tolist()
     for name, got in (("one call", whole), ("128 calls", parts)):
         errors = [relative_error(got.out, exact.out)]
         errors.append(relative_error(got.state.recurrent[slot], exact.state.recurrent[slot]))
@@ -39,7 +39,7 @@ def test_a_million_rows(cuda, make_problem, relative_error, record_property):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ten_thousand_steps(dtype, cuda, make_problem, relative_error, record_property):
     """Two sequences of four heads decoded to the end drift no more than the fp32 reference does."""
-    ours = on_gpu(make_problem([1, 1], heads=4, dim=128, dtype=dtype, resume=True))
+    ours = on_gpu(make_problem([1, 1], heads=4, dim=128, dtype=dtype, has_initial_state=True))
     rows = on_gpu(make_problem([2 * STEPS], heads=4, dim=128, dtype=dtype, seed=1))
     plain, exact, wide = ours.clone(), in_fp64(ours), in_fp64(rows)
     for step in range(0, 2 * STEPS, 2):
@@ -50,7 +50,7 @@ def test_ten_thousand_steps(dtype, cuda, make_problem, relative_error, record_pr
         replace(ours, inputs=now).decode(cuda)
         replace(plain, inputs=now).decode(reference)
         replace(exact, inputs=now_wide).decode(reference)
-    live = ours.slots.long()
+    live = ours.state_indices.long()
     drift, allowed = (relative_error(got.state.recurrent[live], exact.state.recurrent[live]) for got in (ours, plain))
     record_property("drift", [drift, allowed])
     print(f"{dtype}: state drifts {drift:.2e}, the fp32 reference's {allowed:.2e}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kda_kernels import reference
-from kda_kernels.types import KdaInputs, KdaParams, KdaState
+from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState, PrefillArgs
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129]
 
@@ -26,7 +26,7 @@ def operands(rows, decay, beta, dtype=torch.float64, heads=2, dim=32):
     logits = torch.randn(rows, heads, generator=make, dtype=torch.float64)
     strength = torch.sigmoid(logits + {"0": -20.0, "any": 0.0, "1": 20.0}[beta])
     state = torch.randn(heads, dim, dim, generator=make, dtype=torch.float64)
-    wide = (reference.normalise(q) * dim**-0.5, reference.normalise(k), v, g, strength, state)
+    wide = (reference.l2norm(q) * dim**-0.5, reference.l2norm(k), v, g, strength, state)
     return [x.to(dtype) for x in wide]
 
 
@@ -35,22 +35,22 @@ def operands(rows, decay, beta, dtype=torch.float64, heads=2, dim=32):
 @pytest.mark.parametrize("rows", LENGTHS)
 def test_chunk_form_equals_recurrence(rows, decay, beta, relative_error):
     args = operands(rows, decay, beta)
-    for got, want in zip(reference.chunked(*args), reference.recurrence(*args), strict=True):
+    for got, want in zip(reference.chunk_kda(*args), reference.recurrent_kda(*args), strict=True):
         assert relative_error(got, want) < 1e-11
 
 
 @pytest.mark.parametrize("decay", ["any", "one step of -87", "one step beyond any dtype", "-1e-6", "-87"])
 def test_chunk_form_in_fp32_does_not_overflow(decay, relative_error):
     wide, narrow = operands(129, decay, "any"), operands(129, decay, "any", torch.float32)
-    for got, want in zip(reference.chunked(*narrow), reference.recurrence(*wide), strict=True):
+    for got, want in zip(reference.chunk_kda(*narrow), reference.recurrent_kda(*wide), strict=True):
         assert relative_error(got, want) < 5e-6
 
 
 def test_chunk_length_does_not_matter(relative_error):
     q, k, v, g, beta, state = args = operands(129, "any", "any")
-    want = reference.recurrence(*args)[0]
+    want = reference.recurrent_kda(*args)[0]
     for chunk in (1, 16, 40, 64, 200):
-        assert relative_error(reference.chunked(q, k, v, g, beta, state, chunk)[0], want) < 1e-11
+        assert relative_error(reference.chunk_kda(q, k, v, g, beta, state, chunk)[0], want) < 1e-11
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +101,18 @@ class OurLayer:
         conv, recurrent = (3, 3, 3 * heads * dim), (3, heads, dim, dim)
         self.state = KdaState(torch.full(conv, torch.nan), torch.full(recurrent, torch.nan))
 
-    def __call__(self, backend, x, resume, step=False):
+    def __call__(self, backend, x, has_initial_state, step=False):
         layer = self.layer
         qkv = torch.cat([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)], 1)
         gate = layer.forget_gate
         inputs = KdaInputs(qkv, gate.f_b_proj(gate.f_a_proj(x)), layer.b_proj(x), layer.g_b_proj(layer.g_a_proj(x)))
-        slots, out = torch.tensor([2], dtype=torch.int32), torch.full_like(inputs.gate, torch.nan)
+        state_indices, out = torch.tensor([2], dtype=torch.int32), torch.full_like(inputs.output_gate, torch.nan)
         if step:
-            backend.decode(inputs, self.params, self.state, slots, out)
+            backend.decode(DecodeArgs(inputs, self.params, self.state, state_indices, out))
         else:
             bounds = torch.tensor([0, x.shape[0]], dtype=torch.int32)
-            backend.prefill(inputs, self.params, self.state, bounds, slots, torch.tensor([resume]), out)
+            tables = (bounds, state_indices, torch.tensor([has_initial_state]))
+            backend.prefill(PrefillArgs(inputs, self.params, self.state, *tables, out))
         return layer.o_proj(out)
 
 
@@ -124,6 +125,6 @@ def test_prefill_then_decode_equals_transformers(rows, layer, backend, relative_
     x = torch.randn(rows + 12, 48, generator=torch.Generator().manual_seed(rows))
     for start, end in [(0, rows), *((t, t + 1) for t in range(rows, rows + 12))]:
         want = theirs(x[None, start:end], cache_params=cache)[0]
-        got = ours(backend, x[start:end], resume=start > 0, step=start > 0)
+        got = ours(backend, x[start:end], has_initial_state=start > 0, step=start > 0)
         assert relative_error(got, want) < 2e-5
         assert (got - want).abs().max() < 1e-4

@@ -158,11 +158,11 @@ def test_states_are_kept_where_the_scheduler_says():
     other.mamba_aligned_state_indices = torch.tensor([[17], [18], [19]], dtype=torch.int32)
     metadata = kda.build(0, common)
     assert metadata.exports is not None
-    assert metadata.exports.after.tolist() == [16 + 16, 16 + 32]
-    assert metadata.exports.slots.tolist() == [70, 71]
+    assert metadata.exports.checkpoint_offsets.tolist() == [16 + 16, 16 + 32]
+    assert metadata.exports.state_indices.tolist() == [70, 71]
     moved = other.update_block_table(metadata, common.block_table_tensor, torch.zeros(0))
     assert moved.exports is not None
-    assert moved.exports.slots.tolist() == [80, 81]
+    assert moved.exports.state_indices.tolist() == [80, 81]
     assert kda.build(0, common).exports is None  # what was said holds for one step
 
 

@@ -18,7 +18,7 @@ def step(attn_metadata: Any) -> Mock:
     """A layer that was run in a step with this metadata."""
     layer = Mock(spec=("rehearse", "mix"))
     context = ForwardContext(no_compile_layers={LAYER: layer}, attn_metadata=attn_metadata, slot_mapping={})
-    rows = [torch.zeros(2, channels) for channels in (12, 4, 1, 4, 4)]  # qkv, forget, beta, gate, out
+    rows = [torch.zeros(2, channels) for channels in (12, 4, 1, 4, 4)]  # qkv, g, beta, output_gate, out
     with override_forward_context(context):
         _kimi_delta_attention(*rows, LAYER)
     return layer

@@ -12,50 +12,41 @@ L2 cache. So k tokens read one state and write k, where k steps of decode read k
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kda_kernels.cuda.decode import VALUES_AT, _advance, _cells, _convolve, _finish, _gates, _keep, _launch
-from kda_kernels.types import KdaInputs, KdaParams, KdaState, check_call, check_steps
+from kda_kernels.interface import SpecDecodeArgs
 
 REGISTERS = 168  # with fewer its loop over tokens spills
 
 
-def verify(
-    inputs: KdaInputs,
-    params: KdaParams,
-    state: KdaState,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    accepted: Tensor,
-    out: Tensor,
-) -> None:
-    """Up to K tokens of N sequences; arguments as `kda_kernels.ops.verify`.
+def spec_decode(args: SpecDecodeArgs) -> None:
+    """Up to Q tokens of N sequences.
 
     One launch, no allocation, no synchronisation: safe to capture in a CUDA graph. The values of the tables are not
     checked. To the bit what `decode` gives for as many sequences, one token a call.
     """
-    sequences, steps = check_steps(cu_seqlens, slots, accepted)
-    check_call(inputs, params, state, slots.view(-1), out, sequences * steps)
-    rows, heads, dim, taps = inputs.qkv.shape[0], params.heads, params.head_dim, params.taps
-    if sequences == 0:
+    inputs, params, state, out = args.inputs, args.params, args.state, args.out
+    num_sequences, max_query_len = args.state_indices.shape
+    num_tokens, heads, dim = inputs.qkv.shape[0], params.heads, params.head_dim
+    if num_sequences == 0:
         out.zero_()
         return
-    _verify[(heads, sequences)](
-        *(inputs.qkv, inputs.forget, inputs.beta, inputs.gate),
-        *(params.conv_weight, params.a_log, params.dt_bias, params.norm_weight),
-        *(state.conv, state.recurrent, cu_seqlens, slots, accepted, out),
-        *(inputs.qkv.stride(0), inputs.forget.stride(0), inputs.beta.stride(0), inputs.gate.stride(0)),
+    _spec_decode[(heads, num_sequences)](
+        *(inputs.qkv, inputs.g, inputs.beta, inputs.output_gate),
+        *(params.conv_weight, params.A_log, params.dt_bias, params.norm_weight),
+        *(state.conv, state.recurrent, args.cu_seqlens, args.state_indices, args.num_accepted_tokens, out),
+        *(inputs.qkv.stride(0), inputs.g.stride(0), inputs.beta.stride(0), inputs.output_gate.stride(0)),
         *(state.conv.stride(0), state.conv.stride(1), state.recurrent.stride(0), out.stride(0)),
-        *(params.norm_eps, heads, rows, sequences, steps),
+        *(params.norm_eps, heads, num_tokens, num_sequences, max_query_len),
         D=dim,
-        TAPS=taps,
+        TAPS=params.conv_kernel_size,
         VALUES_AT=VALUES_AT,
-        **_launch(sequences * heads, dim, state.recurrent.dtype.itemsize < 4, registers=REGISTERS),
+        **_launch(num_sequences * heads, dim, state.recurrent.dtype.itemsize < 4, registers=REGISTERS),
     )
 
 
 @triton.jit(do_not_specialize=["rows", "sequences"], do_not_specialize_on_alignment=["slots"])
-def _verify(
+def _spec_decode(
     qkv, forget, beta, gate, conv_weight, a_log, dt_bias, norm_weight, conv, recurrent, cu_seqlens, slots, accepted,
     out, qkv_stride, forget_stride, beta_stride, gate_stride, conv_slot, conv_tap, recurrent_slot, out_stride,
     norm_eps, heads, rows, sequences, steps,

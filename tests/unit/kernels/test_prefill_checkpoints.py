@@ -5,35 +5,35 @@ import sys
 import pytest
 import torch
 
-from kda_kernels.types import Exports, KdaState
+from kda_kernels.interface import KdaState, PrefillCheckpoints
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 LENGTHS = [2, 130, 0, 60, 3, 64]
-RESUME = [True, True, False, False, True, True]
-SLOTS = [4, 1, 3, 2, 5, 6]
+HAS_INITIAL_STATE = [True, True, False, False, True, True]
+STATE_INDICES = [4, 1, 3, 2, 5, 6]
 # Rows behind a sequence's whole chunks or at its end, out of order, some twice; 132 to 192 have a sequence of 60 rows.
 POINTS = {195: [11], 2: [7], 66: [8, 13, 9], 132: [10], 192: [14], 130: [12], 259: [15], 1: [0, -2]}
 
 
-def exports_of(points):
-    pairs = [(row, slot) for row, slots in points.items() for slot in slots]
-    return Exports(*(torch.tensor(column, dtype=torch.int32) for column in zip(*pairs, strict=True)))
+def checkpoints_of(points):
+    pairs = [(offset, index) for offset, indices in points.items() for index in indices]
+    return PrefillCheckpoints(*(torch.tensor(column, dtype=torch.int32) for column in zip(*pairs, strict=True)))
 
 
 def check(problem, points, backend, solve, relative_error, tolerance=None):
     before = problem.clone()
     out, conv, recurrent = solve(problem)
-    problem.prefill(backend, exports_of(points))
+    problem.prefill(backend, checkpoints_of(points))
     tolerance = tolerance or TOLERANCE[problem.out.dtype]
     assert relative_error(problem.out, out) < tolerance
-    bounds, slots, kept = problem.cu_seqlens.tolist(), problem.slots.tolist(), {}
-    for n, slot in enumerate(slots):
+    bounds, state_indices, kept = problem.cu_seqlens.tolist(), problem.state_indices.tolist(), {}
+    for n, slot in enumerate(state_indices):
         if slot <= 0:
             continue
         kept[slot] = (conv[slot], recurrent[slot])
         for row, targets in points.items():
             if bounds[n] < row <= bounds[n + 1]:
-                part = before.part(bounds[n], row, n, resume=bool(before.resume[n]))
+                part = before.part(bounds[n], row, n, has_initial_state=bool(before.has_initial_state[n]))
                 short = solve(part)
                 kept |= {target: (short[1][slot], short[2][slot]) for target in targets if target > 0}
     for slot in range(problem.state.conv.shape[0]):
@@ -47,7 +47,13 @@ def check(problem, points, backend, solve, relative_error, tolerance=None):
 
 
 def make(make_problem, **options):
-    options = {"heads": 1, "slots": SLOTS, "resume": RESUME, "spare": 10, "strided": True} | options
+    options = {
+        "heads": 1,
+        "state_indices": STATE_INDICES,
+        "has_initial_state": HAS_INITIAL_STATE,
+        "spare": 10,
+        "strided": True,
+    } | options
     return make_problem(LENGTHS, **options)
 
 
@@ -58,24 +64,24 @@ def test_states_at_rows(heads, dim, dtype, backend, make_problem, solve, relativ
     check(problem, POINTS, backend, solve, relative_error)
 
 
-@pytest.mark.parametrize("taps", [2, 5])
-def test_other_taps(taps, backend, make_problem, solve, relative_error):
-    check(make(make_problem, taps=taps), POINTS, backend, solve, relative_error)
+@pytest.mark.parametrize("conv_kernel_size", [2, 5])
+def test_other_kernel_sizes(conv_kernel_size, backend, make_problem, solve, relative_error):
+    check(make(make_problem, conv_kernel_size=conv_kernel_size), POINTS, backend, solve, relative_error)
 
 
 @pytest.mark.parametrize("z", [5.4375, -16.6, 1e30])
 def test_hostile_gates(z, backend, make_problem, solve, relative_error):
     problem = make(make_problem)
-    problem.params.a_log.fill_(2.7725887)
+    problem.params.A_log.fill_(2.7725887)
     problem.params.dt_bias.zero_()
-    problem.inputs.forget.fill_(z)
+    problem.inputs.g.fill_(z)
     check(problem, POINTS, backend, solve, relative_error)
 
 
 def test_every_row(backend, make_problem, solve, relative_error):
     if backend.__name__ == "kda_kernels.cuda":
         pytest.skip("keeps states between chunks only")
-    problem = make_problem([3, 20, 1], resume=[False, True, True], slots=[3, 1, 2], spare=26)
+    problem = make_problem([3, 20, 1], has_initial_state=[False, True, True], state_indices=[3, 1, 2], spare=26)
     check(problem, {row: [row + 3] for row in range(1, 25)}, backend, solve, relative_error)
 
 
@@ -87,28 +93,28 @@ def test_bf16_state(backend, make_problem, solve, relative_error):
     check(problem, POINTS, backend, solve, relative_error, tolerance=1e-2)
 
 
-def test_null_sequences_export_nothing(backend, make_problem, solve, relative_error):
-    problem = make(make_problem, slots=[4, 0, 3, 2, -1, 6])
+def test_null_sequences_store_nothing(backend, make_problem, solve, relative_error):
+    problem = make(make_problem, state_indices=[4, 0, 3, 2, -1, 6])
     check(problem, POINTS, backend, solve, relative_error)
 
 
-def test_no_exports_at_all(backend, make_problem, solve, relative_error):
+def test_no_checkpoints_at_all(backend, make_problem, solve, relative_error):
     problem, same = make(make_problem), make(make_problem)
     nothing = torch.empty(0, dtype=torch.int32)
-    problem.prefill(backend, Exports(nothing, nothing))
+    problem.prefill(backend, PrefillCheckpoints(nothing, nothing))
     same.prefill(backend)
     assert torch.equal(problem.out, same.out)
 
 
-def test_a_sequence_goes_on_from_an_export(backend, make_problem, relative_error):
+def test_a_sequence_goes_on_from_a_checkpoint(backend, make_problem, relative_error):
     """What a prefix cache does: the rest of a prompt from a state stored on the way of another."""
-    whole = make_problem([150], slots=[1], spare=4)
+    whole = make_problem([150], state_indices=[1], spare=4)
     rest = whole.clone()
-    whole.prefill(backend, exports_of({64: [3], 128: [4]}))
+    whole.prefill(backend, checkpoints_of({64: [3], 128: [4]}))
     rest.state = KdaState(whole.state.conv.clone(), whole.state.recurrent.clone())
     for start, slot in ((64, 3), (128, 4)):
-        rest.slots[0] = slot
-        rest.part(start, 150, 0, resume=True).prefill(backend)
+        rest.state_indices[0] = slot
+        rest.part(start, 150, 0, has_initial_state=True).prefill(backend)
         assert relative_error(rest.out[start:], whole.out[start:]) < 1e-5
         assert torch.equal(rest.state.conv[slot], whole.state.conv[1])
         assert relative_error(rest.state.recurrent[slot], whole.state.recurrent[1]) < 1e-5
@@ -127,31 +133,31 @@ def test_in_parts_and_segments(part, length, dtype, backend, make_problem, solve
 
 
 BROKEN = {
-    "exports.slots holds 99; the state has slots 0 to 15": lambda e: e.slots.fill_(99),
-    "exports.slots holds 4 twice": lambda e: e.slots.copy_(torch.tensor([4, 8])),
-    "exports.slots holds 8 twice": lambda e: e.slots.fill_(8),
-    "exports.after holds 0; it must lie between 1 and 259": lambda e: e.after.fill_(0),
-    "exports.after holds 260": lambda e: e.after.fill_(260),
+    "checkpoints.state_indices holds 99; the cache has states 0 to 15": lambda e: e.state_indices.fill_(99),
+    "checkpoints.state_indices holds 4 twice": lambda e: e.state_indices.copy_(torch.tensor([4, 8])),
+    "checkpoints.state_indices holds 8 twice": lambda e: e.state_indices.fill_(8),
+    "checkpoints.checkpoint_offsets holds 0; it must lie between 1 and 259": lambda e: e.checkpoint_offsets.fill_(0),
+    "checkpoints.checkpoint_offsets holds 260": lambda e: e.checkpoint_offsets.fill_(260),
 }
 
 
 @pytest.mark.parametrize("sentence", BROKEN)
-def test_broken_exports_are_refused_before_anything_is_written(sentence, backend, make_problem):
+def test_broken_checkpoints_are_refused_before_anything_is_written(sentence, backend, make_problem):
     if backend.__name__ == "kda_kernels.cuda":
         pytest.skip("does not read the tables on the host")
-    problem, exports = make(make_problem), exports_of({66: [8], 2: [9]})
-    BROKEN[sentence](exports)
+    problem, checkpoints = make(make_problem), checkpoints_of({66: [8], 2: [9]})
+    BROKEN[sentence](checkpoints)
     with pytest.raises(ValueError, match=sentence):
-        problem.prefill(backend, exports)
+        problem.prefill(backend, checkpoints)
     assert problem.out.isnan().all()
 
 
 def test_tables_of_the_wrong_kind_are_refused():
     ok = torch.ones(2, dtype=torch.int32)
-    for after, slots, sentence in (
-        (ok.long(), ok, r"exports\.after is torch\.int64 \[2\]; it must be contiguous int32"),
-        (ok, ok[None], r"exports\.slots is torch\.int32 \[1, 2\]"),
-        (ok, ok[:1], r"exports\.after is \[2\] on cpu, exports\.slots \[1\] on cpu; they must agree"),
+    for offsets, indices, sentence in (
+        (ok.long(), ok, r"checkpoints\.checkpoint_offsets is torch\.int64 \[2\]; it must be contiguous int32"),
+        (ok, ok[None], r"checkpoints\.state_indices is torch\.int32 \[1, 2\]"),
+        (ok, ok[:1], r"checkpoints\.checkpoint_offsets is \[2\] on cpu, checkpoints\.state_indices \[1\] on cpu; they"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            Exports(after, slots)
+            PrefillCheckpoints(offsets, indices)

@@ -9,47 +9,47 @@ from types import ModuleType
 import pytest
 import torch
 
-from kda_kernels import ops, reference
-from kda_kernels.types import KdaInputs, KdaState
+from kda_kernels import interface, reference
+from kda_kernels.interface import DecodeArgs, KdaInputs, KdaState
 
 
 @pytest.fixture(autouse=True)
 def forget_choices():
-    ops._choose.cache_clear()
+    interface._choose.cache_clear()
     yield
-    ops._choose.cache_clear()
+    interface._choose.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the C kernels with")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_c_kernels_serve_the_cpu(dtype):
-    name, reason = ops.describe("cpu", dtype, 128)
+    name, reason = interface.describe("cpu", dtype, 128)
     assert name == "cpu", reason
 
 
 def test_reference_serves_what_no_backend_can(make_problem, solve, relative_error):
-    name, reason = ops.describe("cpu", torch.float32, 20)
+    name, reason = interface.describe("cpu", torch.float32, 20)
     assert name == "reference" and reason
     problem = make_problem([9, 2], dim=20)
     want = solve(problem)[0]
-    assert relative_error(problem.prefill(ops).out, want) < 1e-5
+    assert relative_error(problem.prefill(interface).out, want) < 1e-5
 
 
 def test_environment_turns_fast_backends_off(monkeypatch):
     monkeypatch.setenv("KDA_KERNELS_BACKEND", "reference")
-    name, reason = ops.describe("cpu", torch.float32, 64)
+    name, reason = interface.describe("cpu", torch.float32, 64)
     assert name == "reference" and "KDA_KERNELS_BACKEND" in reason
 
 
 def test_environment_with_a_typing_error_is_refused(monkeypatch):
     monkeypatch.setenv("KDA_KERNELS_BACKEND", "refrence")
     with pytest.raises(ValueError, match="'refrence'; set it to 'auto' or 'reference'"):
-        ops.describe("cpu", torch.float32, 64)
+        interface.describe("cpu", torch.float32, 64)
 
 
 def test_backend_that_cannot_be_imported_gives_its_reason(monkeypatch):
-    monkeypatch.setitem(ops._FAST_BACKENDS, "cpu", "kda_kernels.no_such_backend")
-    name, reason = ops.describe("cpu", torch.float32, 64)
+    monkeypatch.setitem(interface._FAST_BACKENDS, "cpu", "kda_kernels.no_such_backend")
+    name, reason = interface.describe("cpu", torch.float32, 64)
     assert name == "reference" and "no_such_backend" in reason
 
 
@@ -62,19 +62,19 @@ def test_calls_go_to_the_backend_that_describe_names(monkeypatch, make_problem):
         prefill=lambda *args: calls.append("prefill"),
     )
     monkeypatch.setitem(sys.modules, "kda_kernels.fake", fake)
-    monkeypatch.setitem(ops._FAST_BACKENDS, "cpu", "kda_kernels.fake")
-    assert ops.describe("cpu", torch.float32, 32) == ("cpu", "head_dim 32")
-    assert ops.describe("cpu", torch.float32, 16) == ("reference", "head_dim 16")
-    make_problem([1], dim=32).decode(ops).prefill(ops)
+    monkeypatch.setitem(interface._FAST_BACKENDS, "cpu", "kda_kernels.fake")
+    assert interface.describe("cpu", torch.float32, 32) == ("cpu", "head_dim 32")
+    assert interface.describe("cpu", torch.float32, 16) == ("reference", "head_dim 16")
+    make_problem([1], dim=32).decode(interface).prefill(interface)
     assert calls == ["decode", "prefill"]
-    make_problem([1], dim=16).decode(ops)
+    make_problem([1], dim=16).decode(interface)
     assert calls == ["decode", "prefill"]
 
 
 def test_without_a_device_backend_reference_serves():
-    name, reason = ops.describe("meta", torch.float32, 64)
+    name, reason = interface.describe("meta", torch.float32, 64)
     assert name == "reference" and "meta" in reason
-    assert ops._choose("meta", torch.float32, 64, torch.float32)[0] is reference
+    assert interface._choose("meta", torch.float32, 64, torch.float32)[0] is reference
 
 
 WRONG_RECORDS = {
@@ -93,29 +93,29 @@ def test_params_that_do_not_fit_are_refused(sentence, make_problem):
 def test_inputs_and_state_that_do_not_fit_are_refused(make_problem):
     problem = make_problem([4], dim=16)
     inputs, state = problem.inputs, problem.state
-    with pytest.raises(ValueError, match="beta has 3 rows, qkv 4"):
-        KdaInputs(inputs.qkv, inputs.forget, inputs.beta[:3], inputs.gate)
-    with pytest.raises(ValueError, match="gate is torch\\.bfloat16"):
-        KdaInputs(inputs.qkv, inputs.forget, inputs.beta, inputs.gate.bfloat16())
+    with pytest.raises(ValueError, match="beta has 3 tokens, qkv 4"):
+        KdaInputs(inputs.qkv, inputs.g, inputs.beta[:3], inputs.output_gate)
+    with pytest.raises(ValueError, match="output_gate is torch\\.bfloat16"):
+        KdaInputs(inputs.qkv, inputs.g, inputs.beta, inputs.output_gate.bfloat16())
     with pytest.raises(ValueError, match="last dimension must be contiguous"):
-        KdaInputs(inputs.qkv, inputs.forget, inputs.beta, inputs.gate.T.contiguous().T)
+        KdaInputs(inputs.qkv, inputs.g, inputs.beta, inputs.output_gate.T.contiguous().T)
     with pytest.raises(ValueError, match="beta is torch\\.float32 on meta, qkv torch\\.float32 on cpu"):
-        KdaInputs(inputs.qkv, inputs.forget, inputs.beta.to("meta"), inputs.gate)
-    with pytest.raises(ValueError, match="the state on cpu, slots on meta"):
-        reference.decode(inputs, problem.params, state, problem.slots.to("meta"), problem.out)
-    with pytest.raises(ValueError, match="a slot must be contiguous"):
+        KdaInputs(inputs.qkv, inputs.g, inputs.beta.to("meta"), inputs.output_gate)
+    with pytest.raises(ValueError, match="the state on cpu, state_indices on meta"):
+        DecodeArgs(inputs, problem.params, state, problem.state_indices.to("meta"), problem.out)
+    with pytest.raises(ValueError, match="each state must be contiguous"):
         KdaState(state.conv, state.recurrent.mT)
-    with pytest.raises(ValueError, match="state\\.conv has 3 slots"):
+    with pytest.raises(ValueError, match="state\\.conv has 3 states"):
         KdaState(state.conv[:3], state.recurrent)
-    with pytest.raises(ValueError, match="it must be \\[slots, 2, 16, 16\\]"):
+    with pytest.raises(ValueError, match="it must be \\[states, 2, 16, 16\\]"):
         wrong = KdaState(state.conv, torch.zeros(4, 2, 32, 16))
-        reference.decode(inputs, problem.params, wrong, problem.slots, problem.out)
+        DecodeArgs(inputs, problem.params, wrong, problem.state_indices, problem.out)
 
 
 def test_no_gpu_kernel_is_compiled_anew_for_where_slots_begin():
     """A batch's prefills are the later part of a table, at any address, and a call without exports passes those."""
     pytest.importorskip("triton")
-    kernels = {"decode": ["_decode"], "verify": ["_verify"], "prepare": ["prepare_kernel"]}
+    kernels = {"decode": ["_decode"], "spec_decode": ["_spec_decode"], "prepare": ["prepare_kernel"]}
     kernels |= {"intra": ["intra_kernel"], "output": ["output_kernel"], "states": ["states_kernel", "combine_kernel"]}
     tables = {"slots", "export_after", "export_slots"}
     for module, names in kernels.items():
