@@ -25,7 +25,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
 demo test test-all soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo serve lint test test-all soak clean
+.PHONY: help install lock demo serve lint test test-all soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -34,7 +34,10 @@ help: ## list these targets
 install: ## make .venv and install vLLM and this project in it
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo 'make install: Python 3.11 or newer is missing: install it' \
 	'(Debian: apt install python3 python3-venv), or name one with PYTHON=...' >&2; exit 1; }
-	@$(PYTHON) deploy/install.py --device '$(DEVICE)' --extras '$(EXTRAS)'
+	@$(PYTHON) -m deploy.install --device '$(DEVICE)' --extras '$(EXTRAS)'
+
+lock: install ## renew the versions that an install takes (ARGS=--upgrade: the newest)
+	@$(BIN)/python -m deploy.install.lock $(ARGS)
 
 demo: install ## serve a small trained model, ask it about a log, compare with the reference
 	@$(BIN)/kimi-linear demo

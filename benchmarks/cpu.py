@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 
 from vllm_kimi_linear import demo
-from vllm_kimi_linear.config.model import Geometry, tensors
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.launch import DEFAULT_ENV
 
 PREFILLS = (512, 4096)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.config.model.tensors import weights as tensors_of
+from vllm_kimi_linear.config.tensors import weights as tensors_of
 from vllm_kimi_linear.demo_tokenizer import (
     Vocabulary,
     build_vocabulary,

@@ -16,8 +16,8 @@ from kda_kernels import interface
 from vllm_kimi_linear import __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.flags import check_block_size, check_flags
 from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
-from vllm_kimi_linear.config.model.flags import check_block_size, check_flags
 from vllm_kimi_linear.patches import all as patches
 from vllm_kimi_linear.supported import install_check, versions
 

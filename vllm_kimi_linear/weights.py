@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_kimi_linear.config.model import Geometry, tensors
+from vllm_kimi_linear.config import tensors
+from vllm_kimi_linear.config.model import Geometry
 
 # Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
 IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")

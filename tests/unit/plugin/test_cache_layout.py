@@ -12,9 +12,10 @@ import pytest
 
 from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry, tensors
-from vllm_kimi_linear.config.model.flags import check_block_size
+from vllm_kimi_linear.config.flags import check_block_size
+from vllm_kimi_linear.config.model import Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 MIB, GIB = 1 << 20, 1 << 30

@@ -13,7 +13,7 @@ from torch import nn
 
 from vllm_kimi_linear import demo, weights
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.config.model.tensors import weights as tensors_of
+from vllm_kimi_linear.config.tensors import weights as tensors_of
 from vllm_kimi_linear.demo import demo_config
 
 Tensor = tuple[str, torch.Tensor]

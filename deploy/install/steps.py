@@ -86,11 +86,11 @@ PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 
 
 def activity(lines: Sequence[str]) -> str:
-    """What pip is at, in its own last words; the raw progress lines of a download become a percentage."""
+    """What pip or uv is at, in its own last words; the raw progress lines of a download become a percentage."""
     share = ""
     for line in reversed(lines):
         if found := PROGRESS.match(line):
             share = share or f" {100 * int(found[1]) // max(int(found[2]), 1)}%"
         elif line.strip():
-            return line.strip()[:90] + share
+            return line.strip().removeprefix("DEBUG ")[:90] + share
     return share
