@@ -162,59 +162,61 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             g, output_gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
         return g, output_gate
 
-    def mix(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
+    def run(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
         """Run the kernels on the rows of one step; `out` [T, P] is written, the state updated in place."""
-        first, tokens = metadata.continuing_tokens, metadata.num_tokens
+        first, tokens = metadata.num_decode_tokens, metadata.num_tokens
         out[tokens:].zero_()  # rows that pad a CUDA graph go on through the other layers
-        if metadata.order is not None:
-            inputs, mixed, out = _rows(inputs, metadata.order.rows), out, torch.empty_like(out[:tokens])
+        if metadata.reordering is not None:
+            inputs, mixed, out = _rows(inputs, metadata.reordering.rows), out, torch.empty_like(out[:tokens])
         params, state = self.kernel_params, self.state
-        if metadata.drafts is not None and first:
+        if metadata.spec_decode is not None and first:
             interface.spec_decode(
                 SpecDecodeArgs(
                     _rows(inputs, slice(first)),
                     params,
                     state,
-                    metadata.drafts.cu_seqlens,
-                    metadata.continuing_slots,
-                    metadata.drafts.accepted,
+                    metadata.spec_decode.cu_seqlens,
+                    metadata.decode_state_indices,
+                    metadata.spec_decode.num_accepted_tokens,
                     out[:first],
                 )
             )
         elif first:
-            slots = metadata.continuing_slots[:, 0]
-            interface.decode(DecodeArgs(_rows(inputs, slice(first)), params, state, slots, out[:first]))
-        if metadata.prefills is not None:
+            state_indices = metadata.decode_state_indices[:, 0]
+            interface.decode(DecodeArgs(_rows(inputs, slice(first)), params, state, state_indices, out[:first]))
+        if metadata.prefill is not None:
             interface.prefill(
                 PrefillArgs(
                     _rows(inputs, slice(first, tokens)),
                     params,
                     state,
-                    metadata.prefills.cu_seqlens,
-                    metadata.prefill_slots,
-                    metadata.prefills.resume,
+                    metadata.prefill.cu_seqlens,
+                    metadata.prefill_state_indices,
+                    metadata.prefill.has_initial_state,
                     out[first:tokens],
-                    metadata.exports,
+                    metadata.prefill_checkpoints,
                 )
             )
-        if metadata.order is not None:
-            mixed[metadata.order.rows] = out
+        if metadata.reordering is not None:
+            mixed[metadata.reordering.rows] = out
 
-    def rehearse(self, inputs: KdaInputs, out: torch.Tensor) -> None:
-        """Prefills on the null slot: of all rows, for the memory of a real one; of a few, to compile all that it calls.
+    def warm_up(self, inputs: KdaInputs, out: torch.Tensor) -> None:
+        """Prefills on the null state: of all rows, for the memory of a real one; of a few, to compile what it calls.
 
         Kernels differ for sequences long enough to be split, and where states are kept at block boundaries.
         """
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
-        nobody = torch.zeros(1, dtype=torch.int32, device=out.device)
+        null = torch.zeros(1, dtype=torch.int32, device=out.device)
         for most, keeps in ((len(out), False), (SPLIT_ROWS, True), (FEW_ROWS, False), (FEW_ROWS, True)):
             rows = slice(min(most, len(out)))
             cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
-            checkpoints = PrefillCheckpoints(cu_seqlens[1:], nobody) if keeps else None
-            some, resume = _rows(inputs, rows), nobody > 0
+            checkpoints = PrefillCheckpoints(cu_seqlens[1:], null) if keeps else None
+            some, has_initial_state = _rows(inputs, rows), null > 0
             interface.prefill(
-                PrefillArgs(some, self.kernel_params, state, cu_seqlens, nobody, resume, out[rows], checkpoints)
+                PrefillArgs(
+                    some, self.kernel_params, state, cu_seqlens, null, has_initial_state, out[rows], checkpoints
+                )
             )
 
     @cached_property
@@ -269,11 +271,11 @@ def _kimi_delta_attention(
     inputs = KdaInputs(qkv=qkv, g=g, beta=beta, output_gate=output_gate)
     metadata = context.attn_metadata or {}
     if layer_name in metadata:
-        layer.mix(inputs, out, metadata[layer_name])
+        layer.run(inputs, out, metadata[layer_name])
     elif any(isinstance(found, KdaMetadata) for found in metadata.values()):
         raise KeyError(f"{layer_name} is missing from this step's metadata, which other KDA layers have")
     else:  # vLLM measures the memory that a step takes, or warms up other layers
-        layer.rehearse(inputs, out)
+        layer.warm_up(inputs, out)
 
 
 def _kimi_delta_attention_fake(

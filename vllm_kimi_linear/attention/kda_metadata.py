@@ -1,10 +1,10 @@
-"""Per-batch metadata of the KDA layers: which rows decode, which prefill, and which state slot is whose.
+"""Per-batch metadata of the KDA layers: which rows decode, which prefill, and which state is whose.
 
 vLLM hands every step to us as rows of tokens, requests one after another, as a rule those that only decode first. The
 split is made here, once a step; the layers only slice.
 
 A CUDA graph of a decode step replays with the addresses it was captured with: what such a step reads lies in
-buffers of the builder, filled up with null slots to the size of the graph.
+buffers of the builder, filled up with null states to the size of the graph.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from vllm_kimi_linear.cache.check import StateCheck
 from vllm_kimi_linear.cache.policy import StateCheckpoints
 
 
-def _context_lens(common: CommonAttentionMetadata) -> torch.Tensor:
+def context_lens_of(common: CommonAttentionMetadata) -> torch.Tensor:
     """[num_requests] int32, host: tokens computed before this step; with drafts in flight perhaps too many."""
     seq_lens = common.seq_lens_cpu_upper_bound
     if seq_lens is None:
@@ -39,53 +39,23 @@ def _context_lens(common: CommonAttentionMetadata) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class RowSplit:
-    """Where the decode rows of a step end and its prefill requests begin.
+class SpecDecode:
+    """How the requests that decode verify drafted tokens, up to K rows each."""
 
-    Decode rows are single tokens that continue a sequence; a prompt of one token is a prefill, because
-    its state must start from zero. vLLM sorts a batch so that the decode rows come first
-    (`reorder_batch_to_split_decodes_and_prefills`), one row a request.
-    """
-
-    num_requests: int
-    num_tokens: int
-    num_decodes: int
-    query_start: torch.Tensor  # [num_requests + 1] int32, host
-    context_lens: torch.Tensor  # [num_requests] int32, host: tokens computed before this step
-
-    @property
-    def num_prefills(self) -> int:
-        return self.num_requests - self.num_decodes
-
-    @classmethod
-    def of(cls, common: CommonAttentionMetadata) -> "RowSplit":
-        query_start = common.query_start_loc_cpu
-        query_lens = query_start[1:] - query_start[:-1]
-        context_lens = _context_lens(common)
-        is_decode = (query_lens == 1) & (context_lens > 0)
-        # Rows are sorted, so the first request that is no decode ends the decodes.
-        num_decodes = int(torch.cumprod(is_decode.int(), dim=0).sum())
-        return cls(common.num_reqs, common.num_actual_tokens, num_decodes, query_start, context_lens)
+    cu_seqlens: torch.Tensor  # [decodes + 1] int32
+    num_accepted_tokens: torch.Tensor  # [decodes] int32: how many tokens of the last step stand, one or more
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """How the continuing requests verify drafted tokens, up to K rows each."""
-
-    cu_seqlens: torch.Tensor  # [continuing + 1] int32
-    accepted: torch.Tensor  # [continuing] int32: how many tokens of the last step stand, one or more
-
-
-@dataclass(frozen=True)
-class Prefills:
+class Prefill:
     cu_seqlens: torch.Tensor  # [prefills + 1] int32, counted from the first prefill row
-    resume: torch.Tensor  # [prefills] bool: go on from the slot's state, else start from zero
+    has_initial_state: torch.Tensor  # [prefills] bool: go on from the state at the index, else start from zero
     checkpoints: tuple[StateCheckpoints, ...]  # of those requests that keep states, in the order of the rows
     checkpoint_offsets: torch.Tensor  # [all their positions] int32: prefill rows before each
 
 
 @dataclass(frozen=True)
-class Order:
+class Reordering:
     """The batch's requests and rows, those that continue a sequence first, where vLLM has mixed them."""
 
     requests: torch.Tensor  # [num_requests] int64
@@ -94,21 +64,21 @@ class Order:
 
 @dataclass(frozen=True)
 class KdaMetadata:
-    """One step as a KDA layer sees it: first the requests that continue a sequence, then the prefills.
+    """One step as a KDA layer sees it: first the requests that decode, then the prefills.
 
-    A continuing request has one row and one slot; with --speculative-config up to K rows, and K slots.
+    A request that decodes has one row and one state; with --speculative-config up to K rows, and K states.
     """
 
     num_requests: int
     num_tokens: int
-    continuing: int  # requests; with those that pad a CUDA graph, if there is no prefill
-    continuing_tokens: int
-    continuing_slots: torch.Tensor  # [continuing, K] int32
-    prefill_slots: torch.Tensor  # [prefills] int32
-    exports: PrefillCheckpoints | None  # states to be kept at block boundaries
-    drafts: Drafts | None
-    prefills: Prefills | None
-    order: Order | None
+    num_decodes: int  # requests; with those that pad a CUDA graph, if there is no prefill
+    num_decode_tokens: int
+    decode_state_indices: torch.Tensor  # [decodes, K] int32
+    prefill_state_indices: torch.Tensor  # [prefills] int32
+    prefill_checkpoints: PrefillCheckpoints | None  # states to be kept at block boundaries
+    spec_decode: SpecDecode | None
+    prefill: Prefill | None
+    reordering: Reordering | None
 
 
 class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
@@ -129,13 +99,13 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             aligned = vllm_config.cache_config.mamba_cache_mode == "align"
             self.check = StateCheck(kv_cache_spec.block_size if aligned else 0)
         requests = vllm_config.scheduler_config.max_num_seqs
-        self.slots = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
+        self.state_indices = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.zeros(requests + 1, dtype=torch.int32, device=device)
-        self.accepted = torch.ones(requests, dtype=torch.int32, device=device)
-        # One group's metadata serves the other groups but for its slots, where the runner's graphs allow it.
+        self.num_accepted_tokens = torch.ones(requests, dtype=torch.int32, device=device)
+        # One group's metadata serves the other groups but for its state indices, where the runner's graphs allow it.
         self.supports_update_block_table = device.type == "cuda" and vllm_config.use_v2_model_runner
         if self.supports_update_block_table:
-            # The runner looks for this name, and then finds the slots of all groups in one launch.
+            # The runner looks for this name, and then finds the state indices of all groups in one launch.
             self.mamba_aligned_state_indices: torch.Tensor | None = None
 
     def keep_states(self, group: int, checkpoints: Sequence[StateCheckpoints | None]) -> None:
@@ -160,7 +130,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
     ) -> KdaMetadata:
         """num_accepted_tokens: [requests] int32; num_decode_draft_tokens_cpu: [requests], -1 for a prefill."""
         lengths = common_attn_metadata.query_start_loc_cpu.diff()
-        continuing = (lengths == 1) & (_context_lens(common_attn_metadata) > 0)
+        continuing = (lengths == 1) & (context_lens_of(common_attn_metadata) > 0)
         if num_decode_draft_tokens_cpu is not None:
             continuing |= num_decode_draft_tokens_cpu >= 0
         return self._build(common_attn_metadata, continuing.tolist(), num_accepted_tokens)
@@ -168,9 +138,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
     def update_block_table(
         self, metadata: KdaMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> KdaMetadata:
-        """The metadata of another group of KDA layers, which differs in its slots alone."""
+        """The metadata of another group of KDA layers, which differs in its state indices alone."""
         self.checkpoints = ()
-        return self._with_slots(metadata, self._group_slots(blk_table, None))
+        return self._with_state_indices(metadata, self._state_indices(blk_table, None))
 
     def _build(
         self, common: CommonAttentionMetadata, continuing: list[bool], accepted: torch.Tensor | None
@@ -184,37 +154,37 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
                 tuple(zip(found.positions, found.blocks[self.group], strict=True)) if found else ()
                 for found in checkpoints
             ]
-            table, contexts = common.block_table_tensor.tolist(), _context_lens(common).tolist()
+            table, contexts = common.block_table_tensor.tolist(), context_lens_of(common).tolist()
             self.check.step(table, contexts, lengths[:requests], kept)
         ranked = sorted(range(requests), key=lambda request: not continuing[request])
         count = sum(continuing[:requests])
-        order, prefills = None, None
+        reordering, prefills = None, None
         if ranked != list(range(requests)):
             rows = chain.from_iterable(range(starts[request], starts[request + 1]) for request in ranked)
-            order = Order(self._to_device(ranked, torch.int64), self._to_device(list(rows), torch.int64))
+            reordering = Reordering(self._to_device(ranked, torch.int64), self._to_device(list(rows), torch.int64))
         if count < requests:
-            contexts = _context_lens(common).tolist()
+            contexts = context_lens_of(common).tolist()
             sizes = [(request, contexts[request], lengths[request]) for request in ranked[count:]]
-            prefills = self._prefills(sizes, checkpoints)
+            prefills = self._prefill(sizes, checkpoints)
             tokens = sum(lengths[request] for request in ranked[:count])
         else:
             count, tokens = common.num_reqs, common.num_actual_tokens
         metadata = KdaMetadata(
             num_requests=requests,
             num_tokens=common.num_actual_tokens,
-            continuing=count,
-            continuing_tokens=tokens,
-            continuing_slots=self.slots,
-            prefill_slots=self.slots[:0, 0],
-            exports=None,
-            drafts=self._drafts(common, accepted, order, count) if self.draft_tokens else None,
-            prefills=prefills,
-            order=order,
+            num_decodes=count,
+            num_decode_tokens=tokens,
+            decode_state_indices=self.state_indices,
+            prefill_state_indices=self.state_indices[:0, 0],
+            prefill_checkpoints=None,
+            spec_decode=self._spec_decode(common, accepted, reordering, count) if self.draft_tokens else None,
+            prefill=prefills,
+            reordering=reordering,
         )
-        slots = self._group_slots(common.block_table_tensor, common.seq_lens)
-        return self._with_slots(metadata, slots)
+        state_indices = self._state_indices(common.block_table_tensor, common.seq_lens)
+        return self._with_state_indices(metadata, state_indices)
 
-    def _prefills(self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]) -> Prefills:
+    def _prefill(self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]) -> Prefill:
         """`sizes`: (request, tokens before this step, tokens in it) of each."""
         kept, offsets, row = [], [], 0
         for request, context, length in sizes:
@@ -222,56 +192,58 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
                 kept.append(found)
                 offsets += [row + position - context for position in found.positions]
             row += length
-        return Prefills(
+        return Prefill(
             cu_seqlens=self._to_device([0, *accumulate(length for _, _, length in sizes)], torch.int32),
-            resume=self._to_device([context > 0 for _, context, _ in sizes], torch.bool),
+            has_initial_state=self._to_device([context > 0 for _, context, _ in sizes], torch.bool),
             checkpoints=tuple(kept),
             checkpoint_offsets=self._to_device(offsets, torch.int32),
         )
 
-    def _drafts(
-        self, common: CommonAttentionMetadata, accepted: torch.Tensor | None, order: Order | None, count: int
-    ) -> Drafts:
+    def _spec_decode(
+        self, common: CommonAttentionMetadata, accepted: torch.Tensor | None, reordering: Reordering | None, count: int
+    ) -> SpecDecode:
         cu_seqlens = common.query_start_loc
         if accepted is None:
-            accepted = torch.ones_like(self.accepted)
-        if order is not None:
-            lengths = common.query_start_loc.diff()[order.requests]
+            accepted = torch.ones_like(self.num_accepted_tokens)
+        if reordering is not None:
+            lengths = common.query_start_loc.diff()[reordering.requests]
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            accepted = accepted[order.requests]
-        return Drafts(
+            accepted = accepted[reordering.requests]
+        return SpecDecode(
             self.cu_seqlens[: count + 1].copy_(cu_seqlens[: count + 1]),
-            self.accepted[:count].copy_(accepted[:count]),
+            self.num_accepted_tokens[:count].copy_(accepted[:count]),
         )
 
-    def _group_slots(self, block_table: torch.Tensor, seq_lens: torch.Tensor | None) -> torch.Tensor:
-        """[requests, K] int32: the slots of this group's layers."""
+    def _state_indices(self, block_table: torch.Tensor, seq_lens: torch.Tensor | None) -> torch.Tensor:
+        """[requests, K] int32: the state indices of this group's layers."""
         aligned = getattr(self, "mamba_aligned_state_indices", None)
         if aligned is not None:
             return aligned
         mode = self.vllm_config.cache_config.mamba_cache_mode
         return mamba_get_block_table_tensor(block_table, seq_lens, self.kv_cache_spec, mode)
 
-    def _with_slots(self, metadata: KdaMetadata, slots: torch.Tensor) -> KdaMetadata:
-        """`metadata` with this group's slots. Every group in every step: where all decode, it must cost little."""
-        requests, count, prefills = metadata.num_requests, metadata.continuing, metadata.prefills
-        if metadata.order is not None:
-            slots = slots[metadata.order.requests]
-        as_they_lie = slots is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens
-        if as_they_lie:  # in the runner's buffer, which stays in its place and is filled up with null slots
-            continuing = slots[:count]
+    def _with_state_indices(self, metadata: KdaMetadata, state_indices: torch.Tensor) -> KdaMetadata:
+        """`metadata` with this group's states. Every group in every step: where all decode, it must cost little."""
+        requests, count, prefills = metadata.num_requests, metadata.num_decodes, metadata.prefill
+        if metadata.reordering is not None:
+            state_indices = state_indices[metadata.reordering.requests]
+        as_they_lie = state_indices is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens
+        if as_they_lie:  # in the runner's buffer, which stays in its place and is filled up with null states
+            continuing = state_indices[:count]
         else:
-            continuing = self.slots[:count]
-            continuing[:requests].copy_(slots[: min(requests, count), : self.slots.shape[1]])
+            continuing = self.state_indices[:count]
+            continuing[:requests].copy_(state_indices[: min(requests, count), : self.state_indices.shape[1]])
             continuing[requests:].zero_()
         if prefills is None:
-            return replace(metadata, continuing_slots=continuing)
-        exports = None
+            return replace(metadata, decode_state_indices=continuing)
+        kept_states = None
         if prefills.checkpoints:
             blocks = list(chain.from_iterable(found.blocks[self.group] for found in prefills.checkpoints))
-            exports = PrefillCheckpoints(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
-        ours = slots[count:requests, 0].contiguous()
-        return replace(metadata, continuing_slots=continuing, prefill_slots=ours, exports=exports)
+            kept_states = PrefillCheckpoints(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
+        ours = state_indices[count:requests, 0].contiguous()
+        return replace(
+            metadata, decode_state_indices=continuing, prefill_state_indices=ours, prefill_checkpoints=kept_states
+        )
 
     def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
         return async_tensor_h2d(values, self.device, dtype)

@@ -1,4 +1,4 @@
-"""Which rows of a step decode, verify and prefill, and with which slots."""
+"""Which rows of a step decode, verify and prefill, and with which states."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -48,77 +48,77 @@ def step(lengths: list[int], contexts: list[int], columns: int = 1) -> CommonAtt
 
 
 def prefills(metadata: KdaMetadata) -> tuple[list[int], list[int], list[bool]]:
-    assert metadata.prefills is not None
-    rows = metadata.prefills
-    return metadata.prefill_slots.tolist(), rows.cu_seqlens.tolist(), rows.resume.tolist()
+    assert metadata.prefill is not None
+    rows = metadata.prefill
+    return metadata.prefill_state_indices.tolist(), rows.cu_seqlens.tolist(), rows.has_initial_state.tolist()
 
 
 def test_decodes_alone():
     metadata = builder().build(0, step([1, 1, 1], [5, 6, 7]))
-    assert (metadata.continuing, metadata.continuing_tokens) == (3, 3)
-    assert metadata.continuing_slots[:, 0].tolist() == [10, 20, 30]
-    assert metadata.prefills is metadata.drafts is metadata.order is None
+    assert (metadata.num_decodes, metadata.num_decode_tokens) == (3, 3)
+    assert metadata.decode_state_indices[:, 0].tolist() == [10, 20, 30]
+    assert metadata.prefill is metadata.spec_decode is metadata.reordering is None
 
 
 def test_decodes_and_prefills():
     metadata = builder().build(0, step([1, 1, 5, 64], [5, 6, 0, 128]))
-    assert (metadata.continuing, metadata.continuing_tokens, metadata.num_tokens) == (2, 2, 71)
-    assert metadata.continuing_slots[:, 0].tolist() == [10, 20]
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_tokens) == (2, 2, 71)
+    assert metadata.decode_state_indices[:, 0].tolist() == [10, 20]
     assert prefills(metadata) == ([30, 40], [0, 5, 69], [False, True])
-    assert metadata.order is None
+    assert metadata.reordering is None
 
 
 def test_prompts_of_one_token_start_from_zero():
     metadata = builder().build(0, step([1, 1], [0, 0]))
-    assert metadata.continuing == 0
+    assert metadata.num_decodes == 0
     assert prefills(metadata) == ([10, 20], [0, 1, 2], [False, False])
 
 
 def test_requests_out_of_order_are_sorted():
     metadata = builder().build(0, step([1, 2, 1, 1], [0, 0, 9, 4]))
-    assert metadata.order is not None
-    assert metadata.order.requests.tolist() == [2, 3, 0, 1]
-    assert metadata.order.rows.tolist() == [3, 4, 0, 1, 2]
-    assert metadata.continuing_slots[:, 0].tolist() == [30, 40]
+    assert metadata.reordering is not None
+    assert metadata.reordering.requests.tolist() == [2, 3, 0, 1]
+    assert metadata.reordering.rows.tolist() == [3, 4, 0, 1, 2]
+    assert metadata.decode_state_indices[:, 0].tolist() == [30, 40]
     assert prefills(metadata) == ([10, 20], [0, 1, 3], [False, False])
 
 
 def test_padding_of_a_graph_has_null_slots():
     kda = builder()
-    kda.build(0, step([1, 1, 1, 1], [5, 6, 7, 8]))  # leaves its slots behind
+    kda.build(0, step([1, 1, 1, 1], [5, 6, 7, 8]))  # leaves its state indices behind
     metadata = kda.build(0, step([1, 1, 0, 0], [5, 6, 0, 0]))
-    assert metadata.continuing == 4
-    assert metadata.continuing_slots[:, 0].tolist() == [10, 20, 0, 0]
+    assert metadata.num_decodes == 4
+    assert metadata.decode_state_indices[:, 0].tolist() == [10, 20, 0, 0]
 
 
 def test_a_captured_graph_reads_where_later_steps_write():
     kda = builder()
     captured = kda.build_for_cudagraph_capture(step([1] * 4, [0] * 4))
-    assert (captured.continuing, captured.continuing_tokens) == (4, 4)
+    assert (captured.num_decodes, captured.num_decode_tokens) == (4, 4)
     kda.build(0, step([1, 1, 0, 0], [5, 6, 0, 0]))
-    assert captured.continuing_slots[:, 0].tolist() == [10, 20, 0, 0]
+    assert captured.decode_state_indices[:, 0].tolist() == [10, 20, 0, 0]
 
 
 def test_drafts_are_verified():
     kda = builder(draft_tokens=2)
     accepted = torch.tensor([1, 3, 2], dtype=torch.int32)
     metadata = kda.build(0, step([3, 2, 1], [5, 6, 7], 3), accepted, torch.tensor([2, 1, 0]))
-    assert metadata.drafts is not None
-    assert (metadata.continuing, metadata.continuing_tokens) == (3, 6)
-    assert metadata.continuing_slots.tolist() == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
-    assert metadata.drafts.cu_seqlens.tolist() == [0, 3, 5, 6]
-    assert metadata.drafts.accepted.tolist() == [1, 3, 2]
+    assert metadata.spec_decode is not None
+    assert (metadata.num_decodes, metadata.num_decode_tokens) == (3, 6)
+    assert metadata.decode_state_indices.tolist() == [[10, 11, 12], [20, 21, 22], [30, 31, 32]]
+    assert metadata.spec_decode.cu_seqlens.tolist() == [0, 3, 5, 6]
+    assert metadata.spec_decode.num_accepted_tokens.tolist() == [1, 3, 2]
 
 
 def test_drafts_among_prefills_are_sorted():
     kda = builder(draft_tokens=2)
     accepted = torch.tensor([3, 1, 2], dtype=torch.int32)
     metadata = kda.build(0, step([3, 3, 1], [5, 0, 7], 3), accepted, torch.tensor([2, -1, 0]))
-    assert metadata.drafts is not None and metadata.order is not None
-    assert metadata.order.rows.tolist() == [0, 1, 2, 6, 3, 4, 5]
-    assert metadata.drafts.cu_seqlens.tolist() == [0, 3, 4]
-    assert metadata.drafts.accepted.tolist() == [3, 2]
-    assert metadata.continuing_slots.tolist() == [[10, 11, 12], [30, 31, 32]]
+    assert metadata.spec_decode is not None and metadata.reordering is not None
+    assert metadata.reordering.rows.tolist() == [0, 1, 2, 6, 3, 4, 5]
+    assert metadata.spec_decode.cu_seqlens.tolist() == [0, 3, 4]
+    assert metadata.spec_decode.num_accepted_tokens.tolist() == [3, 2]
+    assert metadata.decode_state_indices.tolist() == [[10, 11, 12], [30, 31, 32]]
     assert prefills(metadata) == ([20], [0, 3], [False])
 
 
@@ -126,10 +126,10 @@ def test_another_group_differs_in_its_slots_alone():
     kda, other = builder(), builder()
     metadata = kda.build(0, step([1, 1, 4], [5, 6, 0]))
     moved = other.update_block_table(metadata, step([1, 1, 4], [5, 6, 0]).block_table_tensor + 5, torch.zeros(0))
-    assert metadata.continuing_slots[:, 0].tolist() == [10, 20]
-    assert moved.continuing_slots[:, 0].tolist() == [15, 25]
-    assert moved.prefill_slots.tolist() == [35]
-    assert moved.prefills is metadata.prefills
+    assert metadata.decode_state_indices[:, 0].tolist() == [10, 20]
+    assert moved.decode_state_indices[:, 0].tolist() == [15, 25]
+    assert moved.prefill_state_indices.tolist() == [35]
+    assert moved.prefill is metadata.prefill
 
 
 def test_slots_that_the_runner_found_for_all_groups_are_taken_as_they_lie():
@@ -137,15 +137,15 @@ def test_slots_that_the_runner_found_for_all_groups_are_taken_as_they_lie():
     kda = builder(block=16)
     kda.mamba_aligned_state_indices = torch.tensor([[7], [8], [9], [0]], dtype=torch.int32)
     decodes = kda.build(0, step([1, 1, 1, 0], [5, 6, 7, 0]))
-    assert (decodes.num_requests, decodes.continuing) == (3, 4)
-    assert decodes.continuing_slots.tolist() == [[7], [8], [9], [0]]
-    assert decodes.continuing_slots.data_ptr() == kda.mamba_aligned_state_indices.data_ptr()
+    assert (decodes.num_requests, decodes.num_decodes) == (3, 4)
+    assert decodes.decode_state_indices.tolist() == [[7], [8], [9], [0]]
+    assert decodes.decode_state_indices.data_ptr() == kda.mamba_aligned_state_indices.data_ptr()
     mixed = kda.build(0, step([1, 1, 4], [5, 6, 0]))
-    assert mixed.continuing_slots[:, 0].tolist() == [7, 8]
-    assert mixed.prefill_slots.tolist() == [9]
+    assert mixed.decode_state_indices[:, 0].tolist() == [7, 8]
+    assert mixed.prefill_state_indices.tolist() == [9]
     swapped = kda.build(0, step([4, 1, 1], [0, 5, 6]))
-    assert swapped.continuing_slots[:, 0].tolist() == [8, 9]
-    assert swapped.prefill_slots.tolist() == [7]
+    assert swapped.decode_state_indices[:, 0].tolist() == [8, 9]
+    assert swapped.prefill_state_indices.tolist() == [7]
 
 
 def test_states_are_kept_where_the_scheduler_says():
@@ -157,18 +157,18 @@ def test_states_are_kept_where_the_scheduler_says():
     other.keep_states(5, [None, kept, None])
     other.mamba_aligned_state_indices = torch.tensor([[17], [18], [19]], dtype=torch.int32)
     metadata = kda.build(0, common)
-    assert metadata.exports is not None
-    assert metadata.exports.checkpoint_offsets.tolist() == [16 + 16, 16 + 32]
-    assert metadata.exports.state_indices.tolist() == [70, 71]
+    assert metadata.prefill_checkpoints is not None
+    assert metadata.prefill_checkpoints.checkpoint_offsets.tolist() == [16 + 16, 16 + 32]
+    assert metadata.prefill_checkpoints.state_indices.tolist() == [70, 71]
     moved = other.update_block_table(metadata, common.block_table_tensor, torch.zeros(0))
-    assert moved.exports is not None
-    assert moved.exports.state_indices.tolist() == [80, 81]
-    assert kda.build(0, common).exports is None  # what was said holds for one step
+    assert moved.prefill_checkpoints is not None
+    assert moved.prefill_checkpoints.state_indices.tolist() == [80, 81]
+    assert kda.build(0, common).prefill_checkpoints is None  # what was said holds for one step
 
 
 def test_columns_that_name_a_block_are_no_states_to_keep():
     """As a block table has them that held drafts before a chunk."""
-    assert builder(draft_tokens=2, block=16).build(0, step([64], [16], columns=8)).exports is None
+    assert builder(draft_tokens=2, block=16).build(0, step([64], [16], columns=8)).prefill_checkpoints is None
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])

@@ -16,7 +16,7 @@ LAYER = "model.layers.0.self_attn"
 
 def step(attn_metadata: Any) -> Mock:
     """A layer that was run in a step with this metadata."""
-    layer = Mock(spec=("rehearse", "mix"))
+    layer = Mock(spec=("warm_up", "run"))
     context = ForwardContext(no_compile_layers={LAYER: layer}, attn_metadata=attn_metadata, slot_mapping={})
     rows = [torch.zeros(2, channels) for channels in (12, 4, 1, 4, 4)]  # qkv, g, beta, output_gate, out
     with override_forward_context(context):
@@ -26,14 +26,14 @@ def step(attn_metadata: Any) -> Mock:
 
 def test_a_step_without_metadata_is_a_rehearsal():
     layer = step(None)
-    assert (layer.rehearse.call_count, layer.mix.call_count) == (1, 0)
+    assert (layer.warm_up.call_count, layer.run.call_count) == (1, 0)
 
 
 def test_a_real_step_mixes_with_the_metadata_of_this_layer():
     mine, other = SimpleNamespace(), SimpleNamespace()
     layer = step({LAYER: mine, "another": other})
-    assert layer.rehearse.call_count == 0
-    assert layer.mix.call_args.args[2] is mine
+    assert layer.warm_up.call_count == 0
+    assert layer.run.call_args.args[2] is mine
 
 
 def test_a_real_step_that_forgets_the_layer_fails():
@@ -44,4 +44,4 @@ def test_a_real_step_that_forgets_the_layer_fails():
 def test_a_warm_up_of_attention_alone_is_a_rehearsal():
     """On a GPU vLLM warms up attention kernels in steps that leave out every layer with a recurrent state."""
     layer = step({"model.layers.3.self_attn.attn": SimpleNamespace()})
-    assert (layer.rehearse.call_count, layer.mix.call_count) == (1, 0)
+    assert (layer.warm_up.call_count, layer.run.call_count) == (1, 0)
