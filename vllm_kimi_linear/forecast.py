@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.cache.layout import DTYPE_BYTES, GIB, CacheLayout
+from vllm_kimi_linear.cache.layout import GIB, CacheLayout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.tensors import DTYPE_BYTES
 
 # vLLM pads the vocabulary, and we the rows of KDA's input projection, to multiples of these.
 VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 8

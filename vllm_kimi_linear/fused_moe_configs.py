@@ -6,14 +6,13 @@ place.
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 TABLES = Path(__file__).parent / "fused_moe_tables"
 
@@ -25,11 +24,11 @@ def use_tables(experts: nn.Module) -> None:
     _ours.add(experts)
 
 
-def prefer_tables(original: Callable) -> Callable:
+def prefer_tables(original: Function) -> Function:
     from vllm import envs
     from vllm.model_executor.layers.fused_moe import fused_moe
 
-    def get_moe_configs(E, N, dtype, block_n=None, block_k=None):
+    def get_moe_configs(E: Any, N: Any, dtype: Any, block_n: Any = None, block_k: Any = None) -> Any:
         shape = [block_n, block_k] if block_n and block_k else None
         table = _table(fused_moe.get_config_file_name(E, N, dtype, shape))
         if table and not envs.VLLM_TUNED_CONFIG_FOLDER and not envs.VLLM_BATCH_INVARIANT and _in_a_step_of_ours():

@@ -60,10 +60,14 @@ class KdaInputProjection(MergedColumnParallelLinear):
         if padding and quant_config is None:
             self.weight.data[-padding:].zero_()
 
-    def weight_loader(self, param, loaded_weight, loaded_shard_id=None):
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
+    ) -> None:
         super().weight_loader(param, self._whole(loaded_weight, loaded_shard_id), loaded_shard_id)
 
-    def weight_loader_v2(self, param, loaded_weight, loaded_shard_id=None):
+    def weight_loader_v2(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
+    ) -> None:
         super().weight_loader_v2(param, self._whole(loaded_weight, loaded_shard_id), loaded_shard_id)
 
     def _whole(self, weight: torch.Tensor, shard: int | None) -> torch.Tensor:

@@ -245,7 +245,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             metadata, decode_state_indices=continuing, prefill_state_indices=ours, prefill_checkpoints=kept_states
         )
 
-    def _to_device(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+    def _to_device(self, values: list[int] | list[bool], dtype: torch.dtype) -> torch.Tensor:
         return async_tensor_h2d(values, self.device, dtype)
 
 

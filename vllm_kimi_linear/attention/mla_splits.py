@@ -1,17 +1,17 @@
 """Let the latent attention of a few long sequences use the whole GPU."""
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 WIDE = 4  # times as many parts of a context as vLLM's default, where few sequences decode
 FEW = 8  # tokens of a step that count as few, however small the largest graph is
 
 
-def split_contexts_of_few(original: Callable) -> Callable:
-    def _build_decode(self, *, num_decode_tokens, **kwargs):
+def split_contexts_of_few(original: Function) -> Function:
+    def _build_decode(self: Any, *, num_decode_tokens: Any, **kwargs: Any) -> Any:
         from vllm.config import AttentionConfig
 
         config, default = self.vllm_config, AttentionConfig.flash_attn_max_num_splits_for_cuda_graph

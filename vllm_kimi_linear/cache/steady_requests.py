@@ -1,10 +1,9 @@
 """Ask the groups of layers nothing about a request that goes on inside its blocks."""
 
-from collections.abc import Callable
 from typing import Any
 
 from vllm_kimi_linear.cache.manager import kda_managers, note_steady
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator"
 
@@ -14,8 +13,8 @@ def steady_until(coordinator: Any, request_id: str) -> int:
     return managers[0].steady_until.get(request_id, 0) if managers else 0
 
 
-def no_blocks_needed(original: Callable) -> Callable:
-    def get_num_blocks_to_allocate(self, request_id, num_tokens, *args, **kwargs):
+def no_blocks_needed(original: Function) -> Function:
+    def get_num_blocks_to_allocate(self: Any, request_id: Any, num_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         if num_tokens <= steady_until(self, request_id):
             return 0
         return original(self, request_id, num_tokens, *args, **kwargs)
@@ -23,8 +22,8 @@ def no_blocks_needed(original: Callable) -> Callable:
     return get_num_blocks_to_allocate
 
 
-def no_new_blocks(original: Callable) -> Callable:
-    def allocate_new_blocks(self, request_id, num_tokens, *args, **kwargs):
+def no_new_blocks(original: Function) -> Function:
+    def allocate_new_blocks(self: Any, request_id: Any, num_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         if num_tokens <= steady_until(self, request_id):
             return tuple([] for _ in self.single_type_managers)
         return original(self, request_id, num_tokens, *args, **kwargs)
@@ -32,16 +31,18 @@ def no_new_blocks(original: Callable) -> Callable:
     return allocate_new_blocks
 
 
-def none_to_remove(original: Callable) -> Callable:
-    def remove_skipped_blocks(self, request_id, processed_computed_tokens, *args, **kwargs):
+def none_to_remove(original: Function) -> Function:
+    def remove_skipped_blocks(
+        self: Any, request_id: Any, processed_computed_tokens: Any, *args: Any, **kwargs: Any
+    ) -> None:
         if processed_computed_tokens > steady_until(self, request_id):
             original(self, request_id, processed_computed_tokens, *args, **kwargs)
 
     return remove_skipped_blocks
 
 
-def none_to_cache(original: Callable) -> Callable:
-    def cache_blocks(self, request, num_computed_tokens):
+def none_to_cache(original: Function) -> Function:
+    def cache_blocks(self: Any, request: Any, num_computed_tokens: Any) -> Any:
         if num_computed_tokens >= steady_until(self, request.request_id):
             original(self, request, num_computed_tokens)
             if managers := kda_managers(self):

@@ -1,18 +1,18 @@
 """Log how many sequences fit, and what each takes, where vLLM logs a number of tokens."""
 
-from collections.abc import Callable
+from typing import Any
 
 from vllm.logger import init_logger
 
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.cache import configured
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
-def log_sequences(original: Callable) -> Callable:
-    def update_kv_cache_capacity(vllm_config, kv_cache_config):
+def log_sequences(original: Function) -> Function:
+    def update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> Any:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         if model.architecture != ARCHITECTURE or parallel.pipeline_parallel_size > 1:
             return original(vllm_config, kv_cache_config)

@@ -1,6 +1,6 @@
 """Refuse a length that the cache can never hold in one sentence, with the bytes and the length that would fit."""
 
-from collections.abc import Callable
+from typing import Any
 
 from vllm.config import VllmConfig
 
@@ -8,13 +8,15 @@ from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.cache.layout import MIB
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def name_what_is_short(original: Callable) -> Callable:
-    def get_kv_cache_configs(vllm_config, kv_cache_specs, available_memory, *args, **kwargs):
+def name_what_is_short(original: Function) -> Function:
+    def get_kv_cache_configs(
+        vllm_config: VllmConfig, kv_cache_specs: Any, available_memory: list[int], *args: Any
+    ) -> Any:
         try:
-            return original(vllm_config, kv_cache_specs, available_memory, *args, **kwargs)
+            return original(vllm_config, kv_cache_specs, available_memory, *args)
         except ValueError:
             if vllm_config.model_config.architecture != ARCHITECTURE:
                 raise

@@ -1,13 +1,12 @@
 """Count the states in the prefix cache where it is kept, and show the counts at /metrics beside vLLM's own."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.cache import manager as kda
 from vllm_kimi_linear.cache.metrics import CheckpointMetrics
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 FIELD = "kda_checkpoints"  # of SchedulerStats: name of a count -> its number; None in engines of other models
 
@@ -24,8 +23,8 @@ def add_field(stats: Any) -> Any:
     return stats
 
 
-def count(original: Callable) -> Callable:
-    def make_stats(self, *args, **kwargs):
+def count(original: Function) -> Function:
+    def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
         stats = original(self, *args, **kwargs)
         managers = kda.kda_managers(self.kv_cache_manager.coordinator)
         if stats is not None and managers and managers[0].count is not None:
@@ -35,8 +34,8 @@ def count(original: Callable) -> Callable:
     return make_stats
 
 
-def start(original: Callable) -> Callable:
-    def __init__(self, vllm_config, engine_indexes=None):
+def start(original: Function) -> Function:
+    def __init__(self: Any, vllm_config: Any, engine_indexes: Any = None) -> None:
         original(self, vllm_config, engine_indexes)
         self.kimi_linear = None
         if vllm_config.model_config.architecture == ARCHITECTURE:
@@ -45,8 +44,10 @@ def start(original: Callable) -> Callable:
     return __init__
 
 
-def show(original: Callable) -> Callable:
-    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+def show(original: Function) -> Function:
+    def record(
+        self: Any, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: Any = 0
+    ) -> Any:
         original(self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx)
         counts = getattr(scheduler_stats, FIELD, None)
         if self.kimi_linear is not None and counts is not None:

@@ -1,13 +1,19 @@
 """End the chunks of a prompt on the blocks of the KDA layers, and decide there which states a chunk keeps."""
 
-from collections.abc import Callable
+from typing import Any
 
 from vllm_kimi_linear.cache import manager as kda
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def split_at_kda_blocks(original: Callable) -> Callable:
-    def split(self, request, num_new_tokens, num_new_local_computed_tokens=0, num_external_computed_tokens=0):
+def split_at_kda_blocks(original: Function) -> Function:
+    def split(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> Any:
         managers = kda.kda_managers(self.kv_cache_manager.coordinator)
         if not managers:
             return original(self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens)

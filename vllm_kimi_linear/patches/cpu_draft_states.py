@@ -1,14 +1,14 @@
 """Let drafts be verified with prefix caching where no Triton kernel runs."""
 
-from collections.abc import Callable
+from typing import Any
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 CONTEXT = "vllm.v1.worker.mamba_utils:MambaSpecDecodeGPUContext"
 
 
-def keep_at_block_ends(original: Callable) -> Callable:
-    def run_fused_postprocess(self, *args, **kwargs):
+def keep_at_block_ends(original: Function) -> Function:
+    def run_fused_postprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_kimi_linear.cpu import draft_states
 
         draft_states.keep_at_block_ends(self, *args, **kwargs)
@@ -16,8 +16,8 @@ def keep_at_block_ends(original: Callable) -> Callable:
     return run_fused_postprocess
 
 
-def move_to_new_block(original: Callable) -> Callable:
-    def run_fused_precopy(self, *args, **kwargs):
+def move_to_new_block(original: Function) -> Function:
+    def run_fused_precopy(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_kimi_linear.cpu import draft_states
 
         draft_states.move_to_new_block(self, *args, **kwargs)

@@ -1,12 +1,12 @@
 """Give the later stages of a pipeline the buffers they receive hidden states in, on a CPU."""
 
-from collections.abc import Callable
+from typing import Any
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def make_buffers(original: Callable) -> Callable:
-    def sync_and_gather_intermediate_tensors(self, *args, **kwargs):
+def make_buffers(original: Function) -> Function:
+    def sync_and_gather_intermediate_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.intermediate_tensors is None:
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device

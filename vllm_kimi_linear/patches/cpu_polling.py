@@ -2,14 +2,13 @@
 
 import functools
 import time
-from collections.abc import Callable
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 POLL_SECONDS = 1e-4
 
 
-def sleep(original: Callable) -> Callable:
+def sleep(original: Function) -> Function:
     return functools.partial(time.sleep, POLL_SECONDS)
 
 

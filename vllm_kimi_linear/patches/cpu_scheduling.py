@@ -1,13 +1,13 @@
 """Keep chunked prefill, prefix caching, the token budget and the block size that were configured, on a CPU."""
 
-from collections.abc import Callable
+from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def keep_what_was_configured(original: Callable) -> Callable:
-    def check_and_update_config(cls, vllm_config):
+def keep_what_was_configured(original: Function) -> Function:
+    def check_and_update_config(cls: Any, vllm_config: Any) -> Any:
         model_config = vllm_config.model_config
         if model_config is None or model_config.architecture != ARCHITECTURE:
             return original(cls, vllm_config)

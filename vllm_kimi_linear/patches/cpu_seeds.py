@@ -1,14 +1,13 @@
 """Read long prompts of requests with a seed on a CPU."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def draw_dropped_from_no_generator(original: Callable) -> Callable:
+def draw_dropped_from_no_generator(original: Function) -> Function:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.input_batch
         dropped = np.flatnonzero(self.discard_request_mask.np[: batch.num_reqs]).tolist()
@@ -18,7 +17,7 @@ def draw_dropped_from_no_generator(original: Callable) -> Callable:
     return _sample
 
 
-def give_generators_back(original: Callable) -> Callable:
+def give_generators_back(original: Function) -> Function:
     def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)

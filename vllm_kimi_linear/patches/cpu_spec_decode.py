@@ -1,12 +1,11 @@
 """Sample right with drafted tokens on a CPU, where Python and C++ stand for vLLM's Triton kernels."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 KERNELS = "vllm.utils.cpu_triton_utils"
 
@@ -28,14 +27,14 @@ def expand(
     output.copy_(input_val.masked_fill(input_val == replace_from, replace_to).repeat_interleave(counts))
 
 
-def end_without_rows(original: Callable) -> Callable:
+def end_without_rows(original: Function) -> Function:
     def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return original(logits, k) if len(logits) else logits
 
     return apply_top_k_only
 
 
-def refuse_placeholders(original: Callable) -> Callable:
+def refuse_placeholders(original: Function) -> Function:
     def rejection_random_sample(*args: Any, **kwargs: Any) -> None:
         found = inspect.signature(original).bind(*args, **kwargs).arguments
         drafts, uniform = found["draft_token_ids"], found["uniform_probs"]

@@ -1,15 +1,15 @@
 """Refuse a malformed request at the first faulty item of a list, and not after a look at them all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 LISTS = ("list", "tuple", "set", "frozenset")
 
 
-def end_at_first_faults(original: Callable) -> Callable:
+def end_at_first_faults(original: Function) -> Function:
     def build_app(args: Any, supported_tasks: Any = None, model_config: Any = None) -> Any:
         app = original(args, supported_tasks, model_config)
         if model_config is not None and model_config.architecture == ARCHITECTURE:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from vllm_kimi_linear.patches.when_loaded import when_loaded
 from vllm_kimi_linear.supported.install_check import SERIES
 
+Function = Callable[..., Any]
+
 PATCHED = "__kimi_linear__"  # attribute of what stands in vLLM's place: vLLM's own
 
 

@@ -1,19 +1,19 @@
 """Send which states a step keeps from the scheduler to the builders of the KDA layers' metadata."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kimi_linear.cache import manager as kda
 from vllm_kimi_linear.cache.policy import StateCheckpoints
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 FIELD = "kda_checkpoints"  # of SchedulerOutput: request -> StateCheckpoints; absent in a step of a warm-up
 
 
-def send(original: Callable) -> Callable:
-    def schedule(self, *args, **kwargs):
+def send(original: Function) -> Function:
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         if managers := kda.kda_managers(self.kv_cache_manager.coordinator):
             setattr(output, FIELD, kda.take_checkpoints(managers))
@@ -22,8 +22,8 @@ def send(original: Callable) -> Callable:
     return schedule
 
 
-def receive_on_gpu(original: Callable) -> Callable:
-    def prepare_inputs(self, scheduler_output, *args, **kwargs):
+def receive_on_gpu(original: Function) -> Function:
+    def prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         batch = original(self, scheduler_output, *args, **kwargs)
         hand_out(self, scheduler_output, batch.req_ids)
         return batch
@@ -31,8 +31,8 @@ def receive_on_gpu(original: Callable) -> Callable:
     return prepare_inputs
 
 
-def receive_on_cpu(original: Callable) -> Callable:
-    def _prepare_inputs(self, scheduler_output, *args, **kwargs):
+def receive_on_cpu(original: Function) -> Function:
+    def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         hand_out(self, scheduler_output, self.input_batch.req_ids)
         return original(self, scheduler_output, *args, **kwargs)
 

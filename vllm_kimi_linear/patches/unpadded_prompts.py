@@ -1,13 +1,12 @@
 """Start the state of a prompt of one token from zero, with drafts too."""
 
-from collections.abc import Callable
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def take_padding_off(original: Callable) -> Callable:
+def take_padding_off(original: Function) -> Function:
     def _update_after_schedule(self: Any, scheduler_output: Any) -> None:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts and self.vllm_config.model_config.architecture == ARCHITECTURE:

@@ -1,13 +1,13 @@
 """Tell the workers of this model from those of others, for patches that cannot."""
 
-from collections.abc import Callable
+from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
 
-def patch_workers_of_ours(original: Callable) -> Callable:
-    def __init__(self, vllm_config, *args, **kwargs):
+def patch_workers_of_ours(original: Function) -> Function:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if vllm_config.model_config is not None and vllm_config.model_config.architecture == ARCHITECTURE:
             from vllm_kimi_linear.patches.all import apply_to_process
 

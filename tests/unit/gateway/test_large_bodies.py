@@ -14,6 +14,7 @@ import pytest
 
 from kimi_server import question
 from kimi_server.bodies import Bodies, with_fields
+from kimi_server.errors import Refusal
 from kimi_server.question import read_question
 from kimi_server.reader import HERE_BYTES, Reader
 from tests.support.upstream import Upstream
@@ -81,7 +82,7 @@ def test_a_reader_that_dies_is_followed_by_another() -> None:
     async def test() -> None:
         reader, body = Reader(), objects(2 * HERE_BYTES)
         try:
-            with pytest.raises(question.Refusal) as refused:
+            with pytest.raises(Refusal) as refused:
                 await reader.read(exec, b"import os; os._exit(1)  #" + b"x" * HERE_BYTES)
             assert (refused.value.status, refused.value.reason) == (503, "reader_lost")
             assert (await reader.read(read_question, body)).size.text == 0

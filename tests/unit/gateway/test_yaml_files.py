@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kimi_server import yaml_file
-from kimi_server.keys import Account, Keyring, digest
+from kimi_server.accounts import Account
+from kimi_server.keys import Keyring, digest
 from kimi_server.metrics import Metrics
 from kimi_server.settings import Settings, SettingsError, load
 from tests.support.upstream import Upstream

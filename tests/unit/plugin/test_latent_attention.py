@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_kimi_linear.attention.cpu_mla import FEW_ROWS, CpuLatentImpl, LatentPrefill
+from vllm_kimi_linear.attention.cpu_mla import FEW_ROWS, CpuLatentImpl
+from vllm_kimi_linear.attention.cpu_mla_metadata import LatentPrefill
 
 HEADS, LATENT, SHARED, NOPE, VALUE = 4, 512, 64, 128, 128
 
