@@ -1,10 +1,10 @@
-"""Shapes, dtypes and bytes of weights, KDA state and MLA cache: the only copy of this arithmetic.
+"""Shapes and dtypes of weights; shapes and bytes of KDA state and MLA cache: the only copy of this arithmetic.
 
 Standard library only. Bytes are those of one tensor-parallel rank; `layers` (0-based) restricts an answer to
 a pipeline stage.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import ceil, floor, prod
 
@@ -88,26 +88,6 @@ def _moe_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
         yield f"{at}.experts.{expert}.w3.weight", (width, g.hidden_size), True
     if g.shared_experts:
         yield from _mlp_weights(f"{at}.shared_experts", g.hidden_size, width * g.shared_experts)
-
-
-def parameters(geometry: Geometry) -> int:
-    """Number of parameters of the whole model."""
-    return sum(prod(w.shape) for w in weights(geometry))
-
-
-def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None = None) -> int:
-    """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total, last = 0, geometry.num_layers - 1
-    for w in weights(geometry):
-        beside = {w.layer}
-        if w.name.startswith("model.embed_tokens"):
-            beside = {0, last} if geometry.tied_embeddings else {0}
-        elif w.layer is None:
-            beside = {last}
-        if layers is None or not beside.isdisjoint(layers):
-            ranks = geometry.tensor_parallel if w.split else 1
-            total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
-    return total
 
 
 def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
@@ -227,6 +207,15 @@ def plan(
         state_pages=(2 if prefix_caching else 1) + speculative,
         num_blocks=kv_bytes // block_bytes,
     )
+
+
+def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
+    """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def _block_tokens(kda_layers: int, state_bytes: int, token_bytes: int, multiple: int) -> int:

@@ -23,7 +23,6 @@ from kda_kernels import ops
 from vllm_kimi_linear import ARCHITECTURE, __version__, install_check, memory, vllm_version
 from vllm_kimi_linear.config import Geometry, check_cache_dtypes, check_cpu
 from vllm_kimi_linear.config_error import ConfigError
-from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.hf_config import CheckedConfig
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
@@ -60,7 +59,7 @@ def what_is_short(vllm_config: VllmConfig, cache_bytes: int) -> str:
     block = plan(vllm_config, 0).block_bytes
     held = plan(vllm_config, cache_bytes // block)
     needed = held.bytes_per_sequence(length) + block  # vLLM keeps one block for itself
-    longest = longest_context(length, lambda context: held.sequences(context) > 0)
+    longest = memory.longest_context(length, lambda context: held.sequences(context) > 0)
     remedy = f"--max-model-len {longest} fits, or give" if longest else "give"
     return (
         f"--max-model-len is {length}; a sequence of that length takes {needed / memory.MIB:,.1f} MiB of cache a rank "

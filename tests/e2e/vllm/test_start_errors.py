@@ -17,7 +17,6 @@ from tests.support.own_process import in_own_process
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.demo import demo_config, write_checkpoint
-from vllm_kimi_linear.forecast import longest_context
 from vllm_kimi_linear.launch import Server
 
 REMOVED = object()  # a key that the config.json of the case lacks
@@ -415,7 +414,7 @@ def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[s
     [line, *_] = (line for line in log if "ConfigError: " + ENDINGS["cache"] in line)
     geometry = Geometry.from_config(demo_config())
     plan = memory.plan(geometry, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
-    longest = longest_context(1 << 20, lambda context: plan.sequences(context) > 0)
+    longest = memory.longest_context(1 << 20, lambda context: plan.sequences(context) > 0)
     assert 0 < longest < 1 << 20
     assert " a rank and 64.0 MiB are there, " in line
     assert f" short: --max-model-len {longest} fits, or give more with " in line

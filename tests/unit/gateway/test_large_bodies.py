@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from kimi_server import question
-from kimi_server.bodies import Bodies, with_fields
-from kimi_server.question import read_question
-from kimi_server.reader import HERE_BYTES, Reader
+from kimi_server.gateway.request import parsed_request
+from kimi_server.gateway.request.body_budget import Bodies, with_fields
+from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
+from kimi_server.gateway.request.parsed_request import read_question
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT, Start
 
@@ -60,8 +60,8 @@ class Spy:
 
 
 def test_no_large_body_is_read_in_the_event_loop(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(question.ENVELOPE)
-    monkeypatch.setattr(question, "ENVELOPE", spy)
+    spy = Spy(parsed_request.ENVELOPE)
+    monkeypatch.setattr(parsed_request, "ENVELOPE", spy)
     upstream = Upstream()
     gateway = start(upstream)
     large = json.dumps(CHAT | {"documents": "x" * HERE_BYTES}).encode()
@@ -81,7 +81,7 @@ def test_a_reader_that_dies_is_followed_by_another() -> None:
     async def test() -> None:
         reader, body = Reader(), objects(2 * HERE_BYTES)
         try:
-            with pytest.raises(question.Refusal) as refused:
+            with pytest.raises(parsed_request.Refusal) as refused:
                 await reader.read(exec, b"import os; os._exit(1)  #" + b"x" * HERE_BYTES)
             assert (refused.value.status, refused.value.reason) == (503, "reader_lost")
             assert (await reader.read(read_question, body)).size.text == 0
@@ -119,8 +119,8 @@ def test_a_body_whose_client_left_is_done_with_before_the_next_one_is_read() -> 
 def test_a_reader_ends_with_the_process_that_needs_it() -> None:
     script = """if True:
         import asyncio, time
-        from kimi_server.question import read_question
-        from kimi_server.reader import HERE_BYTES, Reader
+        from kimi_server.gateway.request.parsed_request import read_question
+        from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
 
         async def main():
             reader = Reader()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo, forecast, memory
+from kimi_server.planner import forecast
+from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
@@ -176,12 +177,6 @@ def test_constants_are_those_of_what_they_describe() -> None:
     from vllm_kimi_linear.cpu import mla_backend
 
     assert forecast.CONTEXT_TOKENS["cpu"] == mla_backend.CONTEXT_TILE
-
-
-@pytest.mark.parametrize("limit", [0, 1, 7, 1 << 20])
-def test_longest_context(limit: int) -> None:
-    for most in (0, 1, 5, 1 << 19):
-        assert forecast.longest_context(limit, most.__ge__) == min(limit, most)
 
 
 if __name__ == "__main__":

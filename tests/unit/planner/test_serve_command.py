@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kimi_server.planner.forecast import forecast
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from vllm_kimi_linear import demo, memory
 from vllm_kimi_linear.config import Geometry
-from vllm_kimi_linear.forecast import forecast
 from vllm_kimi_linear.launch import Server
 
 K, MIB = 1 << 10, 1 << 20
