@@ -26,21 +26,21 @@ def demo(parser: argparse.ArgumentParser) -> Run:
 
 
 def plan(parser: argparse.ArgumentParser) -> Run:
-    from kimi_server import plan_command
+    from kimi_server.planner import command
 
-    return plan_command.plan(parser)
+    return command.plan(parser)
 
 
 def serve(parser: argparse.ArgumentParser) -> Run:
-    from kimi_server import plan_command
+    from kimi_server.planner import command
 
-    return plan_command.serve(parser)
+    return command.serve(parser)
 
 
 def gateway(parser: argparse.ArgumentParser) -> Run:
-    from kimi_server import console
+    from kimi_server.gateway import command
 
-    return console.gateway(parser)
+    return command.gateway(parser)
 
 
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.

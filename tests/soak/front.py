@@ -9,10 +9,10 @@ from pathlib import Path
 
 import httpx
 
-from kimi_server.gateway import Gateway
-from kimi_server.keys import digest
-from kimi_server.process import Server as GatewayServer
-from kimi_server.settings import load
+from kimi_server.gateway.config.settings import load
+from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.keys.keyring import digest
+from kimi_server.gateway.server import Server as GatewayServer
 from tests.soak.asking import Tally, ask
 from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, renew, say, until_idle
 from tests.soak.hostile import ACTS, Client, bad_replicas

@@ -1,8 +1,7 @@
-"""Every tensor of the original checkpoint, and their bytes. Standard library only."""
+"""Every tensor of the original checkpoint. Standard library only."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from vllm_kimi_linear.config.model import Geometry
 
@@ -82,23 +81,3 @@ def _moe_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
         yield f"{at}.experts.{expert}.w3.weight", (width, g.hidden_size), True
     if g.shared_experts:
         yield from _mlp_weights(f"{at}.shared_experts", g.hidden_size, width * g.shared_experts)
-
-
-def parameters(geometry: Geometry) -> int:
-    """Number of parameters of the whole model."""
-    return sum(prod(w.shape) for w in weights(geometry))
-
-
-def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None = None) -> int:
-    """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total, last = 0, geometry.num_layers - 1
-    for w in weights(geometry):
-        beside = {w.layer}
-        if w.name.startswith("model.embed_tokens"):
-            beside = {0, last} if geometry.tied_embeddings else {0}
-        elif w.layer is None:
-            beside = {last}
-        if layers is None or not beside.isdisjoint(layers):
-            ranks = geometry.tensor_parallel if w.split else 1
-            total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
-    return total

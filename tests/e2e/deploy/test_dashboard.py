@@ -82,7 +82,7 @@ def test_panels_of_vllm(servers: Callable[..., Server], demo_model: Path) -> Non
 
 
 def test_the_gateway_exports_what_is_shown() -> None:
-    metrics = pytest.importorskip("kimi_server.metrics", reason="the gateway is not in this tree yet")
+    metrics = pytest.importorskip("kimi_server.gateway.metrics", reason="the gateway is not in this tree yet")
     text = metrics.Metrics().text().decode()
     exported = dict(re.findall(rf"^# TYPE {PREFIX}(\w+) (\w+)$", text, re.MULTILINE))
     # A client library may add the time at which a series was made.

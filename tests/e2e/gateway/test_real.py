@@ -19,12 +19,12 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from kimi_server.counts import Counts
-from kimi_server.estimate import TEMPLATE
-from kimi_server.question import plain_prompt, read_question
-from kimi_server.replicas import Replica
-from kimi_server.routes import CLOSED, ROUTES, TOKENIZE
-from kimi_server.settings import ReplicaSettings
+from kimi_server.gateway.config.settings import ReplicaSettings
+from kimi_server.gateway.request.parsed_request import plain_prompt, read_question
+from kimi_server.gateway.request.prompt_size import TEMPLATE
+from kimi_server.gateway.routes import CLOSED, ROUTES, TOKENIZE
+from kimi_server.gateway.upstream.replicas import Replica
+from kimi_server.gateway.upstream.token_counter import Counts
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
 from tests.unit.gateway.test_process import Process

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from kimi_server import playground
+from kimi_server.playground import page
 from vllm_kimi_linear.launch import free_port
 
 CONTEXT: dict[str, Any] = {
@@ -59,7 +59,7 @@ class FakeGateway:
         self.cancelled = threading.Event()  # a client left before its answer was complete
         self.held = threading.Event()
         self.app = FastAPI()
-        playground.mount(self.app)
+        page.mount(self.app)
         self.app.add_api_route("/v1/models", self._models)
         self.app.add_api_route("/v1/kimi/context", self._context)
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])

@@ -7,22 +7,22 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from kimi_server import playground
+from kimi_server.playground import page
 
-NAMES = sorted(path.name for path in playground.FILES.iterdir())
+NAMES = sorted(path.name for path in page.FILES.iterdir())
 TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     app = FastAPI()
-    playground.mount(app)
+    page.mount(app)
     with TestClient(app) as client:
         yield client
 
 
 def text(name: str) -> str:
-    return (playground.FILES / name).read_text()
+    return (page.FILES / name).read_text()
 
 
 @pytest.mark.parametrize("url", ["/", *(f"/playground/{name}" for name in NAMES)])

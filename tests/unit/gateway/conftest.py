@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from kimi_server.gateway import Gateway
-from kimi_server.process import Server
-from kimi_server.settings import AdmissionSettings, LimitSettings, ReplicaSettings, Settings
+from kimi_server.gateway.config.settings import AdmissionSettings, LimitSettings, ReplicaSettings, Settings
+from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.server import Server
 from tests.support.upstream import Background, Upstream, serving
 
 
@@ -109,7 +109,7 @@ def starting() -> Iterator[Start]:
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Callable[..., Path]:
     """`keys_file(alice={...limits}, ...)` writes a file in which the key of each is `sk-` and the name."""
-    from kimi_server.keys import digest
+    from kimi_server.gateway.keys.keyring import digest
 
     def write(**people: dict[str, Any]) -> Path:
         path = tmp_path / "keys.yaml"

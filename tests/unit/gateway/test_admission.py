@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from kimi_server.admission import Admission, Grant
-from kimi_server.errors import Refusal
-from kimi_server.settings import AdmissionSettings
+from kimi_server.gateway.admission import Admission, Grant
+from kimi_server.gateway.config.settings import AdmissionSettings
+from kimi_server.gateway.errors import Refusal
 
 SETTINGS = AdmissionSettings(prefill_tokens=1000, short_prompt=50, short_reserve=200, queue=8, deadline_seconds=30)
 

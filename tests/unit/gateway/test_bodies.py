@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from kimi_server import estimate
-from kimi_server.answers import Answer
-from kimi_server.errors import Refusal
-from kimi_server.estimate import Estimator, Size, measure
-from kimi_server.question import plain_prompt, read_question
-from kimi_server.sessions import REMEMBERED, StoredResponses, rendezvous, session_of
+from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.request import prompt_size
+from kimi_server.gateway.request.parsed_request import plain_prompt, read_question
+from kimi_server.gateway.request.prompt_size import Estimator, Size, measure
+from kimi_server.gateway.routing import REMEMBERED, StoredResponses, rendezvous, session_of
+from kimi_server.gateway.upstream.response import Answer
 
 SSE = "text/event-stream; charset=utf-8"
 SYSTEM = {"role": "system", "content": "You are brief."}
@@ -43,7 +43,7 @@ def test_the_size_of_a_prompt(body: dict[str, Any], text: int, ids: int, prompts
 @pytest.mark.parametrize("window", [7, 16, 33, 65536])
 def test_a_size_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     """Of random values, with strings, escapes and numbers cut anywhere."""
-    monkeypatch.setattr(estimate, "WINDOW", window)
+    monkeypatch.setattr(prompt_size, "WINDOW", window)
     choose = random.Random(window)
     letters = ["a", '"', "\\", "\n", "é", "中", "😀", "u", "\\u0041", "[", "{", "}", ",", "7"]
 

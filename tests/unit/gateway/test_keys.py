@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kimi_server.accounts import Account, Bucket
-from kimi_server.errors import Refusal
-from kimi_server.keys import Key, Keyring, digest, fresh_key
-from kimi_server.settings import SettingsError
+from kimi_server.gateway.config.settings import SettingsError
+from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.keys.keyring import Key, Keyring, digest, fresh_key
+from kimi_server.gateway.keys.limits import Account, Bucket
 from tests.support.upstream import Upstream
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}

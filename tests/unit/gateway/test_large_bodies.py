@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from kimi_server import question
-from kimi_server.bodies import Bodies, with_fields
-from kimi_server.errors import Refusal
-from kimi_server.question import read_question
-from kimi_server.reader import HERE_BYTES, Reader
+from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.request import parsed_request
+from kimi_server.gateway.request.body_budget import Bodies, with_fields
+from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
+from kimi_server.gateway.request.parsed_request import read_question
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT, Start
 
@@ -61,8 +61,8 @@ class Spy:
 
 
 def test_no_large_body_is_read_in_the_event_loop(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(question.ENVELOPE)
-    monkeypatch.setattr(question, "ENVELOPE", spy)
+    spy = Spy(parsed_request.ENVELOPE)
+    monkeypatch.setattr(parsed_request, "ENVELOPE", spy)
     upstream = Upstream()
     gateway = start(upstream)
     large = json.dumps(CHAT | {"documents": "x" * HERE_BYTES}).encode()
@@ -120,8 +120,8 @@ def test_a_body_whose_client_left_is_done_with_before_the_next_one_is_read() -> 
 def test_a_reader_ends_with_the_process_that_needs_it() -> None:
     script = """if True:
         import asyncio, time
-        from kimi_server.question import read_question
-        from kimi_server.reader import HERE_BYTES, Reader
+        from kimi_server.gateway.request.parsed_request import read_question
+        from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
 
         async def main():
             reader = Reader()

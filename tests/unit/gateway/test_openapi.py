@@ -13,10 +13,10 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from kimi_server.app import build
-from kimi_server.gateway import Gateway
-from kimi_server.routes import CLOSED, ROUTES
-from kimi_server.settings import ReplicaSettings, Settings
+from kimi_server.gateway.app import build
+from kimi_server.gateway.config.settings import ReplicaSettings, Settings
+from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.routes import CLOSED, ROUTES
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import Running, Start
 

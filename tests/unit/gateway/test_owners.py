@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kimi_server.bodies import with_fields
-from kimi_server.keys import Keyring
-from kimi_server.salts import cache_salt
+from kimi_server.gateway.keys.cache_salt import cache_salt
+from kimi_server.gateway.keys.keyring import Keyring
+from kimi_server.gateway.request.body_budget import with_fields
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT, Running
 

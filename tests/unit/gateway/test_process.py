@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from kimi_server.cli import main
-from kimi_server.gateway import Gateway
-from kimi_server.keys import Keyring
-from kimi_server.process import Server
-from kimi_server.settings import ReplicaSettings, Settings
+from kimi_server.gateway.config.settings import ReplicaSettings, Settings
+from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.keys.keyring import Keyring
+from kimi_server.gateway.server import Server
 from tests.support.upstream import Upstream, serving
 from tests.unit.gateway.conftest import CHAT
 from vllm_kimi_linear.launch import free_port
@@ -198,8 +198,8 @@ def test_what_is_wrong_at_the_start(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_neither_torch_nor_vllm_is_needed() -> None:
-    blocked = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None); import kimi_server.process"
-    subprocess.run([sys.executable, "-c", blocked], check=True)
+    without = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None)"
+    subprocess.run([sys.executable, "-c", f"{without}; import kimi_server.gateway.server"], check=True)
 
 
 def test_a_new_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from kimi_server import supervise
-from kimi_server.gateway import Gateway
-from kimi_server.replicas import Replica, Replicas
-from kimi_server.settings import ReplicaSettings, Settings, SettingsError, load
+from kimi_server.gateway import background
+from kimi_server.gateway.config.settings import ReplicaSettings, Settings, SettingsError, load
+from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.upstream.replicas import Replica, Replicas
 from tests.support.upstream import Upstream, serving
 from tests.unit.gateway.conftest import CHAT
 
@@ -211,7 +211,7 @@ def test_an_exception_in_the_background_is_logged_and_the_task_goes_on(monkeypat
         raise ValueError(f"round {rounds}")
 
     with caplog.at_level(logging.ERROR, "kimi_server"), pytest.raises(asyncio.CancelledError):
-        asyncio.run(supervise.keep_doing("the work", once))
+        asyncio.run(background.keep_doing("the work", once))
     assert rounds == 6
     assert pauses == [1, 2, 4, 1]
     assert [message.split(";")[0] for message in caplog.messages] == ["the work failed"] * 4
@@ -219,7 +219,7 @@ def test_an_exception_in_the_background_is_logged_and_the_task_goes_on(monkeypat
 
 def test_every_background_task_of_the_gateway_is_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each outlives an exception that its work lets through."""
-    monkeypatch.setattr(supervise, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(background, "FIRST_PAUSE", 0.0)
     settings = Settings(replicas=(ReplicaSettings("http://127.0.0.1:1"), ReplicaSettings("http://127.0.0.1:2")))
     gateway = Gateway(settings)
     calls: list[str] = []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_server.settings import ReplicaSettings, SettingsError, load
+from kimi_server.gateway.config.settings import ReplicaSettings, SettingsError, load
 
 GOOD = """
 replicas:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kimi_server import replicas
+from kimi_server.gateway.upstream import replicas
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT
 from vllm_kimi_linear.launch import free_port

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kimi_server import yaml_file
-from kimi_server.accounts import Account
-from kimi_server.keys import Keyring, digest
-from kimi_server.metrics import Metrics
-from kimi_server.settings import Settings, SettingsError, load
+from kimi_server.gateway.config import yaml_file
+from kimi_server.gateway.config.settings import Settings, SettingsError, load
+from kimi_server.gateway.keys.keyring import Keyring, digest
+from kimi_server.gateway.keys.limits import Account
+from kimi_server.gateway.metrics import Metrics
 from tests.support.upstream import Upstream
 
 HASH = digest("x")

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo, forecast
+from kimi_server.planner import forecast
+from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
 
@@ -177,12 +178,6 @@ def test_constants_are_those_of_what_they_describe() -> None:
     from vllm_kimi_linear.attention import cpu_mla
 
     assert forecast.CONTEXT_TOKENS["cpu"] == cpu_mla.CONTEXT_TILE
-
-
-@pytest.mark.parametrize("limit", [0, 1, 7, 1 << 20])
-def test_longest_context(limit: int) -> None:
-    for most in (0, 1, 5, 1 << 19):
-        assert layout.longest_context(limit, most.__ge__) == min(limit, most)
 
 
 if __name__ == "__main__":

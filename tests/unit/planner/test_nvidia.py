@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_server import gpus, nvidia
 from kimi_server.cli import main
+from kimi_server.planner import gpus, nvidia
 from vllm_kimi_linear.cache.layout import GIB, MIB
 from vllm_kimi_linear.config.errors import ConfigError
 

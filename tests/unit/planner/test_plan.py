@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kimi_server.gpus import machine
-from kimi_server.plan import Choice, Request, choose
-from kimi_server.plan_report import commands, report
+from kimi_server.planner.gpus import machine
+from kimi_server.planner.plan import Choice, Request, choose
+from kimi_server.planner.report import commands, report
 from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.layout import GIB

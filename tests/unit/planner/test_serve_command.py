@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kimi_server.planner.forecast import forecast
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.forecast import forecast
 from vllm_kimi_linear.launch import Server
 
 K, MIB = 1 << 10, 1 << 20

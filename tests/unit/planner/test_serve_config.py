@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kimi_server.gpus import machine
-from kimi_server.plan import BATCH_TOKENS, Request, choose
-from kimi_server.serve_config import settings, yaml
+from kimi_server.planner.gpus import machine
+from kimi_server.planner.plan import BATCH_TOKENS, Request, choose
+from kimi_server.planner.serve_config import settings, yaml
 from vllm_kimi_linear import demo
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())

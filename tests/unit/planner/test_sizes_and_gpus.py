@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_server import gpus, sizes
+from kimi_server.planner import gpus, sizes
 from vllm_kimi_linear.cache.layout import GIB, MIB
 from vllm_kimi_linear.config.errors import ConfigError
 

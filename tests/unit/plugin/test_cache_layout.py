@@ -1,4 +1,4 @@
-"""Bytes of weights, state and cache, against published figures, a real checkpoint and vLLM's own planning."""
+"""Shapes of weights, bytes of state and cache, against published figures, a real checkpoint and vLLM's own planning."""
 
 import contextlib
 import json
@@ -122,10 +122,12 @@ def test_a_pipeline_stage():
     assert (first.kda_layers, first.mla_layers) == (11, 3)
     assert first.mla_bytes_per_token + second.mla_bytes_per_token == 8064
     assert plan_48b(layers=range(3)).mla_layers == 0
-    geometry = Geometry.from_config(CONFIG_48B)
-    stages = [tensors.weight_bytes(geometry, "bfloat16", layers) for layers in (range(14), range(14, 27))]
-    assert sum(stages) == tensors.weight_bytes(geometry, "bfloat16")
-    assert stages[0] > 163840 * 2304 * 2  # the embedding
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 1 << 20])
+def test_longest_context(limit: int) -> None:
+    for most in (0, 1, 5, 1 << 19):
+        assert layout.longest_context(limit, most.__ge__) == min(limit, most)
 
 
 def test_no_kda_layers_no_state():
@@ -137,10 +139,13 @@ def test_no_kda_layers_no_state():
     assert plan.num_blocks == MIB // (4 * 16 * 576 * 4)
 
 
+def parameters(geometry: Geometry) -> int:
+    return sum(prod(w.shape) for w in tensors.weights(geometry))
+
+
 def test_parameters():
-    assert round(tensors.parameters(Geometry.from_config(CONFIG_48B)) / 1e9, 1) == 49.1
-    bench = tensors.parameters(Geometry.from_config(demo.demo_config("bench")))
-    assert round(bench / 1e6) == 723
+    assert round(parameters(Geometry.from_config(CONFIG_48B)) / 1e9, 1) == 49.1
+    assert round(parameters(Geometry.from_config(demo.demo_config("bench"))) / 1e6) == 723
 
 
 @pytest.mark.parametrize("preset", [name for name in demo.PRESETS if name != "bench"])
@@ -157,33 +162,7 @@ def test_weights_are_those_of_the_checkpoint(preset: str, tmp_path: Path):
     assert {w.name: w.shape for w in weights} == stored
     assert len(weights) == len(stored)
     assert {w.name for w in weights if w.fp32} == fp32
-    assert tensors.parameters(geometry) == count
-    size = (tmp_path / "model.safetensors").stat().st_size
-    assert 0 < size - tensors.weight_bytes(geometry, "bfloat16") < 64 * 1024  # the file's header
-
-
-def test_weights_of_a_rank():
-    """Two ranks hold each tensor once, but for these, which each holds in full."""
-    copies = ("norm.weight", "f_a_proj.weight", "g_a_proj.weight", "kv_a_proj_with_mqa.weight", "gate.weight")
-    config = demo.demo_config()
-    one, two = (Geometry.from_config(config, tensor_parallel=ranks) for ranks in (1, 2))
-    copied = sum(
-        prod(w.shape) * (4 if w.name.endswith("bias") else 2)
-        for w in tensors.weights(one)
-        if w.name.endswith((*copies, "e_score_correction_bias"))
-    )
-    whole, half = (tensors.weight_bytes(geometry, "bfloat16") for geometry in (one, two))
-    assert 2 * half - whole == copied > 0
-
-
-def test_tied_embeddings_lie_on_both_ends():
-    """One matrix serves both, but the first and the last stage of a pipeline each need it."""
-    config = demo.demo_config()
-    tied, untied = (Geometry.from_config(config | {"tie_word_embeddings": tie}) for tie in (True, False))
-    matrix = config["vocab_size"] * config["hidden_size"] * 2
-    whole, stages_of = tensors.weight_bytes, stages(untied, 2)
-    assert whole(untied, "bfloat16") - whole(tied, "bfloat16") == matrix
-    assert [whole(tied, "bfloat16", s) for s in stages_of] == [whole(untied, "bfloat16", s) for s in stages_of]
+    assert parameters(geometry) == count
 
 
 def stages(geometry: Geometry, count: int) -> list[range]:

@@ -1,0 +1,67 @@
+"""`kimi-linear gateway`: its arguments, its start, and `kimi-linear gateway key`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+WORKERS = (
+    "--workers is {}: the gateway counts tokens, queues and keys in one process, and several would each count alone; "
+    "leave it at 1 and, for more, put the gateways behind a router, each with replicas of its own."
+)
+
+
+def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Give the subcommand's parser its arguments; returns what runs them."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
+    parser.add_argument("--host", help="the address to listen on, in place of the file's")
+    parser.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
+    parser.add_argument("--workers", type=int, default=1, help="always 1")
+    key = parser.add_subparsers(dest="gateway_command").add_parser(
+        "key", help="make an API key: prints it once, with its entry in the file of keys"
+    )
+    key.add_argument("--owner", help="whose it is; keys of one owner share cached prefixes (default: the key's own)")
+    key.add_argument("id", help="the name under which the key is counted and logged")
+    return run_gateway
+
+
+def run_gateway(args: argparse.Namespace) -> int:
+    """Run the gateway until it is stopped, or make a key; returns the exit status."""
+    from kimi_server.gateway.config.settings import SettingsError
+
+    if args.gateway_command == "key":
+        return make_key(args.id, args.owner)
+    if args.workers != 1:
+        return complain(WORKERS.format(args.workers))
+    if args.config is None:
+        return complain("--config is missing: name a gateway.yaml, see docs/gateway.md.")
+    try:
+        return serve(args.config, args.host, args.port)
+    except SettingsError as error:
+        return complain(str(error))
+
+
+def serve(config: Path, host: str | None, port: int | None) -> int:
+    from kimi_server.gateway.config.settings import load
+    from kimi_server.gateway.gateway import Gateway
+    from kimi_server.gateway.server import Server
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    gateway = Gateway(load(config, host=host, port=port))
+    server = Server(gateway)
+    server.run()
+    return 0 if server.started and not server.failed else 1
+
+
+def make_key(key_id: str, owner: str | None) -> int:
+    from kimi_server.gateway.keys.keyring import fresh_key
+
+    key, entry = fresh_key(key_id, owner)
+    print(f"The key, which is stored nowhere:\n\n    {key}\n\nIts entry under `keys:` in the file of keys:\n\n{entry}")
+    return 0
+
+
+def complain(message: str) -> int:
+    print(f"kimi-linear gateway: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,1 @@
+"""The gateway's YAML files: reading, field types, settings."""

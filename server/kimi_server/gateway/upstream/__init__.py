@@ -1,0 +1,1 @@
+"""The replicas' side: health, responses, token counts."""

@@ -1,0 +1,139 @@
+"""What one rank of a server will hold, before anything starts: weights, activations, and the cache that is left.
+
+Standard library only. Weights and cache are exact: the tests compare them with what vLLM builds and allocates.
+Activations are an estimate, and the runtime an allowance; on a GPU vLLM measures both and sizes the cache itself.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from kimi_server.planner.weight_bytes import weight_bytes
+from vllm_kimi_linear.cache import layout
+from vllm_kimi_linear.cache.layout import GIB, CacheLayout
+from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.tensors import DTYPE_BYTES
+
+# vLLM pads the vocabulary, and we the rows of KDA's input projection, to multiples of these.
+VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 8
+# Tokens of earlier chunks whose latents are expanded at a time: vLLM's largest workspace, and our backend's on a CPU.
+CONTEXT_TOKENS = {"cuda": 64 * 1024, "cpu": 1024}
+KDA_CHUNK = 64  # rows whose products and state the prefill kernels on a GPU write down at a time
+# CUDA context, communicators and graphs of a rank: an allowance. On a CPU `memory` is given without the processes' own.
+RUNTIME = {"cuda": 2 * GIB, "cpu": 0}
+
+
+def held_weight_bytes(geometry: Geometry, dtype: str) -> int:
+    """Bytes of weights that one rank of the loaded model holds.
+
+    Beside the checkpoint's: the padding of the vocabulary and of KDA's input projection, the router in fp32 (GPUs
+    from Hopper on keep it in `dtype`), and the two halves of kv_b_proj that vLLM copies for absorbed attention.
+    """
+    g, ranks, size = geometry, geometry.tensor_parallel, DTYPE_BYTES[dtype]
+    matrices = 1 if g.tied_embeddings else 2
+    vocabulary = matrices * (-g.vocab_size % VOCABULARY_MULTIPLE) // ranks * g.hidden_size
+    projection = -_projection_rows(g) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
+    absorbed = g.attention_heads // ranks * (g.qk_nope_head_dim + g.v_head_dim) * g.kv_lora_rank * len(g.mla_layers)
+    router = g.num_experts * g.hidden_size * sum(g.layer_moe) * (DTYPE_BYTES["float32"] - size)
+    return weight_bytes(g, dtype) + (vocabulary + projection + absorbed) * size + router
+
+
+def _projection_rows(g: Geometry) -> int:
+    """Outputs of KDA's input projection on one rank: q, k, v, beta, and the low-rank inputs of the two gates."""
+    return (3 * g.kda_size + g.kda_heads) // g.tensor_parallel + 2 * g.kda_head_dim
+
+
+def activation_bytes(geometry: Geometry, dtype: str, device: str, batch_tokens: int, batch_sequences: int) -> int:
+    """Bytes that the largest step takes on one rank: an estimate.
+
+    It counts, for `batch_tokens` rows in `dtype`, the hidden states, the residual and the normed input, and beside
+    them the largest of:
+    - a KDA layer: projections, gates and output; on a GPU the prefill kernels' chunk products and states;
+    - an MLA layer: queries, keys, values and output, and the keys and values of a stretch of earlier tokens;
+    - a feed-forward: both halves of the hidden layer and the answers, for each chosen expert;
+    - logits: one row of fp32 a sequence, and one copy for the sampler.
+    It leaves out fragmentation, the libraries' own workspaces and the buffers of communication.
+    """
+    g, ranks, size = geometry, geometry.tensor_parallel, DTYPE_BYTES[dtype]
+    heads, kda_heads, kda = g.attention_heads // ranks, g.kda_heads // ranks, g.kda_size // ranks
+    scratch = 0
+    if device == "cuda":  # four tiles, the products inside a chunk and its state, in 16 bits
+        scratch = 2 * kda_heads * (4 * g.kda_head_dim + KDA_CHUNK + g.kda_head_dim**2 // KDA_CHUNK)
+    expanded = heads * (2 * g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim)
+    query = heads * (g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim)
+    width, choices = g.moe_intermediate_size // ranks, g.experts_per_token
+    largest = max(
+        batch_tokens * ((_projection_rows(g) + 3 * kda) * size + scratch),
+        (batch_tokens * (query + expanded) + CONTEXT_TOKENS[device] * (g.latent_size + expanded)) * size,
+        batch_tokens * choices * (max(2 * width, g.hidden_size) + width) * size,
+        batch_tokens * 3 * (g.intermediate_size // ranks) * size,
+        2 * batch_sequences * g.vocab_size * DTYPE_BYTES["float32"],
+    )
+    return 3 * batch_tokens * g.hidden_size * size + largest
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The memory of one rank, in bytes. All tensor-parallel ranks are alike."""
+
+    memory: int  # what the rank may use in all
+    weights: int
+    activations: int
+    runtime: int
+    plan: CacheLayout  # the cache made of what is left; without a block if nothing is
+    context_parallel: int = 1  # ranks that the latent KV of a sequence is spread over
+
+    @property
+    def cache(self) -> int:
+        """Bytes left for the cache; negative where weights, activations and runtime alone are too much."""
+        return self.memory - self.weights - self.activations - self.runtime
+
+    def sequences(self, context: int) -> int:
+        """How many sequences of `context` tokens fit at once."""
+        return self.plan.sequences(self._held(context))
+
+    def kda_bytes(self, sequences: int) -> int:
+        """The states of the KDA layers, without padding."""
+        return sequences * self.plan.state_pages * self.plan.kda_state_bytes_per_sequence
+
+    def latent_bytes(self, sequences: int, context: int) -> int:
+        """The latent cache of the MLA layers, without padding."""
+        return sequences * self._held(context) * self.plan.mla_bytes_per_token
+
+    def cache_bytes(self, sequences: int, context: int) -> int:
+        """What both take, padding and vLLM's null block included."""
+        held = self._held(context)
+        each = self.plan.bytes_per_sequence(held)
+        return sequences * each + each // self.plan.blocks_per_sequence(held)
+
+    def shortage(self, sequences: int, context: int) -> int:
+        """Bytes that are missing for so many sequences; 0 if they fit."""
+        return max(self.cache_bytes(sequences, context) - self.cache, 0)
+
+    def _held(self, context: int) -> int:
+        """Tokens of a sequence whose latents this rank holds."""
+        return ceil(context / self.context_parallel)
+
+
+def forecast(
+    geometry: Geometry,
+    *,
+    memory_bytes: int,
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+    batch_sequences: int,
+    state_dtype: str = "float32",
+    context_parallel: int = 1,
+) -> Forecast:
+    """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
+    weights = held_weight_bytes(geometry, dtype)
+    activations = activation_bytes(geometry, dtype, device, batch_tokens, batch_sequences)
+    plan = layout.cache_layout(
+        geometry,
+        activation_dtype=dtype,
+        kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),
+        state_dtype=state_dtype,
+        prefix_caching=True,
+        device=device,
+    )
+    return Forecast(memory_bytes, weights, activations, RUNTIME[device], plan, context_parallel)

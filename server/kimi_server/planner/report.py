@@ -1,0 +1,121 @@
+"""A plan as text: memory by rank, what fits, and why."""
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from kimi_server.planner.plan import Choice, best_spread
+from kimi_server.planner.serve_config import settings
+from kimi_server.planner.sizes import tokens
+from vllm_kimi_linear.cache.layout import GIB, MIB
+
+CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
+
+
+def report(choice: Choice) -> str:
+    """The whole report, without a newline at its end."""
+    longest = choice.best.geometry.max_context
+    contexts = [each for each in CONTEXTS if longest is None or each <= longest]
+    parts = [_head(choice), _memory(choice), _fits(choice, contexts), _reasons(choice), _flags(choice)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _head(choice: Choice) -> list[str]:
+    request, geometry = choice.request, choice.best.geometry
+    state = "float32" if request.state_dtype == "auto" else request.state_dtype
+    return [
+        f"Model: {len(geometry.kda_layers)} KDA and {len(geometry.mla_layers)} MLA layers in {request.dtype}, "
+        f"recurrent state in {state}",
+        f"Machine: {choice.machine.describe()}",
+        f"Asked: {request.concurrency:,} at once of {request.context:,} tokens",
+        f"Chosen: {choice.best.describe()}",
+    ]
+
+
+def _memory(choice: Choice) -> list[str]:
+    context, held, ranks = choice.request.context, choice.best.forecast, choice.best.tensor_parallel
+    count = choice.per_server
+    kda, latent = held.kda_bytes(count), held.latent_bytes(count, context)
+    cache = held.cache_bytes(count, context)
+    rows = [
+        ("weights", held.weights),
+        ("activations, estimated", held.activations),
+        ("runtime, allowed for", held.runtime),
+        ("KDA state", kda),
+        ("latent KV", latent),
+        ("padding of cache blocks", cache - kda - latent),
+        ("headroom", held.cache - cache),
+        ("in all", held.memory),
+    ]
+    names = ["rank 0"] if ranks == 1 else [f"rank {rank}" for rank in range(ranks)]
+    title = f"Memory of a server with {count:,} of {tokens(context)} tokens, GiB"
+    body = [f"  {name:<24}" + "".join(f"{size / GIB:>10.3f}" for _ in names) for name, size in rows]
+    return [title, " " * 26 + "".join(f"{name:>10}" for name in names), *body]
+
+
+def _fits(choice: Choice, contexts: Sequence[int]) -> list[str]:
+    rows = [
+        f"  {each.describe() + (', chosen' if each is choice.best else ''):<32}"
+        + "".join(f"{each.sequences(context):>10,}" for context in contexts)
+        for each in choice.layouts
+    ]
+    return ["Sequences that fit at once", " " * 34 + "".join(f"{tokens(each):>10}" for each in contexts), *rows]
+
+
+def _reasons(choice: Choice) -> list[str]:
+    request, best, plan = choice.request, choice.best, choice.best.forecast.plan
+    held_by = "every rank" if request.context_parallel == 1 else f"one in {request.context_parallel} ranks"
+    reasons = [
+        f"A sequence takes {plan.kda_state_bytes_per_sequence / MIB:.2f} MiB of KDA state on a rank, whatever its "
+        f"length, and {plan.mla_bytes_per_token:,} bytes a token of latent KV, which {held_by} holds: more tensor "
+        "parallelism shrinks weights and state, not the latent KV.",
+        *_comparisons(choice),
+    ]
+    if best.servers > 1:
+        reasons.append(f"The {best.servers} servers are replicas for the gateway, each with all weights on its GPUs.")
+    if (spread := best_spread(choice)) and spread.sequences(request.context) > best.sequences(request.context):
+        reasons.append(
+            f"Decode context parallelism beats them: it spreads the latent KV, and {spread.describe()} with "
+            f"--decode-context-parallel {spread.tensor_parallel} would hold {spread.sequences(request.context):,} of "
+            f"{tokens(request.context)}. It is untried with this model, so it has to be asked for."
+        )
+    if "auto_map" in request.config:
+        reasons.append("The checkpoint brings code of its own; if you trust it, start it with --trust-remote-code.")
+    if choice.machine.device == "cpu" and best.tensor_parallel > 1:
+        reasons.append('Set VLLM_CPU_OMP_THREADS_BIND to one group of cores a rank, for example "0|1".')
+    return ["Why", *(f"- {reason}" for reason in reasons)]
+
+
+def _comparisons(choice: Choice) -> list[str]:
+    """What the best layout of more replicas would hold, and the best of more tensor parallelism."""
+    best, context = choice.best, choice.request.context
+    reasons = []
+    for name, layouts in (
+        ("More replicas", [each for each in choice.layouts if each.servers > best.servers]),
+        ("More tensor parallelism", [each for each in choice.layouts if each.tensor_parallel > best.tensor_parallel]),
+    ):
+        if layouts:
+            other = max(layouts, key=lambda each: each.sequences(context))
+            here, there = best.sequences(context), other.sequences(context)
+            text = f"{name}: {other.describe()} would hold {there:,} of {tokens(context)}, the chosen layout {here:,}."
+            if there > here:  # where one server was asked for
+                text += " To have them, use `kimi-linear plan` and the gateway."
+            reasons.append(text)
+    return reasons
+
+
+def _flags(choice: Choice) -> list[str]:
+    rows = [(f"{each.flag}: {json.dumps(each.value)}", each.reason) for each in settings(choice)]
+    return ["Flags of each server", *(f"  {flag:<36}{reason}" for flag, reason in rows)]
+
+
+def commands(choice: Choice, model: str | None, config: str) -> list[str]:
+    """What starts the servers, one shell line each."""
+    best, ranks = choice.best, choice.best.tensor_parallel
+    lines = []
+    for index in range(best.servers):
+        gpus = ",".join(str(index * ranks + rank) for rank in range(ranks))
+        where = f"CUDA_VISIBLE_DEVICES={gpus} " if best.servers > 1 else ""
+        command = ["vllm", "serve", *([] if model else ["MODEL"]), "--config", config, "--port", str(8000 + index)]
+        lines.append(where + shlex.join(command))
+    return lines
