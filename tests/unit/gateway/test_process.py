@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kimi_demo.server import free_port
 from kimi_server.cli import main
 from kimi_server.gateway import Gateway
 from kimi_server.keys import Keyring
@@ -23,7 +24,6 @@ from kimi_server.process import Server
 from kimi_server.settings import ReplicaSettings, Settings
 from tests.support.upstream import Upstream, serving
 from tests.unit.gateway.conftest import CHAT
-from vllm_kimi_linear.launch import free_port
 
 COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; sys.exit(main())", "gateway"]
 STREAM = CHAT | {"stream": True}

@@ -28,6 +28,7 @@ PACKAGES = {
     "vllm_kimi_linear": "vllm_kimi_linear",
     "kda_kernels": "kernels/kda_kernels",
     "kimi_server": "server/kimi_server",
+    "kimi_demo": "examples/kimi_demo",
 }
 
 
@@ -68,7 +69,7 @@ def bare_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Path, clean_copy: Path) -> None:
+def test_wheel_holds_every_file_of_the_four_packages_and_no_other(wheel: Path, clean_copy: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = set()
     for package, folder in PACKAGES.items():
@@ -101,6 +102,7 @@ def test_installed_wheel_alone(bare_python: Path) -> None:
 import importlib.util, json, sys
 from importlib import metadata
 import kimi_server, vllm_kimi_linear
+FOLDERS = ("demo_model", "examples", "kernels", "server")
 plugins = metadata.entry_points(group="vllm.general_plugins")
 print(json.dumps({
     "version": [metadata.version("vllm-kimi-linear"), vllm_kimi_linear.__version__],
@@ -108,7 +110,7 @@ print(json.dumps({
     "works_with": metadata.metadata("vllm-kimi-linear").get_all("Requires"),
     "plugins": {plugin.name: plugin.value for plugin in plugins},
     "callable": all(callable(plugin.load()) for plugin in plugins),
-    "found": [name for name in ("kda_kernels", "kernels", "server") if importlib.util.find_spec(name)],
+    "found": [name for name in ("kda_kernels", "kimi_demo", *FOLDERS) if importlib.util.find_spec(name)],
     "heavy": sorted({"torch", "vllm", "triton", "transformers"} & set(sys.modules)),
 }))
 """
@@ -118,7 +120,7 @@ print(json.dumps({
     assert seen["version"][0] == seen["version"][1]
     assert seen["plugins"] == {"kimi_linear": "vllm_kimi_linear:register"}
     assert seen["callable"]
-    assert seen["found"] == ["kda_kernels"]
+    assert seen["found"] == ["kda_kernels", "kimi_demo"]
     assert seen["heavy"] == []
     assert all("extra ==" in line for line in seen["requires"]), "the base distribution fetches nothing"
     [vllm] = map(Requirement, seen["works_with"])
