@@ -44,7 +44,7 @@ demo: install ## serve a small trained model, ask it about a log, compare with t
 
 serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo checkpoint)
 ifeq ($(MODEL),$(DEMO_MODEL))
-	@$(BIN)/python -m vllm_kimi_linear.demo --out $(DEMO_MODEL)
+	@$(BIN)/python -m kimi_demo.checkpoint --out $(DEMO_MODEL)
 	@exec $(BIN)/vllm serve $(MODEL) $(DEMO_ARGS) $(ARGS)
 else
 	@exec $(BIN)/vllm serve $(MODEL) $(ARGS)

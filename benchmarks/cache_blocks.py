@@ -30,7 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kimi_linear import demo
+from kimi_demo.checkpoint import write_checkpoint
 from vllm_kimi_linear.cache.layout import cache_layout, kda_state_shapes
 from vllm_kimi_linear.cache.policy import kept_boundaries
 from vllm_kimi_linear.cache.spec import KdaSpec
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        demo.write_checkpoint(Path(folder))
+        write_checkpoint(Path(folder))
         config = EngineArgs(
             folder,
             dtype="bfloat16",

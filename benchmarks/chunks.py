@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.h200 import CONFIG, DUMMY, ENV, MILLION, ROUTING, START_LIMIT, machine
 from benchmarks.load import Load
-from vllm_kimi_linear.launch import Server
+from kimi_demo.server import Server
 
 CHUNKS = (16384, 8192)
 PROMPTS = (40_000, MILLION)

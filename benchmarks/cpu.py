@@ -22,10 +22,10 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-from vllm_kimi_linear import demo
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.server import DEFAULT_ENV
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import DEFAULT_ENV
 
 PREFILLS = (512, 4096)
 DECODES = (1, 16)
@@ -100,9 +100,9 @@ def measure_transformers(model: Path, dtype: str) -> dict[str, float]:
     """Tokens a second of transformers' generate, sequences of equal length in one batch."""
     import torch
 
-    from vllm_kimi_linear.oracle import Oracle
+    from kimi_demo.reference import HfReference
 
-    reference = Oracle(model, getattr(torch, dtype)).model
+    reference = HfReference(model, getattr(torch, dtype)).model
     vocab = reference.config.vocab_size
     seeds = iter(range(1 << 30))
 
@@ -137,7 +137,7 @@ def measure_start(model: Path) -> dict[str, float]:
     """Seconds from `vllm serve` to the first token, by what the log says was reached."""
     from openai import OpenAI
 
-    from vllm_kimi_linear.launch import Server
+    from kimi_demo.server import Server
 
     reached = {
         "API server imported, flags read": "non-default args",
@@ -330,9 +330,9 @@ def main() -> None:
         print(json.dumps(measures[what](*rest)))
         return
     if not (args.model / "config.json").exists():
-        demo.write_checkpoint(args.model, "bench")
+        write_checkpoint(args.model, "bench")
     if not (small / "config.json").exists():
-        demo.write_checkpoint(small)
+        write_checkpoint(small)
     results = {}
     jobs = ["floor", "start", *(f"profile {sequences}" for sequences in DECODES)]
     jobs += [f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers")]

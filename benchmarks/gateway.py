@@ -32,8 +32,8 @@ from typing import Any
 import httpx
 
 from benchmarks.load import Load, percentile
-from vllm_kimi_linear import demo
-from vllm_kimi_linear.launch import DEFAULT_ENV, Server, free_port
+from kimi_demo import checkpoint
+from kimi_demo.server import DEFAULT_ENV, Server, free_port
 
 VOCAB = 1024  # of the demo checkpoint
 FLAGS = ("--dtype=float32", "--max-model-len=131072", "--kv-cache-memory-bytes=1G", "--max-num-batched-tokens=2048")
@@ -313,7 +313,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no server is left behind
     os.environ.update({name: os.environ.get(name, value) for name, value in DEFAULT_ENV.items()})
-    demo.main(["--out", str(args.model)])
+    checkpoint.main(["--out", str(args.model)])
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.gateway --out docs/benchmarks/gateway.md"

@@ -30,10 +30,10 @@ import httpx
 
 from benchmarks import trace
 from benchmarks.load import Load, late_tpot, percentile, steady_tpot
+from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
 
 CONFIG = Path(__file__).with_name("config_48b.json")
 PAGE = Path("docs/benchmarks/h200.md")

@@ -18,10 +18,10 @@ import httpx
 import numpy
 import psutil
 
-from vllm_kimi_linear import demo
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
 
 K, MIB, GIB = 1024, 1 << 20, 1 << 30
 CACHE = 5 * GIB
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[tuple[int, float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        demo.write_checkpoint(model)
+        write_checkpoint(model)
         geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
         with Server(model, FLAGS, log_path=Path(folder) / "server.log") as server:
             seconds(server, K)

@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 
 from benchmarks import heat_map
 from examples.demo_model.conversations import KINDS, Asker, Log, Question, make_log
-from vllm_kimi_linear.launch import Server
+from kimi_demo.server import Server
 
 K = 1024
 MODEL = Path("examples/demo_model/checkpoint")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kimi_linear import demo
-from vllm_kimi_linear.launch import Server
+from kimi_demo import checkpoint
+from kimi_demo.server import Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -58,7 +58,7 @@ class ServerPool:
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint of seed 0."""
     path = tmp_path_factory.mktemp("demo")
-    demo.main(["--out", str(path)])
+    checkpoint.main(["--out", str(path)])
     return path
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from examples.demo_model import words
 from examples.demo_model.conversations import KINDS, Asker, make_log
-from vllm_kimi_linear.demo_tokenizer import fast_tokenizer
+from kimi_demo.tokenizer import fast_tokenizer
 
 ODDS = {"find": 40, "latest": 25, "several": 12, "absent": 15, "repeat": 8}
 TURN_TOKENS = 36

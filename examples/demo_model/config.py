@@ -3,7 +3,7 @@
 from typing import Any
 
 from examples.demo_model import words
-from vllm_kimi_linear.demo import DEMO
+from kimi_demo.presets import DEMO
 
 CONFIG: dict[str, Any] = DEMO | {
     "dtype": "bfloat16",

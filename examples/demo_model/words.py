@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from vllm_kimi_linear.demo_tokenizer import Vocabulary, vocabulary_of_words, write_fast_tokenizer
+from kimi_demo.tokenizer import Vocabulary, vocabulary_of_words, write_fast_tokenizer
 
 VOCABULARY_SIZE = 768
 

@@ -18,9 +18,9 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
 
     def run(args: argparse.Namespace) -> int:
-        from vllm_kimi_linear import tour
+        from kimi_demo import demo
 
-        return tour.run(args.dir, args.prompt, args.tokens)
+        return demo.run(args.dir, args.prompt, args.tokens)
 
     return run
 

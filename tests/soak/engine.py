@@ -7,13 +7,13 @@ from pathlib import Path
 
 import httpx
 
+from kimi_demo.demo import TRAINED
+from kimi_demo.server import Server
 from tests.soak.asking import Tally, ask, cold
 from tests.soak.traffic import LONGEST, Asked, Traffic
 from tests.support.completions import Completions
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.tour import TRAINED
 
 CONTEXT = 10 * 1024  # of the longest sequence
 CACHE_SEQUENCES = 3  # of that length: less than runs at once, so that blocks are evicted and requests preempted

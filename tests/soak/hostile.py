@@ -6,8 +6,8 @@ import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from kimi_demo.server import free_port
 from tests.soak.asking import Tally, sentence_of
-from vllm_kimi_linear.launch import free_port
 
 READ_SECONDS = 120
 SENTENCE_BYTES = 1 << 16  # an error that is longer is no sentence

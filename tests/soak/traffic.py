@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from examples.demo_model.conversations import make_log
-from vllm_kimi_linear.tour import TRAINED
+from kimi_demo.demo import TRAINED
 
 LONGEST = 9000  # tokens of a prompt
 TOKENS = 48  # of a greedy answer

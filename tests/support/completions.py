@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from vllm_kimi_linear.launch import Server
+from kimi_demo.server import Server
 
 
 @dataclass(frozen=True)

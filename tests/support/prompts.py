@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kimi_demo.reference import HfReference, Score
 from tests.support.completions import Answer
-from vllm_kimi_linear.oracle import Oracle, Score
 
 # Two right fp32 implementations differ a little: here by up to 3e-5 in a logprob, and in the distance of two router
 # scores by 2e-6 as a rule, 5e-6 at most (`test_answers.py` measures them). Where the reference's own choice hangs on
@@ -53,24 +53,24 @@ def is_well_posed(score: Score) -> bool:
     return score.margin > MARGIN and score.router_gap > ROUTER_GAP
 
 
-def greedy(oracle: Oracle, prompt: Sequence[int], guess: Sequence[int]) -> Score:
+def greedy(reference: HfReference, prompt: Sequence[int], guess: Sequence[int]) -> Score:
     """The reference's own greedy answer of len(guess) tokens.
 
     One pass over prompt and guess settles it if the guess is that answer: the reference then takes each of its
     tokens after those before it. A wrong guess costs the time to decode from the first wrong token on.
     """
-    score = oracle.score(prompt, guess)
+    score = reference.score(prompt, guess)
     if score.agrees:
         return score
     right = next(i for i, (a, b) in enumerate(zip(score.argmax, guess, strict=True)) if a != b)
     known = [*guess[:right], score.argmax[right]]
     rest = len(guess) - len(known)
-    answer = known + (oracle.greedy([*prompt, *known], rest) if rest else [])
-    return oracle.score(prompt, answer)
+    answer = known + (reference.greedy([*prompt, *known], rest) if rest else [])
+    return reference.score(prompt, answer)
 
 
 def draw_cases(
-    oracle: Oracle,
+    reference: HfReference,
     wanted: Sequence[tuple[Callable[[], list[int]], int]],
     guess: Callable[[list[tuple[list[int], int]]], list[Answer]],
 ) -> list[Case]:
@@ -83,7 +83,7 @@ def draw_cases(
     while missing := [i for i in range(len(wanted)) if i not in cases]:
         asked = [(wanted[i][0](), wanted[i][1]) for i in missing]
         for i, (prompt, _), guessed in zip(missing, asked, guess(asked), strict=True):
-            score = greedy(oracle, prompt, guessed.tokens)
+            score = greedy(reference, prompt, guessed.tokens)
             if is_well_posed(score):
                 cases[i] = Case(prompt, score)
             else:

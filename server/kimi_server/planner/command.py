@@ -14,6 +14,7 @@ from kimi_server.planner import report, sizes
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.serve_config import yaml
+from kimi_server.vllm_program import vllm_program
 from vllm_kimi_linear.config.errors import ConfigError
 
 
@@ -67,15 +68,13 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from vllm_kimi_linear import launch
-
     choice = _choice(args, one_server=True)
     print(report.report(choice), flush=True)
     if args.out is None:
         folder = Path(tempfile.mkdtemp(prefix="kimi-linear-"))
         args.out = folder / "serve.yaml"
     _write(args.out, yaml(choice, _served_name(args.model)))
-    command = [*launch.vllm_program(), "serve", args.model, "--config", str(args.out), *args.further]
+    command = [*vllm_program(), "serve", args.model, "--config", str(args.out), *args.further]
     print(f"\nStart\n  {shlex.join(command)}", flush=True)
     os.execvp(command[0], command)
 

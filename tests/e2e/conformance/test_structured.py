@@ -9,8 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from vllm_kimi_linear import demo
-from vllm_kimi_linear.demo_tokenizer import build_vocabulary
+from kimi_demo.presets import DEMO
+from kimi_demo.tokenizer import build_vocabulary
 
 row = pytest.mark.conformance
 
@@ -57,7 +57,7 @@ PERSON = {
 
 # The grammar lets the model spell a call's control tokens letter by letter as well, which the parser of a stream
 # does not read as control tokens; a trained model takes the tokens, the random one is told to.
-VOCABULARY = build_vocabulary(demo.DEMO["vocab_size"])
+VOCABULARY = build_vocabulary(DEMO["vocab_size"])
 CONTROLS = {str(VOCABULARY.special_id(s)): 100 for s in VOCABULARY.specials if s.startswith("<|tool_call")}
 # Nor should it dwell on the white space that JSON allows between any two signs.
 TERSE = {str(i): -100 for i, token in enumerate(VOCABULARY.tokens) if token.isspace()}

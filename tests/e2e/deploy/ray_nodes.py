@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_kimi_linear.launch import DEFAULT_ENV
+from kimi_demo.server import DEFAULT_ENV
 
 NODES = {"kimi-ray-a": "10.77.0.1", "kimi-ray-b": "10.77.0.2"}
 HEAD, WORKER = NODES

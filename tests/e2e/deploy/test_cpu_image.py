@@ -168,7 +168,7 @@ def test_nothing_of_this_machine_is_in_the_image(buildah: Buildah, container: st
 
 def test_serves_offline_as_an_ordinary_user(buildah: Buildah, container: str, weights: Path, tmp_path: Path) -> None:
     """The demo checkpoint is written by the image itself, then served from a volume that is read-only."""
-    write = ["python3", "-m", "vllm_kimi_linear.demo", "--out", "/weights/demo"]
+    write = ["python3", "-m", "kimi_demo.checkpoint", "--out", "/weights/demo"]
     output(*buildah.run(container, weights, write))
     config = json.loads(buildah("inspect", "--type=image", IMAGE))["Docker"]["config"]
     check_health = buildah.run(container, weights, config["Healthcheck"]["Test"][1:], "ro")

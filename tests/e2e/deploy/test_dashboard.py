@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
-from vllm_kimi_linear.launch import Server
 
 BOARD = Path(__file__).resolve().parents[3] / "deploy/grafana/dashboards/kimi-linear.json"
 # (type, labels) of the gateway's metrics without their prefix.

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from vllm_kimi_linear.launch import free_port
+from kimi_demo.server import free_port
 
 ROUTER = Path(__file__).resolve().parents[3] / "deploy/router.md"
 LITELLM = os.environ.get("LITELLM", "")

@@ -13,8 +13,8 @@ from examples.demo_model import batches, figure4, train, words
 from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS, MOST_RECORDS, Asker, make_log
 from examples.demo_model.network import KimiLinear
+from kimi_demo.reference import HfReference
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.oracle import Oracle
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +100,9 @@ def test_the_network_is_transformers(tmp_path: Path):
     ids = torch.randint(0, words.VOCABULARY_SIZE, (2, 150))
     with torch.no_grad():
         logits = model.lm_head(model(ids))
-    oracle = Oracle(tmp_path)
+    reference = HfReference(tmp_path)
     for row, ours in zip(ids, logits, strict=True):
-        assert (ours - oracle.logits(row.tolist())).abs().max() < 1e-4
+        assert (ours - reference.logits(row.tolist())).abs().max() < 1e-4
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -112,7 +112,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         train.main()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert Oracle(tmp_path / "checkpoint").logits([1, 2, 3]).isfinite().all()
+    assert HfReference(tmp_path / "checkpoint").logits([1, 2, 3]).isfinite().all()
 
 
 @pytest.mark.parametrize("task", figure4.TASKS)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
+from kimi_demo.server import Server
 from kimi_server.gateway.config.settings import ReplicaSettings
 from kimi_server.gateway.request.parsed_request import plain_prompt, read_question
 from kimi_server.gateway.request.prompt_size import TEMPLATE
@@ -28,7 +29,6 @@ from kimi_server.gateway.upstream.token_counter import Counts
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
 from tests.unit.gateway.test_process import Process
-from vllm_kimi_linear.launch import Server
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG = 1500  # tokens of an answer that is still running when something happens

@@ -59,7 +59,7 @@ def bare_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Path, clean_copy: Path) -> None:
+def test_wheel_holds_every_file_of_the_four_packages_and_no_other(wheel: Path, clean_copy: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = set()
     for package, folder in PACKAGES.items():
@@ -82,7 +82,7 @@ def test_wheel_is_built_without_a_compiler(clean_copy: Path, tmp_path: Path) -> 
     built = shutil.ignore_patterns("build", "*.egg-info")
     copy = shutil.copytree(clean_copy, tmp_path / "copy", ignore=built)
     names = zipfile.ZipFile(build_wheel(copy, tmp_path / "out", CC="false")).namelist()
-    assert "kda_kernels/ops.py" in names
+    assert "kda_kernels/interface.py" in names
     assert not [name for name in names if name.endswith(".so")]
 
 
@@ -92,6 +92,7 @@ def test_installed_wheel_alone(bare_python: Path) -> None:
 import importlib.util, json, sys
 from importlib import metadata
 import kimi_server, vllm_kimi_linear
+FOLDERS = ("demo_model", "examples", "kernels", "server")
 plugins = metadata.entry_points(group="vllm.general_plugins")
 print(json.dumps({
     "version": [metadata.version("vllm-kimi-linear"), vllm_kimi_linear.__version__],
@@ -99,7 +100,7 @@ print(json.dumps({
     "works_with": metadata.metadata("vllm-kimi-linear").get_all("Requires"),
     "plugins": {plugin.name: plugin.value for plugin in plugins},
     "callable": all(callable(plugin.load()) for plugin in plugins),
-    "found": [name for name in ("kda_kernels", "kernels", "server") if importlib.util.find_spec(name)],
+    "found": [name for name in ("kda_kernels", "kimi_demo", *FOLDERS) if importlib.util.find_spec(name)],
     "heavy": sorted({"torch", "vllm", "triton", "transformers"} & set(sys.modules)),
 }))
 """
@@ -109,7 +110,7 @@ print(json.dumps({
     assert seen["version"][0] == seen["version"][1]
     assert seen["plugins"] == {"kimi_linear": "vllm_kimi_linear:register"}
     assert seen["callable"]
-    assert seen["found"] == ["kda_kernels"]
+    assert seen["found"] == ["kda_kernels", "kimi_demo"]
     assert seen["heavy"] == []
     assert all("extra ==" in line for line in seen["requires"]), "the base distribution fetches nothing"
     [vllm] = map(Requirement, seen["works_with"])

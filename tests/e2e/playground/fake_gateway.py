@@ -12,8 +12,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from kimi_demo.server import free_port
 from kimi_server.playground import page
-from vllm_kimi_linear.launch import free_port
 
 CONTEXT: dict[str, Any] = {
     "model": "kimi-linear",

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
 from tests.support.prompts import Case, Stream, draw_cases, sizes
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 
 @pytest.fixture(scope="session")
-def oracle(demo_model: Path) -> Oracle:
+def reference(demo_model: Path) -> HfReference:
     # One thread: on few cores, threads of the reference and of a server that waits for each other cost more.
     torch.set_num_threads(1)
-    return Oracle(demo_model)
+    return HfReference(demo_model)
 
 
 @pytest.fixture(scope="session")
-def vocab(oracle: Oracle) -> int:
-    return oracle.model.config.vocab_size
+def vocab(reference: HfReference) -> int:
+    return reference.model.config.vocab_size
 
 
 @pytest.fixture
@@ -33,20 +33,20 @@ def server(servers: Callable[..., Server], demo_model: Path) -> Completions:
 
 
 @pytest.fixture(scope="session")
-def cases(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+def cases(reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
     """24 prompts of 1 to 2,000 tokens with the reference's greedy answers of up to 300."""
     server = Completions(servers(demo_model, *FLAGS))
     stream = Stream(vocab, seed=1)
     wanted = [(partial(stream.prompt, length), tokens) for length, tokens in sizes()]
-    return draw_cases(oracle, wanted, server.at_once)
+    return draw_cases(reference, wanted, server.at_once)
 
 
 @pytest.fixture(scope="session")
-def growing(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+def growing(reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
     """24 prompts of 100 tokens with answers of 60.
 
     A server with few blocks admits as many as fit with their prompts, and no schedule lets them all have their answers.
     """
     server = Completions(servers(demo_model, *FLAGS))
     stream = Stream(vocab, seed=12)
-    return draw_cases(oracle, [(partial(stream.prompt, 100), 60)] * 24, server.at_once)
+    return draw_cases(reference, [(partial(stream.prompt, 100), 60)] * 24, server.at_once)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference
 from tests.support.completions import Completions
 from tests.support.prompts import LOGPROB_TOLERANCE, MARGIN, ROUTER_GAP, Case, Stream, check, is_well_posed
-from vllm_kimi_linear.oracle import Oracle
 
 
 def test_the_cases_are_what_they_should_be(cases: list[Case]):
@@ -21,20 +21,20 @@ def test_the_cases_are_what_they_should_be(cases: list[Case]):
         assert len(set(case.score.answer)) > len(case.score.answer) / 4
 
 
-def test_cases_decoded_step_by_step_are_the_same(cases: list[Case], oracle: Oracle):
+def test_cases_decoded_step_by_step_are_the_same(cases: list[Case], reference: HfReference):
     for case in [case for case in cases if len(case.prompt) in (3, 65)]:
-        assert oracle.greedy(*case.asked) == case.score.answer
+        assert reference.greedy(*case.asked) == case.score.answer
 
 
-def test_the_bounds_are_above_the_noise(oracle: Oracle, vocab: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_bounds_are_above_the_noise(reference: HfReference, vocab: int, monkeypatch: pytest.MonkeyPatch):
     """The noise: what changes in the reference when it computes the same recurrence in its other form."""
     from transformers.models.kimi_linear import modeling_kimi_linear as modeling
 
     prompt = Stream(vocab, seed=2).prompt(200)
-    chunked, gaps = _logprobs_and_gaps(oracle, prompt)
+    chunked, gaps = _logprobs_and_gaps(reference, prompt)
     recurrent = modeling.recurrent_kimi_delta_attention
     monkeypatch.setattr(modeling, "chunk_kimi_delta_attention", lambda *args, **kw: recurrent(*args, **kw))
-    stepped, other_gaps = _logprobs_and_gaps(oracle, prompt)
+    stepped, other_gaps = _logprobs_and_gaps(reference, prompt)
     best = chunked.topk(2).indices
     one, other = chunked.gather(1, best), stepped.gather(1, best)
     noises = {
@@ -49,7 +49,7 @@ def test_the_bounds_are_above_the_noise(oracle: Oracle, vocab: int, monkeypatch:
 
 
 @torch.inference_mode()
-def _logprobs_and_gaps(oracle: Oracle, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _logprobs_and_gaps(reference: HfReference, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprobs [T, vocab] and, for every routed layer, last chosen minus first refused score [layers, T]."""
     gaps: list[torch.Tensor] = []
 
@@ -57,10 +57,10 @@ def _logprobs_and_gaps(oracle: Oracle, prompt: list[int]) -> tuple[torch.Tensor,
         best = (output[0].sigmoid() + router.e_score_correction_bias).topk(router.top_k + 1).values
         gaps.append(best[:, -2] - best[:, -1])
 
-    routers = [layer.mlp.gate for layer in oracle.model.model.layers if hasattr(layer.mlp, "gate")]
+    routers = [layer.mlp.gate for layer in reference.model.model.layers if hasattr(layer.mlp, "gate")]
     hooks = [router.register_forward_hook(keep) for router in routers]
     try:
-        logprobs = oracle.logits(prompt).log_softmax(-1)
+        logprobs = reference.logits(prompt).log_softmax(-1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kimi_demo.server import Server
 from tests.support.completions import Completions
 from tests.support.prompts import Stream
-from vllm_kimi_linear.launch import Server
 
 FLAGS = (
     "--dtype=float32",

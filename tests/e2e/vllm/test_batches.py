@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from kimi_demo.server import Server
 from tests.support.completions import Answer, Completions
 from tests.support.load import ENDLESS, cancelled, first, mixed
 from tests.support.prompts import Case, check
-from vllm_kimi_linear.launch import Server
 
 CHUNK = 64
 NARROW_FLAGS = (

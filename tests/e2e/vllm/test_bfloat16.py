@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.support.completions import Completions
 from tests.support.prompts import Stream
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 BFLOAT16_FLAGS = (
     "--dtype=bfloat16",
@@ -38,14 +38,14 @@ def bfloat16_server(request: pytest.FixtureRequest, servers: Callable[..., Serve
 
 
 @pytest.fixture(scope="module")
-def bfloat16_oracle(oracle: Oracle) -> Oracle:
-    return Oracle(oracle.path, torch.bfloat16)
+def bfloat16_reference(reference: HfReference) -> HfReference:
+    return HfReference(reference.path, torch.bfloat16)
 
 
-def divergence(reference: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """KL(reference || logprobs) of each row, in nats; both [T, vocab]."""
+def divergence(expected: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(expected || logprobs) of each row, in nats; both [T, vocab]."""
     assert torch.allclose(logprobs.exp().sum(-1), torch.ones(len(logprobs)), atol=1e-2)
-    return (reference.exp() * (reference - logprobs)).sum(-1)
+    return (expected.exp() * (expected - logprobs)).sum(-1)
 
 
 def table(rows: list[dict[str, Any]], vocab: int) -> torch.Tensor:
@@ -80,17 +80,17 @@ def written(server: Completions, ids: list[int], vocab: int) -> tuple[list[int],
 def test_divergence_from_fp32(
     way: Callable[..., tuple[list[int], int, torch.Tensor]],
     bfloat16_server: Completions,
-    bfloat16_oracle: Oracle,
-    oracle: Oracle,
+    bfloat16_reference: HfReference,
+    reference: HfReference,
     vocab: int,
 ):
     stream = Stream(vocab, seed=3)
     ours, theirs = [], []
     for _ in range(SEQUENCES):
         ids, first, logprobs = way(bfloat16_server, stream.prompt(LENGTH), vocab)
-        reference = oracle.logits(ids)[first:-1].log_softmax(-1)
-        ours.append(divergence(reference, logprobs))
-        theirs.append(divergence(reference, bfloat16_oracle.logits(ids)[first:-1].log_softmax(-1)))
+        expected = reference.logits(ids)[first:-1].log_softmax(-1)
+        ours.append(divergence(expected, logprobs))
+        theirs.append(divergence(expected, bfloat16_reference.logits(ids)[first:-1].log_softmax(-1)))
     our_mean, their_mean = torch.cat(ours).mean().item(), torch.cat(theirs).mean().item()
     print(f"mean KL: server {our_mean:.4f}, transformers {their_mean:.4f}, ratio {our_mean / their_mean:.3f}")
     assert 0 < our_mean <= RATIO * their_mean

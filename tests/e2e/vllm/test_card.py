@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.conftest import FLAGS
-from vllm_kimi_linear.demo import write_checkpoint
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 REPOSITORY = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
 CONTEXT = 1048576
@@ -104,7 +104,7 @@ def test_card_command(client: Any, snapshot: Path) -> None:
     assert model.max_model_len == CONTEXT
     assert (json.loads((snapshot / "config.json").read_text()))["auto_map"]
     tokenizer = AutoTokenizer.from_pretrained(snapshot, trust_remote_code=True)
-    oracle, rough = Oracle(snapshot), Oracle(snapshot, torch.bfloat16)
+    reference, rough = HfReference(snapshot), HfReference(snapshot, torch.bfloat16)
     same = rough_same = total = 0
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
@@ -121,7 +121,7 @@ def test_card_command(client: Any, snapshot: Path) -> None:
         tokens = choice.model_extra["token_ids"]
         assert len(tokens) == 24
         assert choice.message.content == tokenizer.decode(tokens, skip_special_tokens=True)
-        score = oracle.score(prompt, tokens)
+        score = reference.score(prompt, tokens)
         same += sum(map(int.__eq__, tokens, score.argmax))
         rough_same += sum(map(int.__eq__, rough.score(prompt, tokens).argmax, score.argmax))
         total += 24

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.reference import HfReference
 from tests.support.own_process import in_own_process
-from vllm_kimi_linear.demo import write_checkpoint
-from vllm_kimi_linear.oracle import Oracle
 
 # Layout -> what writes it.
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -140,7 +140,7 @@ def test_layout_answers_as_the_reference(layouts: dict[str, Path], answers: dict
         tensors = {n: t.view(1, 1, -1, 1) if n.endswith("A_log") else t for n, t in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     assert len(answers[layout]) == 24
-    score = Oracle(model).score(PROMPT, answers[layout])
+    score = HfReference(model).score(PROMPT, answers[layout])
     assert score.agrees
 
 

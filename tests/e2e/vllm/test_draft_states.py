@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from kimi_demo.server import Server
 from tests.support.completions import Completions
-from vllm_kimi_linear.launch import Server
 
 LEVEL = 1e-3  # a lead of a logprob below which two right computations in fp32 may take either token
 TOKENS = 24

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference, Score
+from kimi_demo.server import Server
 from tests.support.completions import Answer, Completions
 from tests.support.prompts import LENGTHS, Stream
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle, Score
 
 pytestmark = pytest.mark.gpu
 
@@ -67,15 +67,15 @@ def asked(vocab: int) -> list[tuple[list[int], int]]:
 class Judge:
     """The reference in fp32, and what bf16 costs it."""
 
-    def __init__(self, oracle: Oracle) -> None:
-        self.oracle, self.rough = oracle, Oracle(oracle.path, torch.bfloat16)
+    def __init__(self, reference: HfReference) -> None:
+        self.reference, self.rough = reference, HfReference(reference.path, torch.bfloat16)
         self.scores: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Score, list[int]]] = {}
 
     def score(self, prompt: list[int], answer: list[int]) -> tuple[Score, list[int]]:
         """And the tokens that transformers in bf16 takes in the same contexts."""
         key = tuple(prompt), tuple(answer)
         if key not in self.scores:
-            self.scores[key] = self.oracle.score(prompt, answer), self.rough.score(prompt, answer).argmax
+            self.scores[key] = self.reference.score(prompt, answer), self.rough.score(prompt, answer).argmax
         return self.scores[key]
 
     def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
@@ -101,8 +101,8 @@ class Judge:
 
 
 @pytest.fixture(scope="module")
-def judge(oracle: Oracle) -> Judge:
-    return Judge(oracle)
+def judge(reference: HfReference) -> Judge:
+    return Judge(reference)
 
 
 @pytest.fixture(params=WAYS)

@@ -9,13 +9,13 @@ import psutil
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.conftest import CORES
 from tests.support.completions import Completions
 from tests.support.prompts import LOGPROB_TOLERANCE, Stream
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 FLAGS = (
     "--dtype=float32",
@@ -43,12 +43,12 @@ def resident(server: Server) -> int:
     return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
 
 
-def check_end(oracle: Oracle, million: Completions, demo_model: Path, prompt: list[int]) -> None:
+def check_end(reference: HfReference, million: Completions, demo_model: Path, prompt: list[int]) -> None:
     before = resident(million.server)
     answer = asyncio.run(ask_end(million, prompt))
     grown = resident(million.server) - before
     torch.set_num_threads(len(CORES))  # the server is idle now
-    expected = oracle.long_logits(prompt, LAST).log_softmax(-1)
+    expected = reference.long_logits(prompt, LAST).log_softmax(-1)
     torch.set_num_threads(1)
     assert len(answer) == LAST
     for at, found in enumerate(answer):
@@ -77,13 +77,13 @@ async def ask_end(million: Completions, prompt: list[int]) -> list[dict[int, flo
     return [*inside, {int(name.removeprefix("token_id:")): logprob for name, logprob in top.items()}]
 
 
-def test_the_end_of_a_long_prompt(oracle: Oracle, million: Completions, demo_model: Path, vocab: int):
-    check_end(oracle, million, demo_model, Stream(vocab, seed=13).prompt(6_000))
+def test_the_end_of_a_long_prompt(reference: HfReference, million: Completions, demo_model: Path, vocab: int):
+    check_end(reference, million, demo_model, Stream(vocab, seed=13).prompt(6_000))
 
 
 @pytest.mark.soak
-def test_the_end_of_131072_tokens(oracle: Oracle, million: Completions, demo_model: Path, vocab: int):
+def test_the_end_of_131072_tokens(reference: HfReference, million: Completions, demo_model: Path, vocab: int):
     # Seed 13 alone has a router's choice hang on 4.8e-7 at position 130,769: rounding decides which expert it takes,
     # and what follows differs by 1e-2.
     prompt = Stream(vocab, seed=13).prompt(130_700) + Stream(vocab, seed=15).prompt(372)
-    check_end(oracle, million, demo_model, prompt)
+    check_end(reference, million, demo_model, prompt)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from kimi_demo.server import Server
 from tests.conftest import FLAGS, TWO_WORKERS
 from tests.support.completions import Completions
 from tests.support.prompts import Case, check
-from vllm_kimi_linear.launch import Server
 
 
 def check_together(cases: list[Case], server: Completions) -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from tests.support.load import mixed
 from tests.support.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 BLOCK, SMALL_BLOCK = 112, 16  # the default for the demo checkpoint in fp32, and one that is narrower than a state
 COMMON_FLAGS = (
@@ -54,20 +54,22 @@ def caching(request: pytest.FixtureRequest, servers: Callable[..., Server], demo
 
 
 @pytest.fixture(scope="session")
-def families(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+def families(reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
     """Prompts of eight shared prefixes, three continuations each."""
     server = Completions(servers(demo_model, *WIDE))
     stream = Stream(vocab, seed=7)
     wanted: list[tuple[Callable[[], list[int]], int]] = []
     for length in PREFIXES:
-        while oracle.score(prefix := stream.prompt(length), [0]).router_gap <= ROUTER_GAP:
+        while reference.score(prefix := stream.prompt(length), [0]).router_gap <= ROUTER_GAP:
             pass
         wanted += [(partial(_continue, prefix, stream, suffix), TOKENS) for suffix in SUFFIXES]
-    return draw_cases(oracle, wanted, partial(server.at_once, cold=True))
+    return draw_cases(reference, wanted, partial(server.at_once, cold=True))
 
 
 @pytest.fixture(scope="session")
-def conversations(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[list[Case]]:
+def conversations(
+    reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path
+) -> list[list[Case]]:
     """Turn by turn, the prompts of conversations: all that was said before, and some new tokens."""
     server = Completions(servers(demo_model, *WIDE))
     stream = Stream(vocab, seed=8)
@@ -75,7 +77,7 @@ def conversations(oracle: Oracle, vocab: int, servers: Callable[..., Server], de
     turns = []
     for new in TURNS:
         wanted = [(partial(_continue, before, stream, new), TOKENS) for before in said]
-        turn = draw_cases(oracle, wanted, partial(server.at_once, cold=True))
+        turn = draw_cases(reference, wanted, partial(server.at_once, cold=True))
         said = [case.prompt + case.score.answer for case in turn]
         turns.append(turn)
     return turns

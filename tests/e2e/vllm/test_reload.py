@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from kimi_demo.checkpoint import write_checkpoint
 from tests.support.own_process import in_own_process
-from vllm_kimi_linear.demo import write_checkpoint
 
 PROMPT = list(range(100, 160))
 # What a KDA layer holds itself, beside vLLM's linear layers: tensors of a checkpoint, and parameters.

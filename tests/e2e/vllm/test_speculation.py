@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from kimi_demo.reference import HfReference
+from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from tests.support.completions import Answer, Completions
 from tests.support.prompts import Case, Stream, check, draw_cases
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.oracle import Oracle
 
 DRAFTS = 3
 NGRAM = f'--speculative-config={{"method":"ngram","num_speculative_tokens":{DRAFTS},"prompt_lookup_max":2}}'
@@ -63,7 +63,7 @@ def caching(servers: Callable[..., Server], demo_model: Path) -> Completions:
 
 
 @pytest.fixture(scope="module")
-def repetitive(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
+def repetitive(reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
     """Prompts that say the same few words again and again."""
     stream = Stream(vocab, seed=11)
 
@@ -75,7 +75,7 @@ def repetitive(oracle: Oracle, vocab: int, servers: Callable[..., Server], demo_
         return prompt[:length]
 
     guess = Completions(servers(demo_model, *FLAGS)).at_once
-    return draw_cases(oracle, [(partial(draw, length), tokens) for length, tokens in SIZES], guess)
+    return draw_cases(reference, [(partial(draw, length), tokens) for length, tokens in SIZES], guess)
 
 
 def test_answers_with_drafts(repetitive: list[Case], drafting: Completions):

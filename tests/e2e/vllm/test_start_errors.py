@@ -13,11 +13,12 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import demo_config
+from kimi_demo.server import Server
 from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.demo import demo_config, write_checkpoint
-from vllm_kimi_linear.launch import Server
 
 REMOVED = object()  # a key that the config.json of the case lacks
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from openai import AsyncOpenAI
 
 from examples.demo_model.conversations import KINDS, Asker, Log, Question, make_log
-from vllm_kimi_linear.launch import Server
-from vllm_kimi_linear.tour import TRAINED
+from kimi_demo.demo import TRAINED
+from kimi_demo.server import Server
 
 FLAGS = (
     "--dtype=float32",

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kimi_demo.server import free_port
 from kimi_server.cli import main
 from kimi_server.gateway.config.settings import ReplicaSettings, Settings
 from kimi_server.gateway.gateway import Gateway
@@ -23,7 +24,6 @@ from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.server import Server
 from tests.support.upstream import Upstream, serving
 from tests.unit.gateway.conftest import CHAT
-from vllm_kimi_linear.launch import free_port
 
 COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; sys.exit(main())", "gateway"]
 STREAM = CHAT | {"stream": True}

@@ -6,8 +6,8 @@ import socket
 import httpx
 import pytest
 
+from kimi_demo.server import free_port
 from tests.support.upstream import Upstream
-from vllm_kimi_linear.launch import free_port
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}
 STREAM = CHAT | {"stream": True}

@@ -2,10 +2,10 @@
 
 import pytest
 
+from kimi_demo.server import free_port
 from kimi_server.gateway.upstream import replicas
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT
-from vllm_kimi_linear.launch import free_port
 
 
 def test_the_log_of_a_request(start, keys_file) -> None:

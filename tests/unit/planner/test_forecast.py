@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import demo_config
 from kimi_server.planner import forecast
-from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
 
@@ -22,9 +23,9 @@ PRESETS = ("demo", "one-mla", "dense")
 # Model -> config and dtypes. "odd": a vocabulary short of 64 words.
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "48b": (CONFIG_48B, ("bfloat16",)),
-    **{preset: (demo.demo_config(preset), ("float32", "bfloat16")) for preset in PRESETS},
-    "odd": (demo.demo_config() | {"vocab_size": 1000}, ("float32",)),
-    "tied": (demo.demo_config() | {"vocab_size": 1000, "tie_word_embeddings": True}, ("float32",)),
+    **{preset: (demo_config(preset), ("float32", "bfloat16")) for preset in PRESETS},
+    "odd": (demo_config() | {"vocab_size": 1000}, ("float32",)),
+    "tied": (demo_config() | {"vocab_size": 1000, "tie_word_embeddings": True}, ("float32",)),
 }
 CASES = [(model, dtype) for model, (_, dtypes) in MODELS.items() for dtype in dtypes]
 PLACES = ((1, 0), (2, 0), (2, 1))  # ranks and rank
@@ -139,13 +140,13 @@ def test_weights_are_those_of_the_built_model(built, model: str, dtype: str, ran
 def allocated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     folder = tmp_path_factory.mktemp("checkpoints")
     for preset in PRESETS:
-        demo.write_checkpoint(folder / preset, preset)
+        write_checkpoint(folder / preset, preset)
     return result(start("allocate", folder), folder)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cache_is_what_the_engine_allocates(allocated, preset: str) -> None:
-    geometry = Geometry.from_config(demo.demo_config(preset))
+    geometry = Geometry.from_config(demo_config(preset))
     plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=64 * MIB, prefix_caching=True)
     block = plan.bytes_per_sequence(4096) // plan.blocks_per_sequence(4096)
     assert allocated[preset] == [plan.num_blocks, plan.block_tokens, plan.num_blocks * block]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from kimi_demo.presets import demo_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.report import commands, report
-from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.layout import GIB
 from vllm_kimi_linear.config.errors import ConfigError
@@ -141,7 +141,7 @@ def test_rows_of_the_memory_table_add_up() -> None:
 
 
 def test_lengths_beyond_the_models_own_are_not_shown() -> None:
-    short = demo.demo_config() | {"model_max_length": 8192}
+    short = demo_config() | {"model_max_length": 8192}
     assert "128K" not in report(plan("1xH200", 8192, config=short))
     with pytest.raises(ConfigError, match="--context is 16,384; the model's longest is 8,192"):
         plan("1xH200", 16384, config=short)

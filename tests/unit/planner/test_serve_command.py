@@ -8,13 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import demo_config
+from kimi_demo.server import Server
 from kimi_server.planner.forecast import forecast
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
-from vllm_kimi_linear import demo
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server
 
 K, MIB = 1 << 10, 1 << 20
 CONTEXT = 8 * K
@@ -37,7 +38,7 @@ def flags(ranks: int) -> list[str]:
 
 
 def check_start(model: Path, preset: str, ranks: int, log: Path) -> None:
-    geometry = Geometry.from_config(demo.demo_config(preset), tensor_parallel=ranks)
+    geometry = Geometry.from_config(demo_config(preset), tensor_parallel=ranks)
     held = forecast(
         geometry, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
     )
@@ -90,7 +91,7 @@ def test_serve_starts_what_was_planned(demo_model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("preset", ["demo", "one-mla", "dense"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_plan_is_what_the_engine_allocates(tmp_path: Path, preset: str, ranks: int) -> None:
-    demo.write_checkpoint(tmp_path / "model", preset)
+    write_checkpoint(tmp_path / "model", preset)
     check_start(tmp_path / "model", preset, ranks, tmp_path / "server.log")
 
 
@@ -106,7 +107,7 @@ def test_what_cannot_fit_starts_nothing(demo_model: Path, capfd: pytest.CaptureF
 
 def test_memory_is_not_promised_twice() -> None:
     """Weights, activations and cache of the tests above are all of the memory that was given."""
-    geometry = Geometry.from_config(demo.demo_config())
+    geometry = Geometry.from_config(demo_config())
     held = forecast(
         geometry, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
     )

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kimi_demo.presets import demo_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import BATCH_TOKENS, Request, choose
 from kimi_server.planner.serve_config import settings, yaml
-from vllm_kimi_linear import demo
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 # Set whatever is asked, because long prompts need them and people forget them.
@@ -29,7 +29,7 @@ ALWAYS = {
 
 def chosen(device: str, **more: Any):
     place = ("cuda", "4xH200", None, 1) if device == "cuda" else ("cpu", None, "2G", 1)
-    config = CONFIG_48B if device == "cuda" else demo.demo_config()
+    config = CONFIG_48B if device == "cuda" else demo_config()
     asked: dict[str, Any] = {"config": config, "context": 131072, "concurrency": 2, "dtype": "bfloat16"}
     return choose(Request(**asked | more), machine(*place))
 

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import PRESETS, demo_config
 from kimi_server.planner.weight_bytes import weight_bytes
-from vllm_kimi_linear import demo
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import Geometry
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 
 
-@pytest.mark.parametrize("preset", [name for name in demo.PRESETS if name != "bench"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "bench"])
 def test_those_of_a_checkpoint(preset: str, tmp_path: Path) -> None:
-    demo.write_checkpoint(tmp_path, preset)
+    write_checkpoint(tmp_path, preset)
     size = (tmp_path / "model.safetensors").stat().st_size
-    geometry = Geometry.from_config(demo.demo_config(preset))
+    geometry = Geometry.from_config(demo_config(preset))
     assert 0 < size - weight_bytes(geometry, "bfloat16") < 64 * 1024  # the file's header
 
 
@@ -33,7 +34,7 @@ def test_a_pipeline_stage() -> None:
 def test_weights_of_a_rank() -> None:
     """Two ranks hold each tensor once, but for these, which each holds in full."""
     copies = ("norm.weight", "f_a_proj.weight", "g_a_proj.weight", "kv_a_proj_with_mqa.weight", "gate.weight")
-    config = demo.demo_config()
+    config = demo_config()
     one, two = (Geometry.from_config(config, tensor_parallel=ranks) for ranks in (1, 2))
     copied = sum(
         prod(w.shape) * (4 if w.name.endswith("bias") else 2)
@@ -46,7 +47,7 @@ def test_weights_of_a_rank() -> None:
 
 def test_tied_embeddings_lie_on_both_ends() -> None:
     """One matrix serves both, but the first and the last stage of a pipeline each need it."""
-    config = demo.demo_config()
+    config = demo_config()
     tied, untied = (Geometry.from_config(config | {"tie_word_embeddings": tie}) for tie in (True, False))
     matrix = config["vocab_size"] * config["hidden_size"] * 2
     whole, stages_of = weight_bytes, stages(untied, 2)

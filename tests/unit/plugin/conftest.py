@@ -1,17 +1,8 @@
-"""Checkpoints that several files of this folder use: the demo with code of its own, and another architecture."""
+"""A checkpoint that several files of this folder use: another architecture."""
 
 from pathlib import Path
 
 import pytest
-
-from vllm_kimi_linear import demo
-
-
-@pytest.fixture(scope="session")
-def remote_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("remote")
-    demo.write_checkpoint(path, remote_code=True)
-    return path
 
 
 @pytest.fixture(scope="session")

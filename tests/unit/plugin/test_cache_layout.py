@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import PRESETS, demo_config
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
@@ -131,9 +132,7 @@ def test_longest_context(limit: int) -> None:
 
 
 def test_no_kda_layers_no_state():
-    plan = layout.cache_layout(
-        Geometry.from_config(demo.demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB
-    )
+    plan = layout.cache_layout(Geometry.from_config(demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB)
     assert (plan.kda_state_bytes_per_sequence, plan.kda_groups, plan.mla_groups) == (0, 0, 1)
     assert plan.block_tokens == 16
     assert plan.num_blocks == MIB // (4 * 16 * 576 * 4)
@@ -145,19 +144,19 @@ def parameters(geometry: Geometry) -> int:
 
 def test_parameters():
     assert round(parameters(Geometry.from_config(CONFIG_48B)) / 1e9, 1) == 49.1
-    assert round(parameters(Geometry.from_config(demo.demo_config("bench"))) / 1e6) == 723
+    assert round(parameters(Geometry.from_config(demo_config("bench"))) / 1e6) == 723
 
 
-@pytest.mark.parametrize("preset", [name for name in demo.PRESETS if name != "bench"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "bench"])
 def test_weights_are_those_of_the_checkpoint(preset: str, tmp_path: Path):
     from safetensors import safe_open
 
-    count = demo.write_checkpoint(tmp_path, preset)
+    count = write_checkpoint(tmp_path, preset)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
         stored = {name: tuple(part.get_shape()) for name, part in slices.items()}
         fp32 = {name for name, part in slices.items() if part.get_dtype() == "F32"}
-    geometry = Geometry.from_config(demo.demo_config(preset))
+    geometry = Geometry.from_config(demo_config(preset))
     weights = list(tensors.weights(geometry))
     assert {w.name: w.shape for w in weights} == stored
     assert len(weights) == len(stored)
@@ -170,7 +169,7 @@ def stages(geometry: Geometry, count: int) -> list[range]:
     return [range(*pair) for pair in pairwise(ends)]
 
 
-@pytest.mark.parametrize("preset", ["48b", *demo.PRESETS])
+@pytest.mark.parametrize("preset", ["48b", *PRESETS])
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(("dtype", "state"), [("bfloat16", "bfloat16"), ("float32", "float32")])
 @pytest.mark.parametrize("tokens", [None, 1888])
@@ -188,7 +187,7 @@ def test_vllm_plans_the_same(preset: str, ranks: int, dtype: str, state: str, to
 
     from vllm_kimi_linear.cache.spec import KdaSpec
 
-    config = CONFIG_48B if preset == "48b" else demo.demo_config(preset)
+    config = CONFIG_48B if preset == "48b" else demo_config(preset)
     geometry = Geometry.from_config(config, tensor_parallel=ranks)
     if not geometry.kda_layers:
         pytest.skip("vLLM chooses the block of a model without recurrent states")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear import demo
+from kimi_demo.presets import PRESETS, demo_config
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
 
@@ -44,9 +44,9 @@ def test_the_48b():
     check_cpu(geometry)
 
 
-@pytest.mark.parametrize("preset", demo.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_demo_preset(preset: str):
-    config = demo.demo_config(preset)
+    config = demo_config(preset)
     geometry = Geometry.from_config(config)
     assert [i + 1 for i in geometry.mla_layers] == config["linear_attn_config"]["full_attn_layers"]
     check_cpu(geometry)

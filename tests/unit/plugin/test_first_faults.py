@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.launch import Server
 from vllm_kimi_linear.patches import first_faults
 
 COUNT = 2000

@@ -26,11 +26,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_kimi_linear
+from kimi_demo.presets import demo_config
 from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.demo import demo_config
 
 BLOCK, GROUPS = 256, (1, 2, 3)  # the KV cache groups of KDA layers; group 0 is the attention layers'
 LENGTH = 16384

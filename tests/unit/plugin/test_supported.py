@@ -59,6 +59,6 @@ def test_unsupported_is_without_prefix_caching(demo_model: Path, answers: list[i
 @pytest.fixture(scope="module")
 def answers(demo_model: Path) -> list[int]:
     """The reference's."""
-    from vllm_kimi_linear.oracle import Oracle
+    from kimi_demo.reference import HfReference
 
-    return Oracle(demo_model).greedy(PROMPT, 8)
+    return HfReference(demo_model).greedy(PROMPT, 8)

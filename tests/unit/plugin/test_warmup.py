@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from kimi_demo.checkpoint import write_checkpoint
 from tests.support.own_process import in_own_process
-from vllm_kimi_linear import demo
 
 
 def start(folder: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def start(folder: str) -> dict[str, Any]:
 
 
 def test_experts_are_rehearsed_and_a_failure_is_only_said(tmp_path: Path):
-    demo.write_checkpoint(tmp_path)
+    write_checkpoint(tmp_path)
     found = in_own_process(start, str(tmp_path), VLLM_LOGGING_LEVEL="ERROR")
     assert len(found["layers"]) > 1
     sizes = [1, 2, 4, 8, 16, 32, 64]

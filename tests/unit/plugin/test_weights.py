@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_kimi_linear import demo, weights
+from kimi_demo.presets import demo_config
+from kimi_demo.random_weights import RandomWeights
+from kimi_demo.tokenizer import build_vocabulary
+from vllm_kimi_linear import weights
 from vllm_kimi_linear.config.model import Geometry
 from vllm_kimi_linear.config.tensors import weights as tensors_of
-from vllm_kimi_linear.demo import demo_config
 
 Tensor = tuple[str, torch.Tensor]
 EXPERT = "model.layers.2.block_sparse_moe.experts.5.w2.weight"
@@ -29,8 +31,8 @@ def geometry() -> Geometry:
 def checkpoint() -> list[Tensor]:
     """The demo's tensors, as the demo itself writes them."""
     config = demo_config()
-    vocabulary = demo.build_vocabulary(config["vocab_size"])
-    return list(demo.Weights(config, vocabulary, seed=0, dtype="bfloat16"))
+    vocabulary = build_vocabulary(config["vocab_size"])
+    return list(RandomWeights(config, vocabulary, seed=0, dtype="bfloat16"))
 
 
 def load(geometry: Geometry, tensors: Iterator[Tensor] | list[Tensor]) -> set[str]:

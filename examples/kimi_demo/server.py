@@ -6,13 +6,14 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+
+from kimi_server.vllm_program import vllm_program
 
 # No model hub and no reporting. Threads unbound: by default vLLM ties each worker to cores from the first one on and
 # keeps others for its front end, which on a small machine is half of it, and the same half for every server.
@@ -40,12 +41,6 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise OSError("of 100 ports of the loopback interface none is free")
-
-
-def vllm_program() -> list[str]:
-    """The `vllm` command of this environment."""
-    script = Path(sys.executable).with_name("vllm")  # missing where packages lie beside an interpreter
-    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 class Server:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kimi_linear import tour
-from vllm_kimi_linear.launch import Server
+from kimi_demo import demo
+from kimi_demo.server import Server
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -21,5 +21,5 @@ def test_a_server_without_a_size_is_not_started(tmp_path: Path, monkeypatch: pyt
 
 def test_the_demo_asks_for_little_of_either_memory() -> None:
     shown = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for command in (shown.splitlines()[-1].replace(" ", "="), "=".join(tour.FLAGS)):
+    for command in (shown.splitlines()[-1].replace(" ", "="), "=".join(demo.FLAGS)):
         assert "--kv-cache-memory-bytes=" in command and "--gpu-memory-utilization=0.1" in command

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kimi_linear.demo_tokenizer import TRAINING_TEXT, build_vocabulary, vocabulary_of_words
+from kimi_demo.tokenizer import TRAINING_TEXT, build_vocabulary, vocabulary_of_words
 
 SPECIAL = ("[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>")
 TOOL = (

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from openai import OpenAI
 
-from vllm_kimi_linear import demo
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.server import Server, StartError
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import Geometry
-from vllm_kimi_linear.launch import Server, StartError
 
 if TYPE_CHECKING:
-    from vllm_kimi_linear.oracle import Score
+    from kimi_demo.reference import Score
 
 KV_BYTES = 256 << 20
 FLAGS = (
@@ -33,7 +33,7 @@ FLAGS = (
     "--gpu-memory-utilization=0.1",  # on a GPU so much must be free, however large the cache
     "--enable-prompt-tokens-details",
 )
-TRAINED = Path(__file__).parents[1] / "examples" / "demo_model"
+TRAINED = Path(__file__).parents[1] / "demo_model"
 PROMPT = "What do you remember of a very long document?"
 
 
@@ -91,7 +91,7 @@ def _subject(folder: Path, prompt: str | None) -> Subject:
         return Subject(TRAINED / "checkpoint", sample["log"], asked)
     model = folder / "model"
     with _step(f"Writing a small checkpoint with random weights, which talks no sense, to {model}"):
-        demo.write_checkpoint(model)
+        write_checkpoint(model)
     return Subject(model, "", [(prompt or PROMPT, None)])
 
 
@@ -189,9 +189,9 @@ def _agrees(model: Path, answer: Answer, exactly: bool) -> bool:
 
 def _score(model: Path, answer: Answer) -> "Score":
     """What the reference says of the answer."""
-    from vllm_kimi_linear.oracle import Oracle
+    from kimi_demo.reference import HfReference
 
-    return Oracle(model).score(answer.prompt_ids, answer.token_ids)
+    return HfReference(model).score(answer.prompt_ids, answer.token_ids)
 
 
 @contextlib.contextmanager

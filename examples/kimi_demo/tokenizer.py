@@ -243,7 +243,7 @@ def write_remote_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     """Writes tiktoken.model, the tokenizer's code and tokenizer_config.json, for --trust-remote-code."""
     ranks = (f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(vocabulary.tokens))
     (folder / "tiktoken.model").write_text("".join(ranks))
-    code = resources.files("vllm_kimi_linear.demo_remote") / "tokenization_kimi.py"
+    code = resources.files("kimi_demo.remote_code") / "tokenization_kimi.py"
     (folder / "tokenization_kimi.py").write_text(code.read_text())
     _write_tokenizer_config(
         vocabulary,

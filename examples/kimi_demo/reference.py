@@ -39,7 +39,7 @@ class Score:
         return sum(margin > self.clear_lead and best != taken for margin, best, taken in choices)
 
 
-class Oracle:
+class HfReference:
     """A checkpoint in transformers. Raises AssertionError if a tensor is missing or left over."""
 
     PIECE: ClassVar[int] = 4096  # tokens of a long prompt that KDA takes at a time
@@ -143,13 +143,6 @@ class Oracle:
             margins=(best.values[:, 0] - best.values[:, 1]).tolist(),
             router_gap=min(gaps),
         )
-
-    def well_posed(
-        self, prompt: Sequence[int], answer: Sequence[int], margin: float = 2e-4, router_gap: float = 5e-6
-    ) -> bool:
-        """Whether the rounding in which two right fp32 implementations differ cannot change the answer."""
-        score = self.score(prompt, answer)
-        return score.margin > margin and score.router_gap > router_gap
 
 
 def _router_gap(router: Any, router_logits: torch.Tensor) -> float:
