@@ -2,6 +2,7 @@
 #   DEVICE=cpu|cuda   what to install for (default: what this machine has)
 #   EXTRAS=server     without the tools of the tests (default: server,test)
 #   PYTHON=...        the Python 3.11 or newer that .venv is made from
+#   TAG=v1.2.3        the release that `make dist` builds
 #   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for pytest)
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -15,6 +16,7 @@ DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
 DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
 DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M --gpu-memory-utilization 0.1
+TAG ?=
 MODEL ?= $(DEMO_MODEL)
 ARGS ?=
 
@@ -25,7 +27,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
 demo test test-all soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install lock demo serve lint test test-all soak clean
+.PHONY: help install lock demo serve lint test test-all dist soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -59,6 +61,9 @@ test: lint ## lint, and every test that needs no special tool
 
 test-all: install ## every tier whose tool is present; writes docs/verification.md
 	@$(BIN)/python tests/run_all.py
+
+dist: install ## the sdist and the wheel in dist/ (TAG=v1.2.3: checked against version and changelog)
+	@$(BIN)/python -m deploy.release --tag '$(TAG)'
 
 soak: install ## random traffic for 30 minutes, or ARGS='--minutes 8': nothing dies, lies or leaks
 	@$(BIN)/python -m tests.soak $(if $(shell command -v nvidia-smi),--gpu) $(ARGS)
