@@ -20,6 +20,7 @@ PACKAGES = {
     "vllm_kimi_linear": "vllm_kimi_linear",
     "kda_kernels": "kernels/kda_kernels",
     "kimi_server": "server/kimi_server",
+    "kimi_demo": "examples/kimi_demo",
 }
 
 # What a clone lacks. Each line is a plain pattern (git itself need not be installed).
