@@ -119,13 +119,11 @@ async def everything(server: Completions, words: Words, lengths: list[int]) -> l
 @pytest.mark.parametrize(
     ("drafts", "budget", "more"),
     [
-        pytest.param(2, 1024, (), id="2 drafts, 1024"),
         pytest.param(4, 512, ("--max-num-seqs=32", f"--num-gpu-blocks-override={FEW_BLOCKS}"), id="4 drafts, 512, few"),
         *(
             pytest.param(drafts, budget, (), id=f"{drafts} drafts, {budget}", marks=pytest.mark.soak)
             for drafts in (1, 2, 4)
             for budget in (512, 1024, 4096)
-            if (drafts, budget) != (2, 1024)
         ),
     ],
 )
