@@ -34,20 +34,20 @@ from kimi_demo.checkpoint import write_checkpoint
 from vllm_kimi_linear.cache.layout import cache_layout, kda_state_shapes
 from vllm_kimi_linear.cache.policy import kept_boundaries
 from vllm_kimi_linear.cache.spec import KdaSpec
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 REQUESTS, PROMPT, ANSWER, TOKENS_A_STEP = 64, 4096, 512, 8192
 GIB = 1 << 30
 CONFIG = Path(__file__).with_name("config_48b.json")
 
 
-def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> KVCacheConfig:
+def cache(model_sizes: ModelSizes, block_tokens: int | None, config: VllmConfig) -> KVCacheConfig:
     """The groups of the 48B in 60 GiB: with our blocks of `block_tokens`, or stock for None."""
     latents = MLAAttentionSpec(
-        block_size=block_tokens or 1920, num_kv_heads=1, head_size=geometry.latent_size, dtype=torch.bfloat16
+        block_size=block_tokens or 1920, num_kv_heads=1, head_size=model_sizes.latent_size, dtype=torch.bfloat16
     )
     state = MambaSpec(
-        shapes=kda_state_shapes(geometry),
+        shapes=kda_state_shapes(model_sizes),
         dtypes=(torch.bfloat16, torch.float32),
         block_size=block_tokens or 1920,
         mamba_cache_mode="align",
@@ -57,12 +57,12 @@ def cache(geometry: Geometry, block_tokens: int | None, config: VllmConfig) -> K
         groups, blocks, specs = 3, 60 * GIB // (7 * latents.page_size_bytes), [latents, state]
     else:
         plan = cache_layout(
-            geometry, activation_dtype="bfloat16", kv_bytes=60 * GIB, block_tokens=block_tokens, prefix_caching=True
+            model_sizes, activation_dtype="bfloat16", kv_bytes=60 * GIB, block_tokens=block_tokens, prefix_caching=True
         )
         groups, blocks = plan.kda_groups, plan.num_blocks
         specs = [latents, KdaSpec.of(state, config.model_config.max_model_len, plan)]
-    names = [f"kda.{i}" for i in geometry.kda_layers]
-    layout = [KVCacheGroupSpec([f"mla.{i}" for i in geometry.mla_layers], specs[0])]
+    names = [f"kda.{i}" for i in model_sizes.kda_layers]
+    layout = [KVCacheGroupSpec([f"mla.{i}" for i in model_sizes.mla_layers], specs[0])]
     layout += [KVCacheGroupSpec(names[group::groups], specs[1]) for group in range(groups)]
     return KVCacheConfig(
         num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=layout, prefix_cache_retention_interval=0
@@ -129,12 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).create_engine_config()
     init_none_hash(sha256)
     register_all_kvcache_specs(config)
-    geometry = Geometry.from_config(json.loads(CONFIG.read_text()))
+    model_sizes = ModelSizes.from_config(json.loads(CONFIG.read_text()))
     found: dict[int | None, list[tuple[float, float]]] = {block: [] for block in (None, *args.blocks)}
     groups: dict[int | None, int] = {}
     for _ in range(args.rounds):
         for block, rounds in found.items():
-            layout = cache(geometry, block, config)
+            layout = cache(model_sizes, block, config)
             groups[block] = len(layout.kv_cache_groups)
             reading, decoding = run(config, layout)
             rounds.append((statistics.mean(reading), statistics.mean(decoding)))
@@ -166,8 +166,15 @@ def bytes_table() -> list[str]:
     lengths = (4 * 1024, 100 * 1024, 1024 * 1024)
     for state in ("float32", "bfloat16"):
         for ranks in (1, 2, 4, 8):
-            geometry = Geometry.from_config(config, tensor_parallel=ranks)
-            plan = cache_layout(geometry, activation_dtype="bfloat16", kv_bytes=0, state_dtype=state, device="cuda")
+            model_sizes = ModelSizes.from_config(config)
+            plan = cache_layout(
+                model_sizes,
+                activation_dtype="bfloat16",
+                kv_bytes=0,
+                tensor_parallel=ranks,
+                state_dtype=state,
+                device="cuda",
+            )
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
             kept = [len(kept_boundaries(length // plan.block_tokens)) for length in lengths]

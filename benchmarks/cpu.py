@@ -25,7 +25,7 @@ from pathlib import Path
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.server import DEFAULT_ENV
 from vllm_kimi_linear.config import tensors
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 PREFILLS = (512, 4096)
 DECODES = (1, 16)
@@ -45,8 +45,8 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def geometry_of(model: Path) -> Geometry:
-    return Geometry.from_config(json.loads((model / "config.json").read_text()))
+def sizes_of(model: Path) -> ModelSizes:
+    return ModelSizes.from_config(json.loads((model / "config.json").read_text()))
 
 
 def token_ids(count: int, vocab: int, seed: int) -> list[int]:
@@ -86,7 +86,7 @@ def measure_ours(model: Path, dtype: str) -> dict[str, float]:
         kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,
     )
-    vocab = geometry_of(model).vocab_size
+    vocab = sizes_of(model).vocab_size
     seeds = iter(range(1 << 30))
 
     def generate(sequences: int, prompt: int, tokens: int) -> None:
@@ -188,7 +188,7 @@ def measure_profile(model: Path, sequences: int) -> dict[str, float]:
                 "torch_profiler_with_stack": False,
             },
         )
-        vocab = geometry_of(model).vocab_size
+        vocab = sizes_of(model).vocab_size
         asked = [{"prompt_token_ids": token_ids(DECODE_PROMPT, vocab, seed)} for seed in range(sequences)]
         params = SamplingParams(temperature=0, max_tokens=1 + DECODE_TOKENS, ignore_eos=True)
         engine.generate(asked, params, use_tqdm=False)
@@ -229,14 +229,14 @@ def _llama_rows(binary: Path, gguf: Path, *flags: str) -> list[dict]:
 # The arithmetic of the floor, and the table.
 
 
-def floor_rates(geometry: Geometry, machine: dict[str, float], dtype: str) -> dict[str, float]:
+def floor_rates(model_sizes: ModelSizes, machine: dict[str, float], dtype: str) -> dict[str, float]:
     """Tokens a second if only weights were read (at the read bandwidth) and multiplied (at the GEMM rate)."""
     sizes = {"head": 0, "routed": 0, "dense": 0}
-    for weight in tensors.weights(geometry):
+    for weight in tensors.weights(model_sizes):
         kind = "head" if weight.name == "lm_head.weight" else "routed" if ".experts." in weight.name else "dense"
         if "embed_tokens" not in weight.name:
             sizes[kind] += math.prod(weight.shape)
-    share = geometry.experts_per_token / geometry.num_experts
+    share = model_sizes.experts_per_token / model_sizes.num_experts
     active = sizes["dense"] + share * sizes["routed"]
     rates = {}
     for length in PREFILLS:
@@ -249,7 +249,7 @@ def floor_rates(geometry: Geometry, machine: dict[str, float], dtype: str) -> di
     return rates
 
 
-def table(results: dict[str, dict[str, float]], geometry: Geometry, command: str) -> str:
+def table(results: dict[str, dict[str, float]], model_sizes: ModelSizes, command: str) -> str:
     machine = results["floor"]
     lines = [
         "# Speed on a CPU",
@@ -264,7 +264,7 @@ def table(results: dict[str, dict[str, float]], geometry: Geometry, command: str
         "",
     ]
     for dtype in BYTES:
-        floors = floor_rates(geometry, machine, dtype)
+        floors = floor_rates(model_sizes, machine, dtype)
         ours, theirs = results[f"ours {dtype}"], results[f"transformers {dtype}"]
         llama = results.get("llama.cpp", {}) if dtype == "bfloat16" else {}
         llama_head, llama_rule = (" llama.cpp |", " --- |") if llama else ("", "")
@@ -345,7 +345,7 @@ def main() -> None:
         print(f"  {results[job]}", file=sys.stderr, flush=True)
     if args.llama_bench and args.gguf:
         results["llama.cpp"] = measure_llama(args.llama_bench, args.gguf)
-    text = table(results, geometry_of(args.model), "python " + " ".join(sys.argv))
+    text = table(results, sizes_of(args.model), "python " + " ".join(sys.argv))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)

@@ -33,7 +33,7 @@ from benchmarks.load import Load, late_tpot, percentile, steady_tpot
 from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 CONFIG = Path(__file__).with_name("config_48b.json")
 PAGE = Path("docs/benchmarks/h200.md")
@@ -168,20 +168,20 @@ class Rows:
 
 
 def tpot_floor(
-    geometry: Geometry, sequences: int, context: int, bandwidth: float = BANDWIDTHS["H200"], gpus: int = 1
+    model_sizes: ModelSizes, sequences: int, context: int, bandwidth: float = BANDWIDTHS["H200"], gpus: int = 1
 ) -> float:
     """Seconds a token if each step only read its weights, latents and states, and wrote the states.
 
     Several GPUs share weights and states; each reads all latents.
     """
-    share = geometry.experts_per_token / geometry.num_experts
+    share = model_sizes.experts_per_token / model_sizes.num_experts
     touched = 1 - (1 - share) ** sequences
     weights = sum(
         math.prod(w.shape) * 2 * (touched if ".experts." in w.name else 1)
-        for w in tensors.weights(geometry)
+        for w in tensors.weights(model_sizes)
         if "embed_tokens" not in w.name
     )
-    plan = layout.cache_layout(geometry, activation_dtype="bfloat16", kv_bytes=0)
+    plan = layout.cache_layout(model_sizes, activation_dtype="bfloat16", kv_bytes=0)
     state = 2 * plan.kda_state_bytes_per_sequence
     return ((weights + sequences * state) / gpus + sequences * plan.mla_bytes_per_token * context) / bandwidth
 
@@ -268,7 +268,7 @@ def table(
     ]
     floors = {"floor": RUNS["ours"]} | {f"floor, {name}": RUNS[name] for name in shown if RUNS[name].attention_only}
     base = json.loads(CONFIG.read_text())
-    models = [Geometry.from_config(model_config(run, base, layers)) for run in floors.values()]
+    models = [ModelSizes.from_config(model_config(run, base, layers)) for run in floors.values()]
     lines += ["| row | " + " | ".join([*shown, *floors]) + " |", "| --- " * (1 + len(shown) + len(floors)) + "|"]
     for row in dict.fromkeys(row for run in RUNS.values() for row in run.rows):
         measured = {name: runs[name]["rows"].get(row, {}) for name in shown}

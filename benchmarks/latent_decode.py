@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.h200 import BANDWIDTHS, CONFIG, MILLION
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 K = 1024
 BATCHES = {
@@ -47,18 +47,18 @@ class Step:
     scale: float
 
     @classmethod
-    def of(cls, geometry: Geometry, heads: int, lengths: list[int]) -> "Step":
+    def of(cls, model_sizes: ModelSizes, heads: int, lengths: list[int]) -> "Step":
         torch.manual_seed(0)
         pages = [-(-length // PAGE) for length in lengths]
         order = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
-        size = geometry.kv_lora_rank + geometry.qk_rope_head_dim
+        size = model_sizes.kv_lora_rank + model_sizes.qk_rope_head_dim
         return cls(
             query=torch.randn(len(lengths), heads, size, dtype=torch.bfloat16, device="cuda"),
             cache=torch.randn(sum(pages), PAGE, size, dtype=torch.bfloat16, device="cuda"),
             table=torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).cuda(),
             lengths=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
-            latent=geometry.kv_lora_rank,
-            scale=(geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) ** -0.5,
+            latent=model_sizes.kv_lora_rank,
+            scale=(model_sizes.qk_nope_head_dim + model_sizes.qk_rope_head_dim) ** -0.5,
         )
 
     def flash_attention(self, parts: int) -> Callable[[], Tensor]:
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="write the table here")
     parser.add_argument("--heads", type=int, default=32, help="of this rank")
     args = parser.parse_args()
-    geometry = Geometry.from_config(json.loads(CONFIG.read_text()))
+    model_sizes = ModelSizes.from_config(json.loads(CONFIG.read_text()))
     device = torch.cuda.get_device_name()
     bandwidth = next((value for name, value in BANDWIDTHS.items() if name in device), BANDWIDTHS["H100"])
     lines = [
@@ -156,7 +156,7 @@ def main() -> None:
         "| --- " * (len(PARTS) + 4) + "|",
     ]
     for name, lengths in BATCHES.items():
-        lines.append(row(name, Step.of(geometry, args.heads, lengths), bandwidth))
+        lines.append(row(name, Step.of(model_sizes, args.heads, lengths), bandwidth))
         print(lines[-1], flush=True)
         args.out.write_text("\n".join(lines) + "\n")
 

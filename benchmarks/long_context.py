@@ -21,7 +21,7 @@ import psutil
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 K, MIB, GIB = 1024, 1 << 20, 1 << 30
 CACHE = 5 * GIB
@@ -51,12 +51,12 @@ def seconds(server: Server, length: int) -> float:
     return time.perf_counter() - begun
 
 
-def report(rows: list[tuple[int, float, int]], geometry: Geometry) -> str:
+def report(rows: list[tuple[int, float, int]], model_sizes: ModelSizes) -> str:
     lengths, times = (numpy.array(column, dtype=float) for column in list(zip(*rows, strict=True))[:2])
     # Relative errors count, so that a short prompt weighs as much as a long one.
     terms = numpy.stack([lengths, lengths**2], axis=1) / times[:, None]
     (linear, square), *_ = numpy.linalg.lstsq(terms, numpy.ones(len(rows)), rcond=None)
-    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=CACHE)
+    plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=CACHE)
     lines = [
         "# A long prompt on a CPU",
         "",
@@ -86,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_checkpoint(model)
-        geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
+        model_sizes = ModelSizes.from_config(json.loads((model / "config.json").read_text()))
         with Server(model, FLAGS, log_path=Path(folder) / "server.log") as server:
             seconds(server, K)
             before = resident(server)
             for length in args.lengths:
                 rows.append((length, seconds(server, length), resident(server) - before))
-                table = report(rows, geometry) if len(rows) > 1 else ""
+                table = report(rows, model_sizes) if len(rows) > 1 else ""
                 print(rows[-1], flush=True)
                 if args.out and table:
                     args.out.write_text(table)

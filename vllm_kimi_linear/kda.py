@@ -30,7 +30,7 @@ from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.cache.layout import kda_state_shapes
 from vllm_kimi_linear.cache.spec import KdaSpec
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 # Rows of a sequence that the kernels for GPUs split where heads are few, and of one that they never do.
 SPLIT_ROWS, FEW_ROWS = 2048, 64
@@ -48,14 +48,14 @@ class KdaInputProjection(MergedColumnParallelLinear):
     REPLICATED = (4, 5)  # f_a and g_a
     ROW_MULTIPLE = 8  # elements
 
-    def __init__(self, geometry: Geometry, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, model_sizes: ModelSizes, quant_config: QuantizationConfig | None, prefix: str) -> None:
         ranks = get_tensor_model_parallel_world_size()
-        width, rank = geometry.kda_size, geometry.kda_head_dim
-        sizes = [width, width, width, geometry.kda_heads, rank * ranks, rank * ranks]
+        width, rank = model_sizes.kda_size, model_sizes.kda_head_dim
+        sizes = [width, width, width, model_sizes.kda_heads, rank * ranks, rank * ranks]
         padding = -sum(sizes) // ranks % self.ROW_MULTIPLE
         if padding:
             sizes.append(padding * ranks)
-        super().__init__(geometry.hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
+        super().__init__(model_sizes.hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
         self.local_sizes = [divide(size, ranks) for size in sizes]
         if padding and quant_config is None:
             self.weight.data[-padding:].zero_()
@@ -110,29 +110,29 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def __init__(
         self,
-        geometry: Geometry,
+        model_sizes: ModelSizes,
         vllm_config: VllmConfig,
         prefix: str,
     ) -> None:
         super().__init__()
-        self.geometry = geometry
+        self.model_sizes = model_sizes
         self.model_config = vllm_config.model_config
         self.cache_config = vllm_config.cache_config
         self.prefix = prefix
         self.tp_size = get_tensor_model_parallel_world_size()
         quant_config = vllm_config.quant_config
-        width, head_dim = geometry.kda_size, geometry.kda_head_dim
+        width, head_dim = model_sizes.kda_size, model_sizes.kda_head_dim
         self.width = divide(width, self.tp_size)
-        heads = divide(geometry.kda_heads, self.tp_size)
+        heads = divide(model_sizes.kda_heads, self.tp_size)
 
-        self.in_proj = KdaInputProjection(geometry, quant_config, f"{prefix}.in_proj")
+        self.in_proj = KdaInputProjection(model_sizes, quant_config, f"{prefix}.in_proj")
         # f_b and g_b, one behind the other, so that one batched GEMM serves both.
         self.gates_b = nn.Parameter(torch.empty(2, self.width, head_dim), requires_grad=False)
         self.gates_b.weight_loader = _load_gate
         self.o_proj = RowParallelLinear(
-            width, geometry.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            width, model_sizes.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
-        self.conv_weight = nn.Parameter(torch.empty(3 * self.width, geometry.conv_taps), requires_grad=False)
+        self.conv_weight = nn.Parameter(torch.empty(3 * self.width, model_sizes.conv_kernel_size), requires_grad=False)
         self.conv_weight.weight_loader = _load_conv
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=False)
         self.A_log.weight_loader = _load_heads
@@ -230,14 +230,14 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             norm_weight=self.o_norm_weight,
-            norm_eps=self.geometry.rms_norm_eps,
+            norm_eps=self.model_sizes.rms_norm_eps,
         )
 
     # What vLLM asks of a layer with a recurrent state.
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        layout = configured.cache_layout(vllm_config, 0, self.geometry)
+        layout = configured.cache_layout(vllm_config, 0, self.model_sizes)
         return spec and KdaSpec.of(spec, vllm_config.model_config.max_model_len, layout)
 
     @property
@@ -250,7 +250,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.CUSTOM
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return kda_state_shapes(self.geometry)
+        return kda_state_shapes(self.model_sizes, self.tp_size)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.model_config, self.cache_config)

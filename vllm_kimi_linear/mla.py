@@ -9,7 +9,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
-from vllm_kimi_linear.config.model import LATENT_NORM_EPS, Geometry
+from vllm_kimi_linear.config.model import LATENT_NORM_EPS, ModelSizes
 
 
 class KimiLatentAttention(nn.Module):
@@ -19,9 +19,9 @@ class KimiLatentAttention(nn.Module):
     that machines with and without AMX compute the same; on a GPU vLLM chooses among its own.
     """
 
-    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        g = geometry
+        g = sizes
         quant_config = vllm_config.quant_config
         self.num_heads = divide(g.attention_heads, get_tensor_model_parallel_world_size())
         self.latent_dim, self.shared_dim, self.value_dim = g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim

@@ -22,7 +22,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_kimi_linear import validation, weights
 from vllm_kimi_linear.cache import configured
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
@@ -31,20 +31,18 @@ from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
 class KimiDecoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
 
-    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         index = int(prefix.rsplit(".", 1)[1])
-        mixer = KimiDeltaAttention if geometry.layer_kinds[index] == "kda" else KimiLatentAttention
-        self.self_attn = mixer(geometry, vllm_config, f"{prefix}.self_attn")
-        if geometry.layer_moe[index]:
-            self.block_sparse_moe = MixtureOfExperts(geometry, vllm_config.quant_config, f"{prefix}.block_sparse_moe")
+        mixer = KimiDeltaAttention if sizes.layer_types[index] == "kda" else KimiLatentAttention
+        self.self_attn = mixer(sizes, vllm_config, f"{prefix}.self_attn")
+        if sizes.layer_moe[index]:
+            self.block_sparse_moe = MixtureOfExperts(sizes, vllm_config.quant_config, f"{prefix}.block_sparse_moe")
         else:
-            self.mlp = GatedMlp(
-                geometry.hidden_size, geometry.intermediate_size, vllm_config.quant_config, f"{prefix}.mlp"
-            )
-        self.is_moe = geometry.layer_moe[index]
-        self.input_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps)
+            self.mlp = GatedMlp(sizes.hidden_size, sizes.intermediate_size, vllm_config.quant_config, f"{prefix}.mlp")
+        self.is_moe = sizes.layer_moe[index]
+        self.input_layernorm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
@@ -61,24 +59,22 @@ class KimiDecoderLayer(nn.Module):
 class KimiLinearModel(nn.Module):
     """Embedding, the layers of this pipeline stage, final norm."""
 
-    def __init__(self, geometry: Geometry, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         pipeline = get_pp_group()
         self.embed_tokens = (
-            VocabParallelEmbedding(geometry.vocab_size, geometry.hidden_size, prefix=f"{prefix}.embed_tokens")
-            if pipeline.is_first_rank or (geometry.tied_embeddings and pipeline.is_last_rank)
+            VocabParallelEmbedding(sizes.vocab_size, sizes.hidden_size, prefix=f"{prefix}.embed_tokens")
+            if pipeline.is_first_rank or (sizes.tied_embeddings and pipeline.is_last_rank)
             else PPMissingLayer()
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
-            geometry.num_layers,
-            lambda prefix: KimiDecoderLayer(geometry, vllm_config, prefix),
+            sizes.num_layers,
+            lambda prefix: KimiDecoderLayer(sizes, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
-        self.norm = (
-            RMSNorm(geometry.hidden_size, eps=geometry.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
-        )
+        self.norm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
-            ["hidden_states", "residual"], geometry.hidden_size
+            ["hidden_states", "residual"], sizes.hidden_size
         )
 
     def forward(
@@ -108,29 +104,29 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.geometry = configured.geometry(vllm_config)
+        self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
-        self.model = KimiLinearModel(self.geometry, vllm_config, maybe_prefix(prefix, "model"))
+        self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
-                self.geometry.vocab_size,
-                self.geometry.hidden_size,
+                self.sizes.vocab_size,
+                self.sizes.hidden_size,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
             if get_pp_group().is_last_rank
             else PPMissingLayer()
         )
-        if self.geometry.tied_embeddings and get_pp_group().is_last_rank:
+        if self.sizes.tied_embeddings and get_pp_group().is_last_rank:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(self.geometry.vocab_size)
+        self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cpu():
             from vllm_kimi_linear.cpu.products import use_plain_products
 
             use_plain_products(self)
         _, state = state_dtypes(vllm_config.model_config, vllm_config.cache_config)
-        validation.log_implementation(vllm_config, self.geometry, state)
+        validation.log_implementation(vllm_config, self.sizes, state)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -149,7 +145,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return weights.load(self, self.geometry, checkpoint, whole=not self.serving)
+        return weights.load(self, self.sizes, checkpoint, whole=not self.serving)
 
     def process_weights_after_loading(self) -> None:
         """vLLM calls it once, after the first load; what is loaded later may come from a trainer, in pieces."""
@@ -160,7 +156,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
         from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-        return MambaHybridModelState if self.geometry.kda_layers else DefaultModelState
+        return MambaHybridModelState if self.sizes.kda_layers else DefaultModelState
 
     # vLLM makes the blocks so large that each MLA layer's part holds a whole state of these; our layers say their own
     # (`kda.py`), and share a block among themselves (`cache/layout.py`).

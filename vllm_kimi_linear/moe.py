@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.fused_moe_configs import use_tables
 from vllm_kimi_linear.warmup import expert_warmup
 
@@ -51,9 +51,9 @@ class GatedMlp(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Sigmoid routing in fp32: the top k of score + bias, weighted by the scores alone (docs/kda.md section 9)."""
 
-    def __init__(self, geometry: Geometry, quant_config: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, sizes: ModelSizes, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        g = geometry
+        g = sizes
         # A router that rounds its logits to bf16 sends tokens to other experts than the reference does.
         self.gate = GateLinear(
             g.hidden_size,

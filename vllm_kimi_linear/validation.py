@@ -17,7 +17,7 @@ from vllm_kimi_linear import __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
-from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
 from vllm_kimi_linear.patches import all as patches
 from vllm_kimi_linear.supported import install_check, versions
 
@@ -29,7 +29,7 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        sizes = configured.geometry(vllm_config)
+        sizes = configured.model_sizes(vllm_config)
         cache = vllm_config.cache_config
         if not versions.is_known():
             cache.enable_prefix_caching = False
@@ -74,7 +74,7 @@ def report_install() -> None:
         logger.warning_once("%s", problem)
 
 
-def log_implementation(vllm_config: VllmConfig, sizes: Geometry, state: torch.dtype) -> None:
+def log_implementation(vllm_config: VllmConfig, sizes: ModelSizes, state: torch.dtype) -> None:
     """One line: whose implementation serves, with which kernels, and why not faster ones."""
     name, reason = interface.describe(
         current_platform.device_type, vllm_config.model_config.dtype, sizes.kda_head_dim, state

@@ -10,7 +10,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_kimi_linear.config import tensors
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 # Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
 IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
@@ -42,15 +42,15 @@ class Target:
 
 
 @cache  # a trainer may send tensors one by one
-def targets(geometry: Geometry) -> dict[str, Target]:
+def targets(model_sizes: ModelSizes) -> dict[str, Target]:
     """The target of every tensor of the original layout, by checkpoint name."""
     table = {}
-    for weight in tensors.weights(geometry):
-        kda = weight.layer is not None and geometry.layer_kinds[weight.layer] == "kda"
+    for weight in tensors.weights(model_sizes):
+        kda = weight.layer is not None and model_sizes.layer_types[weight.layer] == "kda"
         parameter, arguments = _parameter(weight.name, kda)
         shapes: tuple[tensors.Shape, ...] = (weight.shape,)
         if weight.name.endswith("A_log"):
-            shapes += ((geometry.kda_heads,),)
+            shapes += ((model_sizes.kda_heads,),)
         table[weight.name] = Target(parameter, shapes, arguments)
     return table
 
@@ -83,14 +83,14 @@ def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
 
 
 def load(
-    model: nn.Module, geometry: Geometry, weights: Iterable[tuple[str, torch.Tensor]], *, whole: bool = True
+    model: nn.Module, model_sizes: ModelSizes, weights: Iterable[tuple[str, torch.Tensor]], *, whole: bool = True
 ) -> set[str]:
     """Load `weights`, of a whole checkpoint or not, into `model`; return the names of the parameters written.
 
     Tensors of pipeline stages held elsewhere are checked and skipped. Raises WeightError, naming the tensor,
     for one that the config does not call for, one whose shape is wrong, one stored twice, or one that is missing.
     """
-    table = targets(geometry)
+    table = targets(model_sizes)
     others = other_names(table)
     parameters = dict(model.named_parameters())
     missing, loaded = set(table), set()

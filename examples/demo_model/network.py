@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_kimi_linear.config.model import LATENT_NORM_EPS, Geometry
+from vllm_kimi_linear.config.model import LATENT_NORM_EPS, ModelSizes
 
 EPS = 1e-5
 
@@ -126,9 +126,9 @@ def _chunk_kda() -> Callable[..., tuple[Tensor, Tensor]]:
 class LatentAttention(nn.Module):
     """Section 9, expanded: training needs no cache. [B, T, hidden] -> [B, T, hidden]."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: ModelSizes) -> None:
         super().__init__()
-        self.geometry = g
+        self.model_sizes = g
         self.q_proj = linear(g.hidden_size, g.attention_heads * (g.qk_nope_head_dim + g.qk_rope_head_dim))
         self.kv_a_proj_with_mqa = linear(g.hidden_size, g.kv_lora_rank + g.qk_rope_head_dim)
         self.kv_a_layernorm = Norm(g.kv_lora_rank, LATENT_NORM_EPS)
@@ -136,7 +136,7 @@ class LatentAttention(nn.Module):
         self.o_proj = linear(g.attention_heads * g.v_head_dim, g.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = self.geometry
+        g = self.model_sizes
         query = self.q_proj(x).unflatten(2, (g.attention_heads, -1))
         latent, shared = self.kv_a_proj_with_mqa(x).split([g.kv_lora_rank, g.qk_rope_head_dim], dim=-1)
         expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(2, (g.attention_heads, -1))
@@ -164,9 +164,9 @@ class Mlp(nn.Module):
 class Router(nn.Module):
     """Weights [T, experts] of the chosen experts, zero elsewhere; the bias that balances them moves in `train.py`."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: ModelSizes) -> None:
         super().__init__()
-        self.geometry = g
+        self.model_sizes = g
         self.weight = nn.Parameter(torch.randn(g.num_experts, g.hidden_size) * g.hidden_size**-0.5)
         self.e_score_correction_bias = nn.Buffer(torch.zeros(g.num_experts))
         self.load = torch.zeros(g.num_experts)  # of the last call: share of the tokens that chose each expert
@@ -174,19 +174,19 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight).sigmoid()
-        chosen = (scores + self.e_score_correction_bias).topk(self.geometry.experts_per_token, dim=-1).indices
+        chosen = (scores + self.e_score_correction_bias).topk(self.model_sizes.experts_per_token, dim=-1).indices
         mask = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
         self.load = mask.detach().flatten(0, -2).mean(0)
         weights = scores * mask
-        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.geometry.routed_scaling_factor
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.model_sizes.routed_scaling_factor
 
 
 class Experts(nn.Module):
     """So few and small that each computes every token; those not chosen count nothing."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: ModelSizes) -> None:
         super().__init__()
-        self.geometry = g
+        self.model_sizes = g
         self.gate = Router(g)
         experts, width, hidden = g.num_experts, g.moe_intermediate_size, g.hidden_size
         self.w1, self.w3 = (nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5) for _ in "13")
@@ -195,14 +195,14 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.silu(F.linear(x, self.w1.flatten(0, 1))) * F.linear(x, self.w3.flatten(0, 1))
-        weighed = inner.unflatten(-1, (self.geometry.num_experts, -1)) * self.gate(x).to(inner.dtype).unsqueeze(-1)
+        weighed = inner.unflatten(-1, (self.model_sizes.num_experts, -1)) * self.gate(x).to(inner.dtype).unsqueeze(-1)
         return F.linear(weighed.flatten(-2), self.w2.transpose(0, 1).flatten(1)) + self.shared_experts(x)
 
 
 class Layer(nn.Module):
-    def __init__(self, g: Geometry, index: int) -> None:
+    def __init__(self, g: ModelSizes, index: int) -> None:
         super().__init__()
-        full = g.layer_kinds[index] == "mla"
+        full = g.layer_types[index] == "mla"
         self.input_layernorm, self.post_attention_layernorm = Norm(g.hidden_size), Norm(g.hidden_size)
         self.self_attn = LatentAttention(g) if full else DeltaAttention(g.hidden_size, g.kda_heads, g.kda_head_dim)
         self.dense = not g.layer_moe[index]
@@ -218,7 +218,7 @@ class Layer(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: ModelSizes) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(g.vocab_size, g.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
@@ -235,7 +235,7 @@ class Body(nn.Module):
 class KimiLinear(nn.Module):
     """Token ids [B, T] -> hidden rows [B, T, hidden]; `lm_head` makes logits of those that are wanted."""
 
-    def __init__(self, g: Geometry) -> None:
+    def __init__(self, g: ModelSizes) -> None:
         super().__init__()
         self.model = Body(g)
         self.lm_head = linear(g.hidden_size, g.vocab_size)

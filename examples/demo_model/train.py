@@ -25,7 +25,7 @@ from examples.demo_model.batches import Batch, Maker
 from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS
 from examples.demo_model.network import KimiLinear
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 LENGTHS = (192, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 MASTERED = 0.8  # of the questions at the greatest length so far
@@ -74,7 +74,7 @@ class Trainer:
         self.args = args
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(args.seed)
-        self.model = KimiLinear(Geometry.from_config(config())).to(self.device)
+        self.model = KimiLinear(ModelSizes.from_config(config())).to(self.device)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

@@ -15,7 +15,7 @@ from typing import Any
 from kimi_demo.presets import PRESETS, demo_config
 from kimi_demo.random_weights import RandomWeights
 from kimi_demo.tokenizer import build_vocabulary, write_fast_tokenizer, write_remote_tokenizer
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import weights as tensors_of
 
 # What a run may leave in its folder, so that the next run there can replace it.
@@ -49,7 +49,7 @@ def write_checkpoint(
     Files that another run left there are replaced, not kept. Raises ValueError for options that do not fit.
     """
     config = demo_config(preset, layers, dtype)
-    tensors = sum(1 for _ in tensors_of(Geometry.from_config(config)))
+    tensors = sum(1 for _ in tensors_of(ModelSizes.from_config(config)))
     if not 1 <= shards <= tensors:
         raise ValueError(f"--shards is {shards}; this checkpoint has {tensors} tensors, give 1 to that many")
     if seed < 0:

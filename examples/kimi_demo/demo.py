@@ -21,7 +21,7 @@ from openai import OpenAI
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.server import Server, StartError
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 if TYPE_CHECKING:
     from kimi_demo.reference import Score
@@ -163,8 +163,8 @@ def _allocated_blocks(server: Server) -> int:
 
 def _print_memory(model: Path, dtype: str, blocks: int) -> bool:
     """State and cache bytes from layout.py; False if its plan is not what the engine allocated."""
-    geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
-    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=KV_BYTES)
+    model_sizes = ModelSizes.from_config(json.loads((model / "config.json").read_text()))
+    plan = layout.cache_layout(model_sizes, activation_dtype=dtype, kv_bytes=KV_BYTES)
     print(
         f"\nKDA state {plan.kda_state_bytes_per_sequence / 2**20:.2f} MiB a sequence, whatever its length; "
         f"MLA cache {plan.mla_bytes_per_token} bytes a token"

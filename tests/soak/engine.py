@@ -13,7 +13,7 @@ from tests.soak.asking import Tally, ask, cold
 from tests.soak.traffic import LONGEST, Asked, Traffic
 from tests.support.completions import Completions
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 CONTEXT = 10 * 1024  # of the longest sequence
 CACHE_SEQUENCES = 3  # of that length: less than runs at once, so that blocks are evicted and requests preempted
@@ -30,8 +30,8 @@ class DeadEngineError(Exception):
 def server(folder: Path, gpu: bool, drafts: bool, prefix_caching: bool) -> Server:
     model = TRAINED / "checkpoint"
     dtype = "bfloat16" if gpu else "float32"
-    geometry = Geometry.from_config(json.loads((model / "config.json").read_text()))
-    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=1 << 30, prefix_caching=prefix_caching)
+    model_sizes = ModelSizes.from_config(json.loads((model / "config.json").read_text()))
+    plan = layout.cache_layout(model_sizes, activation_dtype=dtype, kv_bytes=1 << 30, prefix_caching=prefix_caching)
     flags = [
         f"--dtype={dtype}",
         f"--max-model-len={CONTEXT}",

@@ -8,20 +8,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil, floor, prod
 
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Shape
 
 MIB, GIB = 1 << 20, 1 << 30
 
 
-def kda_state_shapes(geometry: Geometry) -> tuple[Shape, Shape]:
+def kda_state_shapes(model_sizes: ModelSizes, tensor_parallel: int = 1) -> tuple[Shape, Shape]:
     """Shapes of the two states of one KDA layer and sequence on one rank.
 
     The convolution's is [taps - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
     recurrence's is [H, V, K], fp32 unless asked otherwise.
     """
-    g, ranks = geometry, geometry.tensor_parallel
-    conv = (g.conv_taps - 1, 3 * g.kda_size // ranks)
+    g, ranks = model_sizes, tensor_parallel
+    conv = (g.conv_kernel_size - 1, 3 * g.kda_size // ranks)
     return conv, (g.kda_heads // ranks, g.kda_head_dim, g.kda_head_dim)
 
 
@@ -102,10 +102,11 @@ def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
 
 
 def cache_layout(
-    geometry: Geometry,
+    model_sizes: ModelSizes,
     *,
     activation_dtype: str,
     kv_bytes: int,
+    tensor_parallel: int = 1,
     state_dtype: str = "float32",
     block_tokens: int | None = None,
     speculative: int = 0,
@@ -119,16 +120,16 @@ def cache_layout(
     --block-size, or None to choose for `device`, "cpu" or "cuda". `speculative` is the number of drafted tokens a step,
     each of which has a state of its own.
     """
-    conv, recurrent = kda_state_shapes(geometry)
+    conv, recurrent = kda_state_shapes(model_sizes, tensor_parallel)
     state_bytes = prod(conv) * DTYPE_BYTES[activation_dtype] + prod(recurrent) * DTYPE_BYTES[state_dtype]
-    latent_bytes = geometry.latent_size * DTYPE_BYTES[activation_dtype]
-    kda, mla = len(geometry.kda_layers), len(geometry.mla_layers)
+    latent_bytes = model_sizes.latent_size * DTYPE_BYTES[activation_dtype]
+    kda, mla = len(model_sizes.kda_layers), len(model_sizes.mla_layers)
     if block_tokens is None:
         block_tokens = _block_tokens(kda, state_bytes, mla * latent_bytes, BLOCK_MULTIPLE[device])
     groups = ceil(kda / max(1, block_tokens * mla * latent_bytes // state_bytes)) if kda else 0
     # The groups are those of the whole model; a pipeline stage has its own layers of each.
-    mla_here = sum(layers is None or i in layers for i in geometry.mla_layers)
-    kda_here = [layers is None or i in layers for i in geometry.kda_layers]
+    mla_here = sum(layers is None or i in layers for i in model_sizes.mla_layers)
+    kda_here = [layers is None or i in layers for i in model_sizes.kda_layers]
     widest = max((sum(kda_here[group::groups]) for group in range(groups)), default=0)
     kernel_block = KERNEL_BLOCK * latent_bytes
     block_bytes = max(mla_here * block_tokens // KERNEL_BLOCK, ceil(widest * state_bytes / kernel_block)) * kernel_block

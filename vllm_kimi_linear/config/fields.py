@@ -11,7 +11,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 
 # The kernels tile a head by powers of two, and tensor cores need at least 16.
 KDA_HEAD_DIMS = (16, 32, 64, 128)
-CONV_TAPS = (2, 3, 4)
+CONV_KERNEL_SIZES = (2, 3, 4)
 
 LINEAR_KEYS = {"full_attn_layers", "kda_layers", "head_dim", "num_heads", "short_conv_kernel_size"}
 
@@ -32,15 +32,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Geometry` that config.json decides. Raises ConfigError at the first that cannot be run."""
+    """The fields of `ModelSizes` that config.json decides. Raises ConfigError at the first that cannot be run."""
     _check_fixed_fields(config)
-    kinds = _layer_kinds(config)
+    kinds = _layer_types(config)
     moe = _layer_moe(config, len(kinds))
     return {
         "hidden_size": _positive(config, "hidden_size"),
         "vocab_size": _positive(config, "vocab_size"),
         "max_context": _max_context(config),
-        "layer_kinds": kinds,
+        "layer_types": kinds,
         "layer_moe": moe,
         "intermediate_size": 0 if all(moe) else _positive(config, "intermediate_size"),
         "rms_norm_eps": _positive_number(config, "rms_norm_eps"),
@@ -171,7 +171,7 @@ def _layer_list(linear: Mapping[str, Any], name: str, layers: int) -> list[int]:
     return list(numbers)
 
 
-def _layer_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     layers = _positive(config, "num_hidden_layers")
     linear = config.get("linear_attn_config")
     if not isinstance(linear, Mapping):
@@ -211,7 +211,7 @@ def _layer_moe(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
 
 def _kda_fields(linear: Mapping[str, Any], used: bool) -> dict[str, int]:
     if not used:
-        return {"kda_heads": 0, "kda_head_dim": 0, "conv_taps": 0}
+        return {"kda_heads": 0, "kda_head_dim": 0, "conv_kernel_size": 0}
     try:
         heads, dim = _positive(linear, "num_heads"), _positive(linear, "head_dim")
         taps = _positive(linear, "short_conv_kernel_size")
@@ -219,12 +219,12 @@ def _kda_fields(linear: Mapping[str, Any], used: bool) -> dict[str, int]:
         raise ConfigError(f"linear_attn_config.{error}") from None
     for name, value, choices in (
         ("head_dim", dim, KDA_HEAD_DIMS),
-        ("short_conv_kernel_size", taps, CONV_TAPS),
+        ("short_conv_kernel_size", taps, CONV_KERNEL_SIZES),
     ):
         if value not in choices:
             known = ", ".join(map(str, choices))
             raise ConfigError(f"linear_attn_config.{name} is {value}; the kernels take one of {known}")
-    return {"kda_heads": heads, "kda_head_dim": dim, "conv_taps": taps}
+    return {"kda_heads": heads, "kda_head_dim": dim, "conv_kernel_size": taps}
 
 
 def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:

@@ -9,12 +9,12 @@ from typing import Any
 from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig
 
 from vllm_kimi_linear.config.fields import original_keys
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 
 class CheckedConfig(KimiLinearConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises ConfigError with one sentence for a config.json that does not describe a model we run."""
-        Geometry.from_config(config_dict)
+        ModelSizes.from_config(config_dict)
         return super().from_dict(original_keys(config_dict), **kwargs)

@@ -1,4 +1,4 @@
-"""From config.json's dictionary to a checked, frozen `Geometry`. Standard library only.
+"""From config.json's dictionary to the checked, frozen sizes of a model. Standard library only.
 
 What cannot be run raises `ConfigError` with one sentence: the field, its value, the remedy.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.fields import checked_fields, is_int, original_keys
+from vllm_kimi_linear.config.fields import checked_fields, original_keys
 
 CPU_LATENT = (512, 64)
 # The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
@@ -16,20 +16,17 @@ LATENT_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes of one model and how it is split. Layer numbers are 0-based here, unlike in config.json.
-
-    Sizes are of the whole model; what a tensor-parallel rank holds is in `memory`.
-    """
+class ModelSizes:
+    """Sizes of one whole model. Layer numbers are 0-based here, unlike in config.json."""
 
     hidden_size: int
     vocab_size: int
     max_context: int | None  # tokens, where the config says
-    layer_kinds: tuple[str, ...]  # "kda" or "mla"
+    layer_types: tuple[str, ...]  # "kda" or "mla"
     layer_moe: tuple[bool, ...]  # experts, or one dense MLP
     kda_heads: int  # 0 without KDA layers, like the next two
     kda_head_dim: int  # K = V
-    conv_taps: int
+    conv_kernel_size: int
     attention_heads: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int  # of the part of the key that all heads share; never rotated
@@ -46,20 +43,18 @@ class Geometry:
     routed_scaling_factor: float
     rms_norm_eps: float
     tied_embeddings: bool  # the output matrix is the embedding
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
 
     @property
     def num_layers(self) -> int:
-        return len(self.layer_kinds)
+        return len(self.layer_types)
 
     @property
     def kda_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "kda")
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == "kda")
 
     @property
     def mla_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "mla")
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == "mla")
 
     @property
     def kda_size(self) -> int:
@@ -72,33 +67,23 @@ class Geometry:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], *, tensor_parallel: int = 1, pipeline_parallel: int = 1
-    ) -> "Geometry":
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelSizes":
         """Checks a config.json, the original's or one that transformers saved.
 
         Raises ConfigError at the first field that cannot be run.
         """
-        for size, flag in ((tensor_parallel, "tensor-parallel"), (pipeline_parallel, "pipeline-parallel")):
-            if not is_int(size) or size < 1:
-                raise ConfigError(f"--{flag}-size is {size!r}; give a whole number from 1")
-        fields = checked_fields(original_keys(config))
-        geometry = cls(**fields, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel)
-        _check_parallel(geometry)
-        return geometry
+        return cls(**checked_fields(original_keys(config)))
 
     @classmethod
-    def from_hf(cls, hf_config: Any, *, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> "Geometry":
+    def from_hf(cls, hf_config: Any) -> "ModelSizes":
         """Checks a loaded config object: vLLM's KimiLinearConfig, or transformers' own class of that name."""
-        return cls.from_config(
-            hf_config.to_dict(), tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
-        )
+        return cls.from_config(hf_config.to_dict())
 
 
-def check_cpu(geometry: Geometry) -> None:
+def check_cpu(model_sizes: ModelSizes) -> None:
     """Raises ConfigError if the CPU's MLA kernel cannot hold this model's latent."""
     for name, needed in zip(("kv_lora_rank", "qk_rope_head_dim"), CPU_LATENT, strict=True):
-        found = getattr(geometry, name)
+        found = getattr(model_sizes, name)
         if found != needed:
             raise ConfigError(f"{name} is {found}; the CPU's MLA kernel holds only {needed}, serve this model on a GPU")
 
@@ -125,20 +110,3 @@ def check_cache_dtypes(
     for flag, (value, choices) in allowed.items():
         if value not in choices:
             raise ConfigError(f"--{flag} is {value}; on {device} this model takes {' or '.join(sorted(choices))}")
-
-
-def _check_parallel(geometry: Geometry) -> None:
-    ranks = geometry.tensor_parallel
-    for name, size in (
-        ("linear_attn_config.num_heads", geometry.kda_heads),
-        ("num_attention_heads", geometry.attention_heads),
-        ("intermediate_size", geometry.intermediate_size),
-        ("moe_intermediate_size", geometry.moe_intermediate_size),
-    ):
-        if size % ranks:
-            raise ConfigError(f"{name} is {size}; --tensor-parallel-size {ranks} must divide it, choose another")
-    if geometry.pipeline_parallel > geometry.num_layers:
-        raise ConfigError(
-            f"num_hidden_layers is {geometry.num_layers}; --pipeline-parallel-size "
-            f"{geometry.pipeline_parallel} leaves a stage without a layer, choose at most that many"
-        )

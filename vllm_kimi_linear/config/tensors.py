@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,11 +21,11 @@ class Weight:
     fp32: bool = False  # stored in fp32 whatever the model's dtype
 
 
-def weights(geometry: Geometry) -> Iterator[Weight]:
+def weights(model_sizes: ModelSizes) -> Iterator[Weight]:
     """Every tensor of the original checkpoint, whole shapes (docs/kda.md sections 1 and 9)."""
-    g = geometry
+    g = model_sizes
     yield Weight("model.embed_tokens.weight", (g.vocab_size, g.hidden_size), True)
-    for layer, (kind, moe) in enumerate(zip(g.layer_kinds, g.layer_moe, strict=True)):
+    for layer, (kind, moe) in enumerate(zip(g.layer_types, g.layer_moe, strict=True)):
         at = f"model.layers.{layer}"
         attention = _kda_weights(g) if kind == "kda" else _mla_weights(g)
         feed_forward = _moe_weights(g) if moe else _mlp_weights("mlp", g.hidden_size, g.intermediate_size)
@@ -41,11 +41,11 @@ def weights(geometry: Geometry) -> Iterator[Weight]:
         yield Weight("lm_head.weight", (g.vocab_size, g.hidden_size), True)
 
 
-def _kda_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+def _kda_weights(g: ModelSizes) -> Iterator[tuple[str, Shape, bool]]:
     size, dim = g.kda_size, g.kda_head_dim
     for part in "qkv":
         yield f"{part}_proj.weight", (size, g.hidden_size), True
-        yield f"{part}_conv1d.weight", (size, 1, g.conv_taps), True
+        yield f"{part}_conv1d.weight", (size, 1, g.conv_kernel_size), True
     yield "A_log", (1, 1, g.kda_heads, 1), True
     yield "dt_bias", (size,), True
     yield "b_proj.weight", (g.kda_heads, g.hidden_size), True
@@ -56,7 +56,7 @@ def _kda_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
     yield "o_proj.weight", (g.hidden_size, size), True
 
 
-def _mla_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+def _mla_weights(g: ModelSizes) -> Iterator[tuple[str, Shape, bool]]:
     heads = g.attention_heads
     yield "q_proj.weight", (heads * (g.qk_nope_head_dim + g.qk_rope_head_dim), g.hidden_size), True
     yield "kv_a_proj_with_mqa.weight", (g.latent_size, g.hidden_size), False
@@ -71,7 +71,7 @@ def _mlp_weights(at: str, hidden: int, width: int) -> Iterator[tuple[str, Shape,
     yield f"{at}.down_proj.weight", (hidden, width), True
 
 
-def _moe_weights(g: Geometry) -> Iterator[tuple[str, Shape, bool]]:
+def _moe_weights(g: ModelSizes) -> Iterator[tuple[str, Shape, bool]]:
     at, width = "block_sparse_moe", g.moe_intermediate_size
     yield f"{at}.gate.weight", (g.num_experts, g.hidden_size), False
     yield f"{at}.gate.e_score_correction_bias", (g.num_experts,), False

@@ -8,7 +8,7 @@ from kimi_server.gateway.config.settings import SettingsError
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ def read_cost(path: Path) -> ContextCost:
     """The cost on one rank by a model's config.json; raises SettingsError."""
     try:
         config = json.loads(path.read_bytes())
-        geometry = Geometry.from_config(config)
+        model_sizes = ModelSizes.from_config(config)
     except (OSError, ValueError, ConfigError) as error:
         raise SettingsError(f"model_config {path} cannot be used: {error}") from None
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if dtype not in tensors.DTYPE_BYTES:
         raise SettingsError(f"model_config {path}: dtype is {dtype!r}: use one of {', '.join(tensors.DTYPE_BYTES)}.")
-    plan = layout.cache_layout(geometry, activation_dtype=dtype, kv_bytes=0)
+    plan = layout.cache_layout(model_sizes, activation_dtype=dtype, kv_bytes=0)
     return ContextCost(plan.kda_state_bytes_per_sequence, plan.mla_bytes_per_token)

@@ -10,7 +10,7 @@ from math import ceil
 from kimi_server.planner.weight_bytes import weight_bytes
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.layout import GIB, CacheLayout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES
 
 # vLLM pads the vocabulary, and we the rows of KDA's input projection, to multiples of these.
@@ -22,27 +22,34 @@ KDA_CHUNK = 64  # rows whose products and state the prefill kernels on a GPU wri
 RUNTIME = {"cuda": 2 * GIB, "cpu": 0}
 
 
-def held_weight_bytes(geometry: Geometry, dtype: str) -> int:
+def held_weight_bytes(model_sizes: ModelSizes, dtype: str, tensor_parallel: int = 1) -> int:
     """Bytes of weights that one rank of the loaded model holds.
 
     Beside the checkpoint's: the padding of the vocabulary and of KDA's input projection, the router in fp32 (GPUs
     from Hopper on keep it in `dtype`), and the two halves of kv_b_proj that vLLM copies for absorbed attention.
     """
-    g, ranks, size = geometry, geometry.tensor_parallel, DTYPE_BYTES[dtype]
+    g, ranks, size = model_sizes, tensor_parallel, DTYPE_BYTES[dtype]
     matrices = 1 if g.tied_embeddings else 2
     vocabulary = matrices * (-g.vocab_size % VOCABULARY_MULTIPLE) // ranks * g.hidden_size
-    projection = -_projection_rows(g) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
+    projection = -_projection_rows(g, ranks) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
     absorbed = g.attention_heads // ranks * (g.qk_nope_head_dim + g.v_head_dim) * g.kv_lora_rank * len(g.mla_layers)
     router = g.num_experts * g.hidden_size * sum(g.layer_moe) * (DTYPE_BYTES["float32"] - size)
-    return weight_bytes(g, dtype) + (vocabulary + projection + absorbed) * size + router
+    return weight_bytes(g, dtype, tensor_parallel=ranks) + (vocabulary + projection + absorbed) * size + router
 
 
-def _projection_rows(g: Geometry) -> int:
+def _projection_rows(g: ModelSizes, ranks: int) -> int:
     """Outputs of KDA's input projection on one rank: q, k, v, beta, and the low-rank inputs of the two gates."""
-    return (3 * g.kda_size + g.kda_heads) // g.tensor_parallel + 2 * g.kda_head_dim
+    return (3 * g.kda_size + g.kda_heads) // ranks + 2 * g.kda_head_dim
 
 
-def activation_bytes(geometry: Geometry, dtype: str, device: str, batch_tokens: int, batch_sequences: int) -> int:
+def activation_bytes(
+    model_sizes: ModelSizes,
+    dtype: str,
+    device: str,
+    batch_tokens: int,
+    batch_sequences: int,
+    tensor_parallel: int = 1,
+) -> int:
     """Bytes that the largest step takes on one rank: an estimate.
 
     It counts, for `batch_tokens` rows in `dtype`, the hidden states, the residual and the normed input, and beside
@@ -53,7 +60,7 @@ def activation_bytes(geometry: Geometry, dtype: str, device: str, batch_tokens: 
     - logits: one row of fp32 a sequence, and one copy for the sampler.
     It leaves out fragmentation, the libraries' own workspaces and the buffers of communication.
     """
-    g, ranks, size = geometry, geometry.tensor_parallel, DTYPE_BYTES[dtype]
+    g, ranks, size = model_sizes, tensor_parallel, DTYPE_BYTES[dtype]
     heads, kda_heads, kda = g.attention_heads // ranks, g.kda_heads // ranks, g.kda_size // ranks
     scratch = 0
     if device == "cuda":  # four tiles, the products inside a chunk and its state, in 16 bits
@@ -62,7 +69,7 @@ def activation_bytes(geometry: Geometry, dtype: str, device: str, batch_tokens: 
     query = heads * (g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim)
     width, choices = g.moe_intermediate_size // ranks, g.experts_per_token
     largest = max(
-        batch_tokens * ((_projection_rows(g) + 3 * kda) * size + scratch),
+        batch_tokens * ((_projection_rows(g, ranks) + 3 * kda) * size + scratch),
         (batch_tokens * (query + expanded) + CONTEXT_TOKENS[device] * (g.latent_size + expanded)) * size,
         batch_tokens * choices * (max(2 * width, g.hidden_size) + width) * size,
         batch_tokens * 3 * (g.intermediate_size // ranks) * size,
@@ -115,24 +122,26 @@ class Forecast:
 
 
 def forecast(
-    geometry: Geometry,
+    model_sizes: ModelSizes,
     *,
     memory_bytes: int,
     dtype: str,
     device: str,
     batch_tokens: int,
     batch_sequences: int,
+    tensor_parallel: int = 1,
     state_dtype: str = "float32",
     context_parallel: int = 1,
 ) -> Forecast:
     """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
-    weights = held_weight_bytes(geometry, dtype)
-    activations = activation_bytes(geometry, dtype, device, batch_tokens, batch_sequences)
+    weights = held_weight_bytes(model_sizes, dtype, tensor_parallel)
+    activations = activation_bytes(model_sizes, dtype, device, batch_tokens, batch_sequences, tensor_parallel)
     plan = layout.cache_layout(
-        geometry,
+        model_sizes,
         activation_dtype=dtype,
         kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),
         state_dtype=state_dtype,
+        tensor_parallel=tensor_parallel,
         prefix_caching=True,
         device=device,
     )

@@ -13,7 +13,8 @@ from kimi_server.planner.gpus import Machine
 from kimi_server.planner.sizes import gib
 from vllm_kimi_linear.cache.layout import longest_context
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.parallel import ParallelSizes
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
 # Tokens of one step, and the least number of sequences that may run at once: what is planned and the server is told.
@@ -42,12 +43,9 @@ class Layout:
 
     servers: int
     batch_sequences: int  # that may run at once on one server
-    geometry: Geometry
+    model_sizes: ModelSizes
+    tensor_parallel: int
     forecast: Forecast
-
-    @property
-    def tensor_parallel(self) -> int:
-        return self.geometry.tensor_parallel
 
     def sequences(self, context: int) -> int:
         """How many sequences of `context` tokens fit on all servers at once."""
@@ -92,15 +90,15 @@ def choose(request: Request, machine: Machine) -> Choice:
         check_cache_dtypes(request.kv_cache_dtype, "auto", request.state_dtype, machine.device)
     except ConfigError as error:
         raise ConfigError(str(error).replace("--mamba-ssm-cache-dtype", "--state-dtype")) from None
-    _check_context(request, Geometry.from_config(request.config))
+    _check_context(request, ModelSizes.from_config(request.config))
     choice = Choice(request, machine, _layouts(request, machine))
     if choice.best.sequences(request.context) < request.concurrency:
         raise ConfigError(_what_is_short(choice))
     return choice
 
 
-def _check_context(request: Request, geometry: Geometry) -> None:
-    longest = geometry.max_context
+def _check_context(request: Request, model_sizes: ModelSizes) -> None:
+    longest = model_sizes.max_context
     if longest is not None and request.context > longest:
         raise ConfigError(f"--context is {request.context:,}; the model's longest is {longest:,}, ask for that or less")
 
@@ -118,35 +116,37 @@ def _layouts(request: Request, machine: Machine) -> tuple[Layout, ...]:
     layouts, refusals = [], []
     for ranks in sizes:
         try:
-            geometry = Geometry.from_config(request.config, tensor_parallel=ranks)
+            model_sizes = ModelSizes.from_config(request.config)
+            ParallelSizes(ranks).check(model_sizes)
             if machine.device == "cpu":
-                check_cpu(geometry)
+                check_cpu(model_sizes)
         except ConfigError as error:
             refusals.append(error)
             continue
         servers = machine.count // ranks
-        found = [_layout(request, machine, geometry, servers)]
+        found = [_layout(request, machine, model_sizes, ranks, servers)]
         if request.one_server and servers > 1:  # on some of the GPUs
-            found.append(_layout(request, machine, geometry, 1))
+            found.append(_layout(request, machine, model_sizes, ranks, 1))
         layouts += found
     if not layouts:
         raise refusals[0]
     return tuple(layouts)
 
 
-def _layout(request: Request, machine: Machine, geometry: Geometry, servers: int) -> Layout:
+def _layout(request: Request, machine: Machine, model_sizes: ModelSizes, ranks: int, servers: int) -> Layout:
     batch_sequences = max(BATCH_SEQUENCES[machine.device], ceil(request.concurrency / servers))
     held = forecast(
-        geometry,
+        model_sizes,
         memory_bytes=machine.usable,
         dtype=request.dtype,
         device=machine.device,
         batch_tokens=BATCH_TOKENS[machine.device],
         batch_sequences=batch_sequences,
+        tensor_parallel=ranks,
         state_dtype="float32" if request.state_dtype == "auto" else request.state_dtype,
         context_parallel=request.context_parallel,
     )
-    return Layout(servers, batch_sequences, geometry, held)
+    return Layout(servers, batch_sequences, model_sizes, ranks, held)
 
 
 def _what_is_short(choice: Choice) -> str:

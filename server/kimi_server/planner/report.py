@@ -14,17 +14,17 @@ CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
 
 def report(choice: Choice) -> str:
     """The whole report, without a newline at its end."""
-    longest = choice.best.geometry.max_context
+    longest = choice.best.model_sizes.max_context
     contexts = [each for each in CONTEXTS if longest is None or each <= longest]
     parts = [_head(choice), _memory(choice), _fits(choice, contexts), _reasons(choice), _flags(choice)]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _head(choice: Choice) -> list[str]:
-    request, geometry = choice.request, choice.best.geometry
+    request, model_sizes = choice.request, choice.best.model_sizes
     state = "float32" if request.state_dtype == "auto" else request.state_dtype
     return [
-        f"Model: {len(geometry.kda_layers)} KDA and {len(geometry.mla_layers)} MLA layers in {request.dtype}, "
+        f"Model: {len(model_sizes.kda_layers)} KDA and {len(model_sizes.mla_layers)} MLA layers in {request.dtype}, "
         f"recurrent state in {state}",
         f"Machine: {choice.machine.describe()}",
         f"Asked: {request.concurrency:,} at once of {request.context:,} tokens",

@@ -3,20 +3,22 @@
 from collections.abc import Collection
 from math import prod
 
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES, weights
 
 
-def weight_bytes(geometry: Geometry, dtype: str, layers: Collection[int] | None = None) -> int:
+def weight_bytes(
+    model_sizes: ModelSizes, dtype: str, layers: Collection[int] | None = None, tensor_parallel: int = 1
+) -> int:
     """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total, last = 0, geometry.num_layers - 1
-    for w in weights(geometry):
+    total, last = 0, model_sizes.num_layers - 1
+    for w in weights(model_sizes):
         beside = {w.layer}
         if w.name.startswith("model.embed_tokens"):
-            beside = {0, last} if geometry.tied_embeddings else {0}
+            beside = {0, last} if model_sizes.tied_embeddings else {0}
         elif w.layer is None:
             beside = {last}
         if layers is None or not beside.isdisjoint(layers):
-            ranks = geometry.tensor_parallel if w.split else 1
+            ranks = tensor_parallel if w.split else 1
             total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
     return total

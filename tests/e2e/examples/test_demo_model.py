@@ -14,7 +14,7 @@ from examples.demo_model.config import config
 from examples.demo_model.conversations import KINDS, MOST_RECORDS, Asker, make_log
 from examples.demo_model.network import KimiLinear
 from kimi_demo.reference import HfReference
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_the_template_is_the_checkpoints(tmp_path: Path):
 
 def test_the_network_is_transformers(tmp_path: Path):
     torch.manual_seed(0)
-    model = KimiLinear(Geometry.from_config(config()))
+    model = KimiLinear(ModelSizes.from_config(config()))
     for router in model.routers():
         router.e_score_correction_bias.normal_(std=0.1)
     save_file(model.checkpoint(), tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -15,7 +15,7 @@ from tests.conftest import CORES
 from tests.support.completions import Completions
 from tests.support.prompts import LOGPROB_TOLERANCE, Stream
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 FLAGS = (
     "--dtype=float32",
@@ -55,8 +55,8 @@ def check_end(reference: HfReference, million: Completions, demo_model: Path, pr
         for token, logprob in found.items():
             assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {len(prompt) - LAST + at}"
     assert grown < SPARE_BYTES, f"{grown / MIB:.0f} MiB"
-    geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
-    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=5 << 30)
+    model_sizes = ModelSizes.from_config(json.loads((demo_model / "config.json").read_text()))
+    plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=5 << 30)
     assert plan.sequences(1 << 20) == 1
     assert f'num_gpu_blocks="{plan.num_blocks}"' in million.metrics()
 

@@ -21,7 +21,7 @@ from tests.support.completions import Completions
 from tests.support.load import mixed
 from tests.support.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 BLOCK, SMALL_BLOCK = 112, 16  # the default for the demo checkpoint in fp32, and one that is narrower than a state
 COMMON_FLAGS = (
@@ -178,8 +178,8 @@ def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Ser
 
 def test_the_log_says_what_fits(servers: Callable[..., Server], demo_model: Path):
     """In sequences, as planned before the start, and not in a number of tokens."""
-    geometry = Geometry.from_config(json.loads((demo_model / "config.json").read_text()))
-    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=1 << 30, prefix_caching=True)
+    model_sizes = ModelSizes.from_config(json.loads((demo_model / "config.json").read_text()))
+    plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=1 << 30, prefix_caching=True)
     log = servers(demo_model, *WIDE).log
     assert f"Kimi Linear: {plan.describe(4096)}" in log
     assert f"{plan.sequences(4096)} sequences of 4,096 tokens" in log

@@ -18,7 +18,7 @@ from kimi_demo.presets import demo_config
 from kimi_demo.server import Server
 from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 REMOVED = object()  # a key that the config.json of the case lacks
 
@@ -413,8 +413,8 @@ def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[s
     status, log = endings["cache"]
     assert status != 0
     [line, *_] = (line for line in log if "ConfigError: " + ENDINGS["cache"] in line)
-    geometry = Geometry.from_config(demo_config())
-    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
+    model_sizes = ModelSizes.from_config(demo_config())
+    plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
     longest = plan.longest_context(1 << 20)
     assert 0 < longest < 1 << 20
     assert " a rank and 64.0 MiB are there, " in line

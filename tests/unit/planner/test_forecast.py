@@ -16,7 +16,7 @@ from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.presets import demo_config
 from kimi_server.planner import forecast
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 PRESETS = ("demo", "one-mla", "dense")
@@ -132,8 +132,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dic
 @pytest.mark.parametrize(("model", "dtype"), CASES)
 @pytest.mark.parametrize(("ranks", "rank"), PLACES)
 def test_weights_are_those_of_the_built_model(built, model: str, dtype: str, ranks: int, rank: int) -> None:
-    geometry = Geometry.from_config(MODELS[model][0], tensor_parallel=ranks)
-    assert forecast.held_weight_bytes(geometry, dtype) == built[ranks, rank][f"{model} {dtype}"]
+    model_sizes = ModelSizes.from_config(MODELS[model][0])
+    assert forecast.held_weight_bytes(model_sizes, dtype, ranks) == built[ranks, rank][f"{model} {dtype}"]
 
 
 @pytest.fixture(scope="module")
@@ -146,33 +146,44 @@ def allocated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cache_is_what_the_engine_allocates(allocated, preset: str) -> None:
-    geometry = Geometry.from_config(demo_config(preset))
-    plan = layout.cache_layout(geometry, activation_dtype="float32", kv_bytes=64 * MIB, prefix_caching=True)
+    model_sizes = ModelSizes.from_config(demo_config(preset))
+    plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=64 * MIB, prefix_caching=True)
     block = plan.bytes_per_sequence(4096) // plan.blocks_per_sequence(4096)
     assert allocated[preset] == [plan.num_blocks, plan.block_tokens, plan.num_blocks * block]
 
 
 def test_what_is_left_is_the_cache() -> None:
-    geometry = Geometry.from_config(CONFIG_48B, tensor_parallel=4)
-    sizes = {"dtype": "bfloat16", "device": "cuda", "batch_tokens": 8192, "batch_sequences": 256}
-    held = forecast.forecast(geometry, memory_bytes=70 << 30, **sizes)  # type: ignore[arg-type]  # one dict for all
+    model_sizes = ModelSizes.from_config(CONFIG_48B)
+    sizes = {
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "batch_tokens": 8192,
+        "batch_sequences": 256,
+        "tensor_parallel": 4,
+    }
+    held = forecast.forecast(model_sizes, memory_bytes=70 << 30, **sizes)  # type: ignore[arg-type]  # one dict for all
     assert held.cache == (70 << 30) - held.weights - held.activations - held.runtime
-    options: dict[str, Any] = {"activation_dtype": "bfloat16", "prefix_caching": True, "device": "cuda"}
-    assert held.plan == layout.cache_layout(geometry, kv_bytes=held.cache, **options)
+    options: dict[str, Any] = {
+        "activation_dtype": "bfloat16",
+        "tensor_parallel": 4,
+        "prefix_caching": True,
+        "device": "cuda",
+    }
+    assert held.plan == layout.cache_layout(model_sizes, kv_bytes=held.cache, **options)
     for context in (1, 4096, 100_000, 1 << 20):
         count = held.sequences(context)
         assert held.shortage(count, context) == 0
         assert held.shortage(count + 1, context) > 0
         assert held.kda_bytes(count) + held.latent_bytes(count, context) <= held.cache_bytes(count, context)
-    none = forecast.forecast(geometry, memory_bytes=1 << 30, **sizes)  # type: ignore[arg-type]
+    none = forecast.forecast(model_sizes, memory_bytes=1 << 30, **sizes)  # type: ignore[arg-type]
     assert (none.sequences(1), none.shortage(1, 1) > -none.cache > 0) == (0, True)
 
 
 def test_activations_grow_with_the_step() -> None:
-    geometry = Geometry.from_config(CONFIG_48B)
-    sizes = [forecast.activation_bytes(geometry, "bfloat16", "cuda", rows, 256) for rows in (2048, 8192, 16384)]
+    model_sizes = ModelSizes.from_config(CONFIG_48B)
+    sizes = [forecast.activation_bytes(model_sizes, "bfloat16", "cuda", rows, 256) for rows in (2048, 8192, 16384)]
     assert sizes == sorted(set(sizes))
-    assert forecast.activation_bytes(geometry, "bfloat16", "cuda", 8192, 1 << 14) > sizes[1]  # logits count, too
+    assert forecast.activation_bytes(model_sizes, "bfloat16", "cuda", 8192, 1 << 14) > sizes[1]  # logits count, too
 
 
 def test_constants_are_those_of_what_they_describe() -> None:

@@ -16,7 +16,7 @@ from kimi_server.planner.report import commands, report
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.layout import GIB
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 K, M = 1 << 10, 1 << 20
@@ -94,9 +94,9 @@ def test_an_impossible_request_says_what_is_short_and_by_how_much() -> None:
     assert text.startswith("8 sequences of 1,048,576 tokens do not fit: each rank of 1 server of 4 ranks needs ")
     needed, held, short = (float(each) for each in re.findall(r"([\d.]+) GiB", text))
     assert short == pytest.approx(needed - held, abs=0.02)
-    geometry = Geometry.from_config(CONFIG_48B, tensor_parallel=4)
+    model_sizes = ModelSizes.from_config(CONFIG_48B)
     one = layout.cache_layout(
-        geometry, activation_dtype="bfloat16", kv_bytes=0, prefix_caching=True
+        model_sizes, activation_dtype="bfloat16", kv_bytes=0, tensor_parallel=4, prefix_caching=True
     ).bytes_per_sequence(M)
     assert needed == pytest.approx(8 * one / GIB, abs=0.03)
     assert "\n" not in text

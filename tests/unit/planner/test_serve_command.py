@@ -15,7 +15,7 @@ from kimi_server.planner.forecast import forecast
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 K, MIB = 1 << 10, 1 << 20
 CONTEXT = 8 * K
@@ -38,9 +38,15 @@ def flags(ranks: int) -> list[str]:
 
 
 def check_start(model: Path, preset: str, ranks: int, log: Path) -> None:
-    geometry = Geometry.from_config(demo_config(preset), tensor_parallel=ranks)
+    model_sizes = ModelSizes.from_config(demo_config(preset))
     held = forecast(
-        geometry, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
+        model_sizes,
+        memory_bytes=256 * MIB,
+        dtype="float32",
+        device="cpu",
+        batch_tokens=2048,
+        batch_sequences=128,
+        tensor_parallel=ranks,
     )
     env = {"OMP_NUM_THREADS": "1", **(TWO_WORKERS if ranks > 1 else {})}
     with Planned(model, flags(ranks), log_path=log, env=env) as server:
@@ -107,11 +113,11 @@ def test_what_cannot_fit_starts_nothing(demo_model: Path, capfd: pytest.CaptureF
 
 def test_memory_is_not_promised_twice() -> None:
     """Weights, activations and cache of the tests above are all of the memory that was given."""
-    geometry = Geometry.from_config(demo_config())
+    model_sizes = ModelSizes.from_config(demo_config())
     held = forecast(
-        geometry, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
+        model_sizes, memory_bytes=256 * MIB, dtype="float32", device="cpu", batch_tokens=2048, batch_sequences=128
     )
     block = held.cache_bytes(1, CONTEXT) - layout.cache_layout(
-        geometry, activation_dtype="float32", kv_bytes=0, prefix_caching=True
+        model_sizes, activation_dtype="float32", kv_bytes=0, prefix_caching=True
     ).bytes_per_sequence(CONTEXT)
     assert held.memory - block < held.weights + held.activations + held.plan.num_blocks * block <= held.memory

@@ -16,7 +16,7 @@ from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 MIB, GIB = 1 << 20, 1 << 30
@@ -25,13 +25,13 @@ MIB, GIB = 1 << 20, 1 << 30
 def plan_48b(
     tensor_parallel: int = 1, activation_dtype: str = "bfloat16", kv_bytes: int = 30 * GIB, **options: Any
 ) -> layout.CacheLayout:
-    geometry = Geometry.from_config(CONFIG_48B, tensor_parallel=tensor_parallel)
-    return layout.cache_layout(geometry, activation_dtype=activation_dtype, kv_bytes=kv_bytes, **options)
+    options |= {"tensor_parallel": tensor_parallel, "activation_dtype": activation_dtype}
+    return layout.cache_layout(ModelSizes.from_config(CONFIG_48B), kv_bytes=kv_bytes, **options)
 
 
 def test_the_48b_state_and_cache():
-    geometry = Geometry.from_config(CONFIG_48B)
-    conv, recurrent = layout.kda_state_shapes(geometry)
+    model_sizes = ModelSizes.from_config(CONFIG_48B)
+    conv, recurrent = layout.kda_state_shapes(model_sizes)
     assert (conv, recurrent) == ((3, 12288), (32, 128, 128))
     assert 20 * prod(recurrent) * 4 == 40 * MIB
     plan = plan_48b()
@@ -132,19 +132,19 @@ def test_longest_context(limit: int) -> None:
 
 
 def test_no_kda_layers_no_state():
-    plan = layout.cache_layout(Geometry.from_config(demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB)
+    plan = layout.cache_layout(ModelSizes.from_config(demo_config("all-mla")), activation_dtype="float32", kv_bytes=MIB)
     assert (plan.kda_state_bytes_per_sequence, plan.kda_groups, plan.mla_groups) == (0, 0, 1)
     assert plan.block_tokens == 16
     assert plan.num_blocks == MIB // (4 * 16 * 576 * 4)
 
 
-def parameters(geometry: Geometry) -> int:
-    return sum(prod(w.shape) for w in tensors.weights(geometry))
+def parameters(model_sizes: ModelSizes) -> int:
+    return sum(prod(w.shape) for w in tensors.weights(model_sizes))
 
 
 def test_parameters():
-    assert round(parameters(Geometry.from_config(CONFIG_48B)) / 1e9, 1) == 49.1
-    assert round(parameters(Geometry.from_config(demo_config("bench"))) / 1e6) == 723
+    assert round(parameters(ModelSizes.from_config(CONFIG_48B)) / 1e9, 1) == 49.1
+    assert round(parameters(ModelSizes.from_config(demo_config("bench"))) / 1e6) == 723
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "bench"])
@@ -156,16 +156,16 @@ def test_weights_are_those_of_the_checkpoint(preset: str, tmp_path: Path):
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
         stored = {name: tuple(part.get_shape()) for name, part in slices.items()}
         fp32 = {name for name, part in slices.items() if part.get_dtype() == "F32"}
-    geometry = Geometry.from_config(demo_config(preset))
-    weights = list(tensors.weights(geometry))
+    model_sizes = ModelSizes.from_config(demo_config(preset))
+    weights = list(tensors.weights(model_sizes))
     assert {w.name: w.shape for w in weights} == stored
     assert len(weights) == len(stored)
     assert {w.name for w in weights if w.fp32} == fp32
-    assert parameters(geometry) == count
+    assert parameters(model_sizes) == count
 
 
-def stages(geometry: Geometry, count: int) -> list[range]:
-    ends = [geometry.num_layers * i // count for i in range(count + 1)]
+def stages(model_sizes: ModelSizes, count: int) -> list[range]:
+    ends = [model_sizes.num_layers * i // count for i in range(count + 1)]
     return [range(*pair) for pair in pairwise(ends)]
 
 
@@ -188,17 +188,18 @@ def test_vllm_plans_the_same(preset: str, ranks: int, dtype: str, state: str, to
     from vllm_kimi_linear.cache.spec import KdaSpec
 
     config = CONFIG_48B if preset == "48b" else demo_config(preset)
-    geometry = Geometry.from_config(config, tensor_parallel=ranks)
-    if not geometry.kda_layers:
+    model_sizes = ModelSizes.from_config(config)
+    if not model_sizes.kda_layers:
         pytest.skip("vLLM chooses the block of a model without recurrent states")
     options: dict[str, Any] = {"activation_dtype": dtype, "state_dtype": state, "block_tokens": tokens}
-    plan = layout.cache_layout(geometry, kv_bytes=GIB, **options)
+    options["tensor_parallel"] = ranks
+    plan = layout.cache_layout(model_sizes, kv_bytes=GIB, **options)
     mla = MLAAttentionSpec(block_size=plan.block_tokens, num_kv_heads=1, head_size=576, dtype=getattr(torch, dtype))
     assert mla.page_size_bytes == plan.block_tokens * plan.latent_bytes
     shapes = MambaStateShapeCalculator.kda_state_shape(
-        ranks, geometry.kda_heads, geometry.kda_head_dim, conv_kernel_size=geometry.conv_taps
+        ranks, model_sizes.kda_heads, model_sizes.kda_head_dim, conv_kernel_size=model_sizes.conv_kernel_size
     )
-    assert shapes == layout.kda_state_shapes(geometry)
+    assert shapes == layout.kda_state_shapes(model_sizes, ranks)
     dtypes = (getattr(torch, dtype), getattr(torch, state))
     bare = MambaSpec(shapes=shapes, dtypes=dtypes, block_size=plan.block_tokens)
     assert bare.state_content_size_bytes == plan.state_bytes
@@ -216,13 +217,13 @@ def test_vllm_plans_the_same(preset: str, ranks: int, dtype: str, state: str, to
     )
     vllm_config: Any = settings
     layers: dict[str, KVCacheSpec] = {
-        f"{i}": kda if kind == "kda" else mla for i, kind in enumerate(geometry.layer_kinds)
+        f"{i}": kda if kind == "kda" else mla for i, kind in enumerate(model_sizes.layer_types)
     }
     groups = kv_cache_utils.get_kv_cache_groups(vllm_config, layers)
     kinds = [layers[group.layer_names[0]] for group in groups]
     assert (kinds.count(kda), kinds.count(mla)) == (plan.kda_groups, plan.mla_groups)
-    for stage in stages(geometry, pipeline):
-        here = layout.cache_layout(geometry, kv_bytes=GIB, layers=stage, **options)
+    for stage in stages(model_sizes, pipeline):
+        here = layout.cache_layout(model_sizes, kv_bytes=GIB, layers=stage, **options)
         layers_here = {name: layers[name] for name in map(str, stage)}
         own = kv_cache_utils._project_kv_cache_groups_to_worker(groups, layers_here)
         made = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, own, GIB)

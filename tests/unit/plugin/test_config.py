@@ -1,4 +1,4 @@
-"""config.json -> Geometry, or one sentence that names the field, its value and the remedy."""
+"""config.json -> ModelSizes, or one sentence that names the field, its value and the remedy."""
 
 import copy
 import json
@@ -11,7 +11,8 @@ import pytest
 
 from kimi_demo.presets import PRESETS, demo_config
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import Geometry, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.parallel import ParallelSizes
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 
@@ -33,51 +34,56 @@ def layout(kda: list[int], mla: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def test_the_48b():
-    geometry = Geometry.from_config(CONFIG_48B, tensor_parallel=8, pipeline_parallel=2)
-    assert geometry.mla_layers == (3, 7, 11, 15, 19, 23, 26)
-    assert len(geometry.kda_layers) == 20 and geometry.kda_size == 4096
-    assert geometry.layer_moe == (False,) + (True,) * 26
-    assert geometry.latent_size == 576
-    assert geometry.max_context == 1 << 20
-    assert (geometry.num_experts, geometry.experts_per_token, geometry.routed_scaling_factor) == (256, 8, 2.446)
-    assert (geometry.tensor_parallel, geometry.pipeline_parallel) == (8, 2)
-    check_cpu(geometry)
+    model_sizes = ModelSizes.from_config(CONFIG_48B)
+    ParallelSizes(8, 2).check(model_sizes)
+    assert model_sizes.mla_layers == (3, 7, 11, 15, 19, 23, 26)
+    assert len(model_sizes.kda_layers) == 20 and model_sizes.kda_size == 4096
+    assert model_sizes.layer_moe == (False,) + (True,) * 26
+    assert model_sizes.latent_size == 576
+    assert model_sizes.max_context == 1 << 20
+    assert (model_sizes.num_experts, model_sizes.experts_per_token, model_sizes.routed_scaling_factor) == (
+        256,
+        8,
+        2.446,
+    )
+    check_cpu(model_sizes)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_demo_preset(preset: str):
     config = demo_config(preset)
-    geometry = Geometry.from_config(config)
-    assert [i + 1 for i in geometry.mla_layers] == config["linear_attn_config"]["full_attn_layers"]
-    check_cpu(geometry)
+    model_sizes = ModelSizes.from_config(config)
+    assert [i + 1 for i in model_sizes.mla_layers] == config["linear_attn_config"]["full_attn_layers"]
+    check_cpu(model_sizes)
 
 
 def test_all_kda_but_one():
-    assert Geometry.from_config(layout([1, 2, 4, 5], [3])).layer_kinds == ("kda", "kda", "mla", "kda", "kda")
+    assert ModelSizes.from_config(layout([1, 2, 4, 5], [3])).layer_types == ("kda", "kda", "mla", "kda", "kda")
 
 
 def test_all_mla_needs_no_kda_sizes():
     lists = {"kda_layers": [], "full_attn_layers": [1, 2]}
     config = changed(num_hidden_layers=2, linear_attn_config=lists)
-    geometry = Geometry.from_config(config, tensor_parallel=32)
-    assert geometry.layer_kinds == ("mla", "mla")
-    assert (geometry.kda_heads, geometry.kda_head_dim, geometry.conv_taps) == (0, 0, 0)
+    model_sizes = ModelSizes.from_config(config)
+    ParallelSizes(32).check(model_sizes)
+    assert model_sizes.layer_types == ("mla", "mla")
+    assert (model_sizes.kda_heads, model_sizes.kda_head_dim, model_sizes.conv_kernel_size) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("experts", [None, 0, ...])
 def test_dense(experts: Any):
-    dense = Geometry.from_config(changed(num_experts=experts, num_experts_per_token=None, moe_intermediate_size=...))
+    dense = ModelSizes.from_config(changed(num_experts=experts, num_experts_per_token=None, moe_intermediate_size=...))
     assert not any(dense.layer_moe) and dense.num_experts == 0
 
 
 def test_which_layers_have_experts():
-    every_other = Geometry.from_config(changed(first_k_dense_replace=3, moe_layer_freq=2))
+    every_other = ModelSizes.from_config(changed(first_k_dense_replace=3, moe_layer_freq=2))
     assert [i for i, moe in enumerate(every_other.layer_moe) if moe] == list(range(4, 27, 2))
 
 
 def test_expert_groups():
-    geometry = Geometry.from_config(changed(num_expert_group=8, topk_group=4))
-    assert (geometry.expert_groups, geometry.topk_groups) == (8, 4)
+    model_sizes = ModelSizes.from_config(changed(num_expert_group=8, topk_group=4))
+    assert (model_sizes.expert_groups, model_sizes.topk_groups) == (8, 4)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +94,9 @@ def test_loaded_config_classes_say_the_same(config: dict[str, Any]):
     from transformers.models.kimi_linear import KimiLinearConfig as TransformersConfig
     from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig as VllmConfig
 
-    expected = Geometry.from_config(config, tensor_parallel=2)
+    expected = ModelSizes.from_config(config)
     for kind in (TransformersConfig, VllmConfig):
-        assert Geometry.from_hf(kind(**copy.deepcopy(config)), tensor_parallel=2) == expected
+        assert ModelSizes.from_hf(kind(**copy.deepcopy(config))) == expected
 
 
 def test_a_config_in_transformers_own_names():
@@ -105,21 +111,21 @@ def test_a_config_in_transformers_own_names():
         linear_num_heads=8,
         linear_head_dim=64,
     )
-    geometry = Geometry.from_hf(loaded)
-    assert Geometry.from_config(loaded.to_diff_dict()) == geometry  # what config.json says
-    assert geometry.layer_kinds == ("mla", "kda", "kda")
-    assert geometry.layer_moe == (False, False, True)
-    assert (geometry.kda_heads, geometry.kda_head_dim, geometry.conv_taps) == (8, 64, 4)
+    model_sizes = ModelSizes.from_hf(loaded)
+    assert ModelSizes.from_config(loaded.to_diff_dict()) == model_sizes  # what config.json says
+    assert model_sizes.layer_types == ("mla", "kda", "kda")
+    assert model_sizes.layer_moe == (False, False, True)
+    assert (model_sizes.kda_heads, model_sizes.kda_head_dim, model_sizes.conv_kernel_size) == (8, 64, 4)
     loaded.mlp_layer_types = ["dense", "sparse", "dense"]
     with pytest.raises(ConfigError, match=r"mlp_layer_types is .*dense layers must come first"):
-        Geometry.from_hf(loaded)
+        ModelSizes.from_hf(loaded)
 
 
 def test_vllm_config_without_layer_lists_is_refused():
     from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig
 
     with pytest.raises(ConfigError, match="linear_attn_config is missing"):
-        Geometry.from_hf(KimiLinearConfig(**changed(linear_attn_config=None)))
+        ModelSizes.from_hf(KimiLinearConfig(**changed(linear_attn_config=None)))
 
 
 # case: (config, what the sentence must say)
@@ -202,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refused(case: str):
     config, sentence = REFUSED[case]
     with pytest.raises(ConfigError, match=sentence) as caught:
-        Geometry.from_config(config)
+        ModelSizes.from_config(config)
     assert "\n" not in str(caught.value)
     assert ";" in str(caught.value)  # value; remedy
 
@@ -228,16 +234,16 @@ DOES_NOT_DIVIDE = {
 def test_parallel_sizes_that_do_not_fit(case: str):
     config, tensor, pipeline, sentence = DOES_NOT_DIVIDE[case]
     if tensor > 1:
-        Geometry.from_config(config)  # alone it is fine
+        ModelSizes.from_config(config)  # alone it is fine
     with pytest.raises(ConfigError, match=sentence):
-        Geometry.from_config(config, tensor_parallel=tensor, pipeline_parallel=pipeline)
+        ParallelSizes(tensor, pipeline).check(ModelSizes.from_config(config))
 
 
 @pytest.mark.parametrize(("field", "value", "needed"), [("kv_lora_rank", 256, 512), ("qk_rope_head_dim", 32, 64)])
 def test_latents_that_the_cpu_kernel_cannot_hold(field: str, value: int, needed: int):
-    geometry = Geometry.from_config(changed(**{field: value}))
+    model_sizes = ModelSizes.from_config(changed(**{field: value}))
     with pytest.raises(ConfigError, match=f"{field} is {value}; .* only {needed}, serve this model on a GPU"):
-        check_cpu(geometry)
+        check_cpu(model_sizes)
 
 
 @pytest.mark.parametrize(

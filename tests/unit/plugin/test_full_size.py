@@ -35,7 +35,7 @@ def build(folder: Path) -> dict[str, Any]:
         torch.set_default_dtype(config.model_config.dtype)
         with torch.device("meta"):
             model = initialize_model(vllm_config=config)
-            table = weights.targets(model.geometry)
+            table = weights.targets(model.sizes)
             tensors = ((name, torch.empty(target.shapes[0])) for name, target in table.items())
             loaded = model.load_weights(tensors)
     return {

@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import chunks, expert_tiles, h200, trace
 from benchmarks.load import Load, Reply, late_tpot, percentile, steady_tpot
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 BASE = json.loads(h200.CONFIG.read_text())
-WHOLE = Geometry.from_config(BASE)
+WHOLE = ModelSizes.from_config(BASE)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_two_gpus_share_weights_and_states_but_not_latents():
 @pytest.mark.parametrize("name", h200.RUNS)
 def test_every_run_has_a_valid_config_and_known_rows(name: str):
     run = h200.RUNS[name]
-    geometry = Geometry.from_config(h200.model_config(run, BASE))
-    assert geometry.num_layers == h200.LAYERS
-    assert (len(geometry.kda_layers) == 0) == run.attention_only
+    model_sizes = ModelSizes.from_config(h200.model_config(run, BASE))
+    assert model_sizes.num_layers == h200.LAYERS
+    assert (len(model_sizes.kda_layers) == 0) == run.attention_only
     assert {row.split()[0] for row in run.rows} <= {"ttft", "tpot", "poisson", "million"}
 
 

@@ -30,7 +30,7 @@ from kimi_demo.presets import demo_config
 from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.spec import KdaSpec
-from vllm_kimi_linear.config.model import Geometry
+from vllm_kimi_linear.config.model import ModelSizes
 
 BLOCK, GROUPS = 256, (1, 2, 3)  # the KV cache groups of KDA layers; group 0 is the attention layers'
 LENGTH = 16384
@@ -138,17 +138,17 @@ def configuration(model: str, drafts: int) -> VllmConfig:
 
 
 def scheduler(config: VllmConfig, drafts: int, budget: int, blocks: int) -> Scheduler:
-    geometry = Geometry.from_config(demo_config())
+    model_sizes = ModelSizes.from_config(demo_config())
     state = MambaSpec(
-        shapes=layout.kda_state_shapes(geometry),
+        shapes=layout.kda_state_shapes(model_sizes),
         dtypes=(torch.float32, torch.float32),
         block_size=BLOCK,
         mamba_cache_mode="align",
         num_speculative_blocks=drafts,
     )
-    latents = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=geometry.latent_size, dtype=torch.float32)
+    latents = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=model_sizes.latent_size, dtype=torch.float32)
     plan = layout.cache_layout(
-        geometry, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=BLOCK, prefix_caching=True
+        model_sizes, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=BLOCK, prefix_caching=True
     )
     kda: KVCacheSpec = KdaSpec.of(state, LENGTH, plan)
     cache = KVCacheConfig(
