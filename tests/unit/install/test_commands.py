@@ -1,6 +1,7 @@
 """The commands a newcomer and continuous integration type: make's targets, .ci/run, the tiers of test-all."""
 
 import datetime
+import functools
 import importlib.util
 import itertools
 import os
@@ -20,6 +21,7 @@ TARGETS = {"help", "install", "demo", "serve", "lint", "test", "test-unit", "tes
 TYPED = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
 
+@functools.cache
 def markers() -> list[str]:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     return [line.split(":")[0] for line in pyproject["tool"]["pytest"]["ini_options"]["markers"]]
