@@ -25,9 +25,9 @@ NOT_HERE := not soak and not browser and not container and not cluster and not g
 
 export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
-demo test test-all soak: export HF_HUB_OFFLINE := 1
+demo test test-unit test-all soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install lock demo serve lint test test-all dist soak clean
+.PHONY: help install lock demo serve lint test test-unit test-all dist soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -58,6 +58,9 @@ lint: install ## ruff and mypy
 
 test: lint ## lint, and every test that needs no special tool
 	@$(BIN)/pytest -m '$(NOT_HERE)' $(ARGS)
+
+test-unit: install ## the tests that start no server and build no engine, in two minutes
+	@$(BIN)/pytest tests/unit -m '$(NOT_HERE)' $(ARGS)
 
 test-all: install ## every tier whose tool is present; writes docs/verification.md
 	@$(BIN)/python tests/run_all.py

@@ -1,6 +1,6 @@
 """What the 48B's cache blocks hold and cost: bytes by arithmetic, and a step of vLLM's scheduler, without a model.
 
-    python benchmarks/cache_blocks.py --out docs/benchmarks/cache-blocks.md
+    python -m benchmarks.cache_blocks --out docs/benchmarks/cache-blocks.md
 
 The scheduler is measured against its own way with this model: "stock" is what vLLM 0.32 makes of it, pages of 1,920
 tokens in four groups and its own manager of recurrent states. All run the same 64 requests, prompts of 4,096 tokens
@@ -30,6 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from benchmarks.common import CONFIG, GIB
 from kimi_demo.checkpoint import write_checkpoint
 from vllm_kimi_linear.cache.layout import cache_layout, kda_state_shapes
 from vllm_kimi_linear.cache.policy import kept_boundaries
@@ -37,8 +38,6 @@ from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.model import ModelSizes
 
 REQUESTS, PROMPT, ANSWER, TOKENS_A_STEP = 64, 4096, 512, 8192
-GIB = 1 << 30
-CONFIG = Path(__file__).with_name("config_48b.json")
 
 
 def cache(model_sizes: ModelSizes, block_tokens: int | None, config: VllmConfig) -> KVCacheConfig:
@@ -152,7 +151,7 @@ def bytes_table() -> list[str]:
     lines = [
         "# Cache blocks of the 48B",
         "",
-        "    python benchmarks/cache_blocks.py --out docs/benchmarks/cache-blocks.md",
+        "    python -m benchmarks.cache_blocks --out docs/benchmarks/cache-blocks.md",
         "",
         "## Bytes, by arithmetic (`cache/layout.py`, `cache/policy.py`)",
         "",

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.h200 import CONFIG, DUMMY, ENV, MILLION, ROUTING, START_LIMIT, machine
+from benchmarks.common import CONFIG, MILLION
+from benchmarks.h200.results import machine
+from benchmarks.h200.runs import DUMMY, ENV, ROUTING, START_LIMIT
 from benchmarks.load import Load
 from kimi_demo.server import Server
 

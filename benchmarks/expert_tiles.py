@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.h200 import BANDWIDTHS, CONFIG
+from benchmarks.common import BANDWIDTHS, CONFIG
 
 TABLES = Path(__file__).parents[1] / "vllm_kimi_linear" / "tiles"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

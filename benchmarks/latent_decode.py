@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.h200 import BANDWIDTHS, CONFIG, MILLION
+from benchmarks.common import BANDWIDTHS, CONFIG, MILLION
 from vllm_kimi_linear.config.model import ModelSizes
 
 K = 1024

@@ -1,6 +1,6 @@
 """How the time and the memory of a prompt grow with its length on a CPU, on the demo checkpoint.
 
-    python benchmarks/long_context.py --out docs/benchmarks/long-context.md
+    python -m benchmarks.long_context --out docs/benchmarks/long-context.md
 
 One server with a context of a million tokens, and prompts of growing length, one after another, each answered with one
 token. By the arithmetic of the model time is a n + b n^2: everything grows with n but the attention of the MLA layers.
@@ -18,12 +18,12 @@ import httpx
 import numpy
 import psutil
 
+from benchmarks.common import GIB, MIB, K
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
 
-K, MIB, GIB = 1024, 1 << 20, 1 << 30
 CACHE = 5 * GIB
 FLAGS = (
     "--dtype=float32",
@@ -60,7 +60,7 @@ def report(rows: list[tuple[int, float, int]], model_sizes: ModelSizes) -> str:
     lines = [
         "# A long prompt on a CPU",
         "",
-        "    python benchmarks/long_context.py --out docs/benchmarks/long-context.md",
+        "    python -m benchmarks.long_context --out docs/benchmarks/long-context.md",
         "",
         f"{platform.machine()}, {psutil.cpu_count()} cores, the demo checkpoint in fp32, `{' '.join(FLAGS)}`. Fitted:",
         f"seconds = {linear:.3e} n + {square:.3e} n^2. vLLM holds the whole cache from the start: beyond it is what",

@@ -18,10 +18,10 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from benchmarks import heat_map
+from benchmarks.common import K
 from examples.demo_model.conversations import KINDS, Asker, Log, Question, make_log
 from kimi_demo.server import Server
 
-K = 1024
 MODEL = Path("examples/demo_model/checkpoint")
 DEPTHS = tuple(n / 10 for n in range(10))
 MARGIN = 64  # tokens that a question and the template add

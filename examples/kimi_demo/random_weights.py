@@ -73,10 +73,10 @@ class RandomWeights:
 
         c, linear = self.config, self.config["linear_attn_config"]
         hidden, heads, dim = c["hidden_size"], linear["num_heads"], linear["head_dim"]
-        taps, size = linear["short_conv_kernel_size"], heads * dim
+        kernel_size, size = linear["short_conv_kernel_size"], heads * dim
         for part in "qkv":
             yield self._linear(f"{at}.{part}_proj", size, hidden)
-            conv = self._normal(f"{at}.{part}_conv1d", size, 1, taps).mul_(0.7)
+            conv = self._normal(f"{at}.{part}_conv1d", size, 1, kernel_size).mul_(0.7)
             yield f"{at}.{part}_conv1d.weight", conv.to(self.dtype)
         # Heads run from slow (A = 1, z nearly its bias) to fast (A = 16, z of wide spread), in an order that
         # changes with the layer so that no mix-up of heads goes unseen.
@@ -86,8 +86,8 @@ class RandomWeights:
         yield f"{at}.dt_bias", dt + torch.log(-torch.expm1(-dt))
         yield self._linear(f"{at}.f_a_proj", dim, hidden)
         spread = (0.7 + 1.3 * speed).repeat_interleave(dim)
-        forget = self._normal(f"{at}.f_b_proj", size, dim).mul_(spread[:, None] / math.sqrt(dim))
-        yield f"{at}.f_b_proj.weight", forget.to(self.dtype)
+        f_b = self._normal(f"{at}.f_b_proj", size, dim).mul_(spread[:, None] / math.sqrt(dim))
+        yield f"{at}.f_b_proj.weight", f_b.to(self.dtype)
         yield self._linear(f"{at}.b_proj", heads, hidden, gain=3.0)
         yield self._linear(f"{at}.g_a_proj", dim, hidden)
         yield self._linear(f"{at}.g_b_proj", size, dim, gain=2.0)

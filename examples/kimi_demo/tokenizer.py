@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +150,7 @@ class Vocabulary:
         return len(self.tokens) + self.specials.index(name)
 
 
+@cache  # learning takes a second, and every config of the demo asks for it
 def build_vocabulary(size: int) -> Vocabulary:
     """A vocabulary of exactly `size` ids; small ones learn fewer merges, large ones get reserved tokens.
 

@@ -2,7 +2,7 @@
 
 A prompt's chunks pass more blocks than there are drafts, so that a request's running state moves into a block that held
 a draft. Which states are kept meanwhile, preemption included, is tested without a model in
-`tests/unit/plugin/test_scheduled_states.py`, and with one by `make soak`.
+`tests/e2e/plugin/test_scheduled_states.py`, and with one by `make soak`.
 """
 
 import asyncio

@@ -32,8 +32,8 @@ REFUSED_FLAGS = """
 TESTED = {
     "additional_config": "e2e/vllm/test_prefix_cache.py",
     "attention_config": "e2e/vllm/test_start_errors.py",
-    "disable_log_stats": "unit/plugin/test_other_models.py",
-    "distributed_executor_backend": "unit/plugin/test_other_models.py",
+    "disable_log_stats": "e2e/plugin/test_other_models.py",
+    "distributed_executor_backend": "e2e/plugin/test_other_models.py",
     "dtype": "e2e/vllm/test_bfloat16.py",
     "enable_prefix_caching": "e2e/vllm/test_prefix_cache.py",
     "gpu_memory_utilization": "e2e/vllm/test_gpu.py",

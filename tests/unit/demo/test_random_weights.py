@@ -23,12 +23,12 @@ def test_gates_cover_their_range(reference: HfReference, ids: list[int]):
     hooks = []
     for layer in reference.model.model.layers:
         if hasattr(layer.self_attn, "forget_gate"):
-            mixer = layer.self_attn
-            hooks.append(mixer.forget_gate.register_forward_hook(lambda _, __, out: decays.append(-out)))
-            hooks.append(mixer.b_proj.register_forward_hook(lambda _, __, out: betas.append(out.sigmoid())))
-            rates = mixer.forget_gate.A_log.detach().exp()
+            kda = layer.self_attn
+            hooks.append(kda.forget_gate.register_forward_hook(lambda _, __, out: decays.append(-out)))
+            hooks.append(kda.b_proj.register_forward_hook(lambda _, __, out: betas.append(out.sigmoid())))
+            rates = kda.forget_gate.A_log.detach().exp()
             assert (rates.min().item(), rates.max().item()) == pytest.approx((1, 16))
-            dt = torch.nn.functional.softplus(mixer.forget_gate.dt_bias.detach())
+            dt = torch.nn.functional.softplus(kda.forget_gate.dt_bias.detach())
             assert 0.999e-3 < dt.min() < 1.2e-3 and 0.08 < dt.max() < 0.1001
     reference.logits(ids)
     for hook in hooks:
@@ -58,7 +58,7 @@ def test_the_router_bias_decides_often(reference: HfReference, ids: list[int]):
 
 
 def _each(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """`change` applied to every module of a kind: the KDA mixers, the MLA mixers, the experts or the layers."""
+    """`change` applied to every module of a kind: KDA, MLA, the experts or the layers."""
 
     def modules(model: Any) -> Iterator[Any]:
         for layer in model.model.layers:
@@ -90,9 +90,9 @@ def _bias_in_the_weights(moe: Any) -> None:
     gate.forward = forward
 
 
-def _bounded_gate(mixer: Any) -> None:
+def _bounded_gate(kda: Any) -> None:
     """The successor model's gate: -5 sigmoid(exp(A_log) z)."""
-    gate = mixer.forget_gate
+    gate = kda.forget_gate
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         z = (gate.f_b_proj(gate.f_a_proj(hidden)) + gate.dt_bias).view(*hidden.shape[:2], -1, gate.head_dim)
@@ -101,8 +101,8 @@ def _bounded_gate(mixer: Any) -> None:
     gate.forward = forward
 
 
-def _clamped_gate(mixer: Any) -> None:
-    gate, exact = mixer.forget_gate, mixer.forget_gate.forward
+def _clamped_gate(kda: Any) -> None:
+    gate, exact = kda.forget_gate, kda.forget_gate.forward
     gate.forward = lambda hidden: exact(hidden).clamp_min(-5)
 
 
@@ -126,7 +126,7 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
     "gate of the successor": _each("kda", _bounded_gate),
     "gate bounded at -5": _each("kda", _clamped_gate),
     "beta missing": _each("kda", lambda m: m.b_proj.weight.zero_()),
-    "conv taps reversed": _each("kda", lambda m: m.conv1d.weight.copy_(m.conv1d.weight.flip(-1))),
+    "conv kernel reversed": _each("kda", lambda m: m.conv1d.weight.copy_(m.conv1d.weight.flip(-1))),
     "conv order k|q|v": _each("kda", lambda m: m.conv1d.weight.copy_(_swap_q_and_k(m.conv1d.weight))),
     "o_norm eps": _each("kda", _set("o_norm.variance_epsilon", 1e-6)),
     "o_norm weight missing": _each("kda", lambda m: m.o_norm.weight.fill_(1)),

@@ -1,6 +1,7 @@
 """The commands a newcomer and continuous integration type: make's targets, .ci/run, the tiers of test-all."""
 
 import datetime
+import functools
 import importlib.util
 import itertools
 import os
@@ -15,11 +16,12 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TARGETS = {"help", "install", "lock", "demo", "serve", "lint", "test", "test-all", "dist", "soak", "clean"}
+TARGETS = {"help", "install", "lock", "demo", "serve", "lint", "test", "test-unit", "test-all", "dist", "soak", "clean"}
 # As if typed: without what a surrounding make hands down.
 TYPED = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
 
+@functools.cache
 def markers() -> list[str]:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     return [line.split(":")[0] for line in pyproject["tool"]["pytest"]["ini_options"]["markers"]]
@@ -43,7 +45,7 @@ def test_makes_test_runs_lint_and_ends_with_every_unmarked_test() -> None:
 
 
 def test_every_command_installs_first() -> None:
-    for target in ("lock", "demo", "serve", "test", "test-all", "dist", "soak"):
+    for target in ("lock", "demo", "serve", "test", "test-unit", "test-all", "dist", "soak"):
         assert "-m deploy.install --device" in make("-n", target).stdout, target
 
 

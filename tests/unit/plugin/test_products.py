@@ -1,11 +1,8 @@
-"""Products in bfloat16 are right with and without oneDNN's, which is asked for and not guessed."""
-
-import platform
+"""Products in bfloat16 are right where oneDNN has none."""
 
 import pytest
 import torch
 
-from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cpu import products
 
 
@@ -21,15 +18,3 @@ def test_plain_product(monkeypatch: pytest.MonkeyPatch, rows: int, biased: bool)
     exact = x.double() @ weight.double().T + (bias.double() if biased else 0)
     assert (found.dtype, found.shape) == (torch.bfloat16, (rows, 100))
     torch.testing.assert_close(found.double(), exact, rtol=1 / 250, atol=1e-4)
-
-
-def ask(dtypes: list[str]) -> list[bool]:
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
-    return [products.has_onednn(getattr(torch, dtype)) for dtype in dtypes]
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="an instruction set of x86")
-def test_what_onednn_has_is_asked_for() -> None:
-    assert in_own_process(ask, ["float32", "bfloat16"], ONEDNN_MAX_CPU_ISA="AVX2") == [True, False]

@@ -1,7 +1,7 @@
 """A checkpoint that does not fit its config is refused, and the error names the tensor.
 
 No server is needed: a model without parameters takes every tensor for one of another pipeline stage's, after
-the checks. That the parameters themselves are filled is in test_full_size.py and in every exact answer.
+the checks. That the parameters themselves are filled is in e2e/plugin/test_full_size.py and in every exact answer.
 """
 
 import logging

@@ -1,23 +1,21 @@
 """The whole 48B model, on the meta device: every tensor of its layout finds its place, and no parameter is left.
 
-`--load-format dummy` builds this same model with random values, which takes 98 GB. Run as a program, this file
-builds it without memory, in a process of its own, and writes down what it finds.
+`--load-format dummy` builds this same model with random values, which takes 98 GB.
 """
 
 import json
-import os
-import subprocess
-import sys
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.own_process import in_own_process
+
 CONFIG = Path(__file__).parents[3] / "benchmarks" / "config_48b.json"
 
 
-def build(folder: Path) -> dict[str, Any]:
+def build(folder: str) -> dict[str, Any]:
     """What the model made from `folder`'s config holds, and what loading a whole checkpoint of its shapes fills."""
     import torch
     from vllm.config import set_current_vllm_config
@@ -27,7 +25,7 @@ def build(folder: Path) -> dict[str, Any]:
 
     from vllm_kimi_linear import weights
 
-    args = EngineArgs(model=str(folder), skip_tokenizer_init=True, load_format="dummy", max_model_len=8192)
+    args = EngineArgs(model=folder, skip_tokenizer_init=True, load_format="dummy", max_model_len=8192)
     config = args.create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
@@ -63,11 +61,7 @@ def test_experts_of_eight_ranks_are_not_padded(backend: str):
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("full")
     (folder / "config.json").write_text(CONFIG.read_text())
-    process = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, env={**os.environ}, timeout=600
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads((folder / "result.json").read_text())
+    return in_own_process(build, str(folder))
 
 
 def published() -> dict[str, tuple[int, ...]]:
@@ -145,8 +139,3 @@ def test_fp32_where_it_matters(built: dict[str, Any]) -> None:
     gates_and_router = ("A_log", "dt_bias", "moe.gate.weight", "e_score_correction_bias")
     assert fp32 == {name for name in built["dtypes"] if name.endswith(gates_and_router)}
     assert set(built["dtypes"].values()) == {"bfloat16", "float32"}
-
-
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    (target / "result.json").write_text(json.dumps(build(target)))

@@ -8,7 +8,7 @@ from tests.support.own_process import in_own_process
 
 
 def start(folder: str) -> dict[str, Any]:
-    """Layers and tokens that ran, and the warnings, of a rehearsal and of one in which the experts fail."""
+    """Layers and tokens that ran, and the warnings, of a warmup and of one in which the experts fail."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -44,7 +44,7 @@ def start(folder: str) -> dict[str, Any]:
     return {"layers": list(layers), "ran": ran, "warnings": warnings}
 
 
-def test_experts_are_rehearsed_and_a_failure_is_only_said(tmp_path: Path):
+def test_experts_are_warmed_up_and_a_failure_is_only_said(tmp_path: Path):
     write_checkpoint(tmp_path)
     found = in_own_process(start, str(tmp_path), VLLM_LOGGING_LEVEL="ERROR")
     assert len(found["layers"]) > 1
