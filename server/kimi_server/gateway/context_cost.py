@@ -1,10 +1,10 @@
-"""What a context costs: for the playground's bar."""
+"""The memory that a context takes, for the playground's bar."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_server.gateway.config.settings import SettingsError
+from kimi_server.gateway.config.yaml_file import SettingsError
 from vllm_kimi_linear import memory
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.config_error import ConfigError
@@ -17,14 +17,17 @@ class ContextCost:
 
 
 def read_cost(path: Path) -> ContextCost:
-    """The cost on one rank by a model's config.json; raises SettingsError."""
+    """The cost on one rank for the config.json at `path`; raises SettingsError."""
     try:
         config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ConfigError("it holds no object; name a checkpoint's config.json")
         geometry = Geometry.from_config(config)
-    except (OSError, ValueError, ConfigError) as error:
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        if not isinstance(dtype, str) or dtype not in memory.DTYPE_BYTES:
+            raise SettingsError(f"model_config {path}: dtype is {dtype!r}: use one of {', '.join(memory.DTYPE_BYTES)}.")
+        plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=0)
+    # TypeError: a list where the config has a number, and the like. OverflowError: sizes beyond a float.
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError, ConfigError) as error:
         raise SettingsError(f"model_config {path} cannot be used: {error}") from None
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in memory.DTYPE_BYTES:
-        raise SettingsError(f"model_config {path}: dtype is {dtype!r}: use one of {', '.join(memory.DTYPE_BYTES)}.")
-    plan = memory.plan(geometry, activation_dtype=dtype, kv_bytes=0)
     return ContextCost(plan.kda_state_bytes_per_sequence, plan.mla_bytes_per_token)
