@@ -11,7 +11,7 @@ import httpx
 
 from kimi_server.gateway.config.settings import load
 from kimi_server.gateway.gateway import Gateway
-from kimi_server.gateway.keys.keyring import digest
+from kimi_server.gateway.keys.keys_file import digest
 from kimi_server.gateway.server import Server as GatewayServer
 from tests.soak.asking import Tally, ask
 from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, renew, say, until_idle
@@ -93,7 +93,7 @@ async def bad_act(client: Client, pause: float) -> None:
 def check_budgets(running: Running, tally: Tally) -> None:
     """All that the gateway counts is back at zero; what is not is a fault."""
     try:
-        running.until(lambda: running.gateway.exchanges == 0, "no request is left", IDLE_SECONDS)
+        running.until(lambda: running.gateway.active_requests == 0, "no request is left", IDLE_SECONDS)
         running.until_idle()
     except AssertionError as error:
         tally.faults.append(f"a budget of the gateway is not back at zero: {error}")

@@ -1,4 +1,4 @@
-"""One JSON line a request: what happened to it, never what it said and never a key."""
+"""The access log: one JSON line a request, without any content of it and without keys."""
 
 import json
 import time
@@ -6,56 +6,58 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TextIO
 
-CLIENT_LEFT = 499  # the status that nginx made customary
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it
 
 
 @dataclass
-class Entry:
+class AccessLogEntry:
     """What is known of a request so far; times in seconds."""
 
-    id: str
+    request_id: str
     route: str
-    began: float  # of time.monotonic()
-    key: str | None = None
+    started_at: float  # of time.monotonic()
+    key_id: str | None = None
     status: int = 500  # until there is another
-    tokens: int | None = None  # of the prompt, as estimated until the replica has counted them
-    cached: int | None = None
-    completion: int | None = None
+    prompt_tokens: int | None = None  # estimated, until the replica reports them
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
     lane: str | None = None
-    wait: float | None = None
+    queue_seconds: float | None = None
     ttft: float | None = None
     replica: int | None = None
     session: str | None = None
     error: str | None = None
-    refused: bool = False  # answered by the gateway itself
-    counted: bool = False  # `tokens` is what the replica counted
+    rejected: bool = False  # answered by the gateway itself
+    usage_reported: bool = False  # `prompt_tokens` is the replica's count
 
-    def refuse(self, status: int, reason: str) -> None:
-        self.status, self.error, self.refused = status, reason, True
+    def reject(self, status: int, reason: str) -> None:
+        self.status, self.error, self.rejected = status, reason, True
 
-    def leave(self) -> None:
-        """The client is gone; what it had of an answer, if any, is not complete."""
-        self.status, self.error, self.refused = CLIENT_LEFT, "client_left", False
+    def client_left(self) -> None:
+        """The client closed its connection before the response was complete."""
+        self.status, self.error, self.rejected = CLIENT_CLOSED_REQUEST, "client_left", False
 
-    def count(self, prompt: int, cached: int | None, completion: int | None) -> None:
-        self.tokens, self.cached, self.completion, self.counted = prompt, cached, completion, True
+    def report_usage(self, prompt: int, cached: int | None, completion: int | None) -> None:
+        """Take over the token counts of the replica."""
+        self.prompt_tokens, self.cached_tokens, self.completion_tokens = prompt, cached, completion
+        self.usage_reported = True
 
 
-def write(entry: Entry, out: TextIO) -> None:
+def write(entry: AccessLogEntry, out: TextIO) -> None:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {
         "time": now,
-        "id": entry.id,
-        "key": entry.key,
+        "id": entry.request_id,
+        "key": entry.key_id,
         "route": entry.route,
         "status": entry.status,
-        "tokens": entry.tokens,
-        "cached": entry.cached,
-        "completion": entry.completion,
+        "tokens": entry.prompt_tokens,
+        "cached": entry.cached_tokens,
+        "completion": entry.completion_tokens,
         "lane": entry.lane,
-        "wait": _rounded(entry.wait),
+        "wait": _rounded(entry.queue_seconds),
         "ttft": _rounded(entry.ttft),
-        "seconds": _rounded(time.monotonic() - entry.began),
+        "seconds": _rounded(time.monotonic() - entry.started_at),
         "replica": entry.replica,
         "session": entry.session,
         "error": entry.error,

@@ -1,4 +1,4 @@
-"""The gateway's routes."""
+"""The ASGI applications: the API with the playground, and the metrics on their own port."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,17 +13,17 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_server.gateway import openapi
-from kimi_server.gateway.errors import Refusal, error_body
+from kimi_server.gateway.errors import GatewayError, error_body
 from kimi_server.gateway.gateway import Gateway
-from kimi_server.gateway.headers import presented_key
-from kimi_server.gateway.proxy import Exchange
+from kimi_server.gateway.headers import api_key
+from kimi_server.gateway.proxy import ProxyResponse
 from kimi_server.gateway.routes import ROUTES, Route
-from kimi_server.playground import page
+from kimi_server.playground.page import mount_playground
 from vllm_kimi_linear import __version__
 
 
-class PlainPaths:
-    """Answers 404 for a path that is not written plainly, so that no two spellings lead to one route."""
+class RejectEncodedPaths:
+    """Answers 404 for a percent-encoded path, so that no two spellings lead to one route."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -40,7 +40,7 @@ def not_found() -> Response:
 
 
 def build(gateway: Gateway) -> FastAPI:
-    """The application; its lifespan runs the gateway's probes."""
+    """The application; its lifespan runs the gateway's background tasks."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +55,7 @@ def build(gateway: Gateway) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.add_middleware(PlainPaths)
+    app.add_middleware(RejectEncodedPaths)
     if gateway.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -68,7 +68,7 @@ def build(gateway: Gateway) -> FastAPI:
     for route in ROUTES:
         app.add_api_route(
             route.path,
-            passing(gateway, route),
+            proxy_endpoint(gateway, route),
             methods=[route.method],
             name=route.path,
             response_class=Response,
@@ -90,9 +90,9 @@ def build(gateway: Gateway) -> FastAPI:
         @app.get("/metrics", responses=openapi.METRICS)
         async def metrics(request: Request) -> Response:
             try:
-                gateway.keyring.check_metrics(presented_key(list(request.scope["headers"])))
-            except Refusal as refusal:
-                return Response(refusal.body, refusal.status, refusal.headers)
+                gateway.keyring.check_metrics(api_key(list(request.scope["headers"])))
+            except GatewayError as error:
+                return Response(error.body, error.status, error.headers)
             return Response(gateway.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/kimi/context", responses=openapi.CONTEXT)
@@ -105,12 +105,12 @@ def build(gateway: Gateway) -> FastAPI:
             "mla_bytes_per_token": cost and cost.mla_bytes_per_token,
         }
 
-    page.mount(app)
+    mount_playground(app)
     return app
 
 
 def metrics_app(gateway: Gateway) -> FastAPI:
-    """What answers on the port of the metrics: those alone, to whoever reaches it."""
+    """The application on the metrics' port: /metrics alone, without a key."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.exception_handler(HTTPException)(http_error)
 
@@ -121,21 +121,21 @@ def metrics_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def passing(gateway: Gateway, route: Route) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route that is passed on."""
+def proxy_endpoint(gateway: Gateway, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of a proxied route."""
 
     async def endpoint(request: Request) -> Response:
         response_id = request.path_params.get("response_id", "x")
         if not openapi.RESPONSE_ID.fullmatch(response_id):
             return not_found()
-        # Not `request.url.path`, which is read from the Host header too.
-        return Exchange(gateway, route, request.scope["path"])
+        # Not `request.url.path`, which depends on the Host header too.
+        return ProxyResponse(gateway, route, request.scope["path"])
 
     return endpoint
 
 
-def without_slash(request: Request) -> Response | None:
-    """The way to the route that the path names but for a slash at its end. Not absolute, for the Host header lies."""
+def redirect_without_slash(request: Request) -> Response | None:
+    """A redirect for a path that is a route but for a trailing slash; relative, for the Host header is not trusted."""
     path = request.scope["path"]
     shorter = {**request.scope, "path": path.removesuffix("/")}
     if not path.endswith("/") or path.startswith("//"):
@@ -147,9 +147,9 @@ def without_slash(request: Request) -> Response | None:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 in the form of the OpenAI API; a path that is one but for its last slash is sent on, as vLLM does."""
+    """404 and 405 as OpenAI error bodies; a route with a trailing slash is redirected, as vLLM does."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return without_slash(request) or not_found()
+        return redirect_without_slash(request) or not_found()
     message = f"{error.detail}: {request.method} is not for {request.scope['path']}."
     return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)

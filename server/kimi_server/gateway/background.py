@@ -1,4 +1,4 @@
-"""Background tasks that do not die in silence."""
+"""Background tasks that survive exceptions."""
 
 import asyncio
 import logging
@@ -10,14 +10,17 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 log = logging.getLogger(__name__)
 
 
-async def keep_doing(what: str, once: Callable[[], Awaitable[None]]) -> NoReturn:
-    """Do `once` for ever. An exception is logged, as one of `what`, and the next time comes after a longer pause."""
+async def repeat_forever(name: str, step: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Await `step()` again and again.
+
+    An exception is logged with the task's `name`; each one in a row doubles the pause before the next try.
+    """
     pause = FIRST_PAUSE
     while True:
         try:
-            await once()
+            await step()
         except Exception:
-            log.exception("%s failed; the next try comes in %g seconds", what, pause)
+            log.exception("%s failed; the next try comes in %g seconds", name, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         else:

@@ -1,4 +1,4 @@
-"""`kimi-linear gateway`: its arguments, its start, and `kimi-linear gateway key`."""
+"""`kimi-linear gateway` and `kimi-linear gateway key`."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ WORKERS = (
 
 
 def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Give the subcommand's parser its arguments; returns what runs them."""
+    """Add the subcommand's arguments to its parser; returns the function that runs it."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
     parser.add_argument("--host", help="the address to listen on, in place of the file's")
     parser.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
@@ -55,9 +55,9 @@ def serve(config: Path, host: str | None, port: int | None) -> int:
 
 
 def make_key(key_id: str, owner: str | None) -> int:
-    from kimi_server.gateway.keys.keyring import fresh_key
+    from kimi_server.gateway.keys.keys_file import generate_key
 
-    key, entry = fresh_key(key_id, owner)
+    key, entry = generate_key(key_id, owner)
     print(f"The key, which is stored nowhere:\n\n    {key}\n\nIts entry under `keys:` in the file of keys:\n\n{entry}")
     return 0
 

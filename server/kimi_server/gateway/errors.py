@@ -1,4 +1,4 @@
-"""What the gateway answers when it does not pass a request on: the OpenAI error body, with when to come back."""
+"""Errors that the gateway itself answers with, as OpenAI error bodies."""
 
 import json
 from dataclasses import dataclass
@@ -8,8 +8,12 @@ from typing import Any
 
 
 @dataclass
-class Refusal(Exception):
-    """A request that ends here. `reason` is a metric's label; `retry_after`, in seconds, is sent rounded up."""
+class GatewayError(Exception):
+    """Ends a request with an HTTP error.
+
+    `reason` labels the metric of rejected requests and is the access log's `error`. `retry_after` is in seconds and
+    is rounded up for the Retry-After header; None sends none.
+    """
 
     status: int
     reason: str
@@ -31,14 +35,14 @@ class Refusal(Exception):
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
-    """The error object of the OpenAI API, as vLLM fills it."""
+    """The error object of the OpenAI API, with the fields that vLLM fills."""
     kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def stopping() -> Refusal:
-    return Refusal(503, "draining", "This gateway is shutting down: try again.", 1)
+def draining() -> GatewayError:
+    return GatewayError(503, "draining", "This gateway is shutting down: try again.", 1)
 
 
-def no_replica() -> Refusal:
-    return Refusal(503, "no_replica", "No replica of the model is up: try again later.", 5)
+def no_replica() -> GatewayError:
+    return GatewayError(503, "no_replica", "No replica of the model is up: try again later.", 5)

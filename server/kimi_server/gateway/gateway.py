@@ -1,4 +1,4 @@
-"""All that a running gateway consists of, put together from its settings."""
+"""The components of a running gateway and its life cycle."""
 
 import asyncio
 import contextlib
@@ -11,23 +11,23 @@ import httpx
 
 from kimi_server.gateway import access_log
 from kimi_server.gateway.admission import LANES, Admission
-from kimi_server.gateway.background import keep_doing
+from kimi_server.gateway.background import repeat_forever
 from kimi_server.gateway.config.settings import Settings
 from kimi_server.gateway.context_cost import read_cost
 from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.metrics import Metrics
-from kimi_server.gateway.request.body_budget import Bodies
-from kimi_server.gateway.request.body_parser import Reader
-from kimi_server.gateway.request.prompt_size import Estimator
-from kimi_server.gateway.routing import StoredResponses
+from kimi_server.gateway.request.body_budget import BodyBudget
+from kimi_server.gateway.request.body_parser import BodyParser
+from kimi_server.gateway.request.token_estimator import TokenEstimator
 from kimi_server.gateway.upstream.replicas import Replicas
-from kimi_server.gateway.upstream.token_counter import Counts
+from kimi_server.gateway.upstream.stored_responses import StoredResponses
+from kimi_server.gateway.upstream.token_counter import TokenCounter
 
 CONNECT_SECONDS = 5.0
 
 
 class Gateway:
-    """Raises SettingsError where a file that the settings name cannot be used. `log` receives one line a request."""
+    """`log` gets the access log; None: stdout. Raises SettingsError where a file that is named cannot be used."""
 
     def __init__(self, settings: Settings, log: TextIO | None = None) -> None:
         self.settings = settings
@@ -35,23 +35,23 @@ class Gateway:
         self.keyring = Keyring(settings.keys)
         self.context_cost = read_cost(settings.model_config) if settings.model_config else None
         self.metrics = Metrics()
-        self.estimator = Estimator()
-        self.bodies, self.reader = Bodies(settings.limits.bodies_bytes), Reader()
-        self.stored = StoredResponses()
+        self.token_estimator = TokenEstimator()
+        self.body_budget, self.body_parser = BodyBudget(settings.limits.bodies_bytes), BodyParser()
+        self.stored_responses = StoredResponses()
         self.admission = Admission(settings.admission, len(settings.replicas))
-        self.replicas = Replicas(settings.replicas, changed=self.admission.dispatch)
+        self.replicas = Replicas(settings.replicas, on_change=self.admission.dispatch)
         self.draining = False
-        self.exchanges = 0  # requests between their header and the last byte of their answer
+        self.active_requests = 0  # between their header and the last byte of their response
         limits = settings.limits
         self.timeout = httpx.Timeout(limits.replica_seconds, connect=CONNECT_SECONDS, pool=None)
         self.client = httpx.AsyncClient(
             timeout=self.timeout,
-            # vLLM closes a connection that was idle for 5 seconds; ours go before, so as not to meet that moment.
+            # vLLM closes connections that are idle for 5 seconds; closing earlier avoids the race.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
             trust_env=False,
             follow_redirects=False,
         )
-        self.counts = Counts(self.client)
+        self.token_counter = TokenCounter(self.client)
 
     @property
     def ready(self) -> bool:
@@ -59,29 +59,31 @@ class Gateway:
 
     @property
     def model(self) -> str | None:
-        """What the replicas serve; None until one of them was up."""
+        """The model's name at the replicas; None until one was up."""
         return next((replica.model for replica in self.replicas.all if replica.model), None)
 
     @property
     def max_model_len(self) -> int | None:
-        """The longest context in tokens, where it is known."""
+        """The longest context in tokens: configured, else of a replica; None until one was up."""
         asked = (replica.max_model_len for replica in self.replicas.all if replica.max_model_len)
         return self.settings.max_model_len or next(asked, None)
 
     @property
-    def salts(self) -> bool:
-        """Whether the prefix caches are divided among the keys' owners."""
+    def uses_cache_salts(self) -> bool:
+        """Whether the keys' owners have separate prefix caches."""
         asked = self.settings.cache_salt
         return self.keyring.owners > 1 if asked is None else asked
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Probe the replicas and watch the keys meanwhile."""
+        """Within the context: probe the replicas and watch the file of keys."""
         background = [
-            asyncio.create_task(keep_doing(f"the probe of {one.url}", partial(self.replicas.watch, self.client, one)))
+            asyncio.create_task(
+                repeat_forever(f"the probe of {one.url}", partial(self.replicas.watch, self.client, one))
+            )
             for one in self.replicas.all
         ]
-        background.append(asyncio.create_task(keep_doing("the watch over the keys", self.keyring.watch)))
+        background.append(asyncio.create_task(repeat_forever("the watch over the keys", self.keyring.watch)))
         try:
             yield
         finally:
@@ -89,39 +91,39 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await self.client.aclose()
-            self.reader.close()
+            self.body_parser.close()
 
     @contextlib.contextmanager
-    def exchange(self) -> Iterator[None]:
-        """Count one request."""
-        self.exchanges += 1
+    def track_request(self) -> Iterator[None]:
+        """Count one request as active."""
+        self.active_requests += 1
         try:
             yield
         finally:
-            self.exchanges -= 1
+            self.active_requests -= 1
 
     async def drain(self) -> None:
-        """Take nothing new, and return when all that runs has ended, or is over its time and was broken off."""
+        """Reject new requests; return when the active ones have ended, or are cut off after drain_seconds."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
-                while self.exchanges:
+                while self.active_requests:
                     await asyncio.sleep(0.05)
                 return
-        # What reads from a replica now meets a closed connection, and ends as if that replica had gone.
+        # Reading from a replica now fails as if the replica had been lost.
         self.admission.close()
         await self.client.aclose()
 
-    def record(self, entry: access_log.Entry) -> None:
-        """Note the end of a request in the log and the metrics."""
-        metrics, key = self.metrics, entry.key or ""
+    def record(self, entry: access_log.AccessLogEntry) -> None:
+        """Write the end of a request to the access log and the metrics."""
+        metrics, key = self.metrics, entry.key_id or ""
         metrics.requests.labels(entry.route, entry.status, entry.lane or "none").inc()
-        if entry.refused:
+        if entry.rejected:
             metrics.rejected.labels(entry.error).inc()
         for counter, amount in (
-            (metrics.prompt, entry.tokens if entry.counted else None),
-            (metrics.cached, entry.cached),
-            (metrics.completion, entry.completion),
+            (metrics.prompt_tokens, entry.prompt_tokens if entry.usage_reported else None),
+            (metrics.cached_tokens, entry.cached_tokens),
+            (metrics.completion_tokens, entry.completion_tokens),
         ):
             if amount:
                 counter.labels(key).inc(amount)
@@ -130,7 +132,7 @@ class Gateway:
         access_log.write(entry, self.log)
 
     def metrics_text(self) -> bytes:
-        """The metrics, those that tell of this moment brought up to date."""
+        """The metrics as text, with the gauges updated."""
         metrics = self.metrics
         for lane in LANES:
             metrics.queued.labels(lane).set(self.admission.waiting(lane))

@@ -1,12 +1,13 @@
-"""Which headers cross the gateway. Towards a replica only those listed here; back, all but those of one connection."""
+"""Which headers pass: to a replica an allow-list; to the client all but the hop-by-hop ones."""
 
 from collections.abc import Iterable
 
-from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.access_log import AccessLogEntry
+from kimi_server.gateway.errors import GatewayError
 
 Headers = list[tuple[bytes, bytes]]
 
-# All that vLLM reads, and what decides about the form of the answer. Credentials stop here, as does what would let a
+# All that vLLM reads, and what decides about the response's format. Credentials are not passed on, nor what would let a
 # client choose its priority, its data-parallel rank or its request id.
 TO_REPLICA = {
     b"accept",
@@ -20,7 +21,7 @@ TO_REPLICA = {
     b"user-agent",
     b"x-session-id",
 }
-# Those of one connection (RFC 9110, 7.6.1), and the two that our own server writes.
+# Hop-by-hop (RFC 9110, 7.6.1), and those that the gateway sets itself.
 NOT_TO_CLIENT = {
     b"connection",
     b"date",
@@ -37,25 +38,25 @@ NOT_TO_CLIENT = {
 
 
 def check_framing(headers: Headers, body_bytes: int) -> None:
-    """Refuse what could be read in two ways, and a body announced as too large."""
+    """Raise GatewayError for ambiguous framing (request smuggling) and for a body announced as too large."""
     lengths = [value for name, value in headers if name == b"content-length"]
-    coded = any(name == b"transfer-encoding" for name, _ in headers)
-    if len(lengths) > 1 or (lengths and coded):
-        raise Refusal(400, "framing", "The request gives the length of its body more than once: send one header.")
+    chunked = any(name == b"transfer-encoding" for name, _ in headers)
+    if len(lengths) > 1 or (lengths and chunked):
+        raise GatewayError(400, "framing", "The request gives the length of its body more than once: send one header.")
     if lengths and int(lengths[0]) > body_bytes:
         raise too_large(body_bytes)
 
 
-def announced(headers: Headers, most: int) -> int:
-    """The bytes of the body that may come: what is announced, or `most` where it comes in chunks."""
+def expected_body_bytes(headers: Headers, most: int) -> int:
+    """The Content-Length; `most` where the body comes in chunks."""
     if any(name == b"transfer-encoding" for name, _ in headers):
         return most
     return int(first(headers, b"content-length") or 0)
 
 
-def too_large(body_bytes: int) -> Refusal:
+def too_large(body_bytes: int) -> GatewayError:
     message = f"The request body is larger than {body_bytes} bytes, the limit of this gateway."
-    return Refusal(413, "body_bytes", message)
+    return GatewayError(413, "body_bytes", message)
 
 
 def to_replica(headers: Headers) -> Headers:
@@ -63,7 +64,7 @@ def to_replica(headers: Headers) -> Headers:
 
 
 def without_upgrade(headers: Headers) -> Headers:
-    """The header of a request that does not ask for another protocol."""
+    """The header without the request to change to another protocol."""
     kept = []
     for name, value in headers:
         if name == b"connection":
@@ -80,11 +81,30 @@ def to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     return [(name, value) for name, value in lowered if name not in NOT_TO_CLIENT and name not in named]
 
 
+def of_gateway(entry: AccessLogEntry, close: bool) -> dict[str, str]:
+    """The headers that the gateway adds to a response; with `close` the connection ends with it."""
+    fields = {"x-request-id": entry.request_id}
+    if entry.queue_seconds is not None:
+        fields["x-kimi-queue-seconds"] = f"{entry.queue_seconds:.4f}"
+    if entry.replica is not None:
+        fields["x-kimi-replica"] = str(entry.replica)
+    if entry.lane is not None:
+        fields["x-kimi-lane"] = entry.lane
+    if close:
+        fields["connection"] = "close"
+    return fields
+
+
+def encode(fields: dict[str, str]) -> Headers:
+    return [(name.encode(), value.encode()) for name, value in fields.items()]
+
+
 def first(headers: Headers, name: bytes) -> str | None:
+    """The value of the first header of this name, in lower case; None if there is none."""
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
 
 
-def presented_key(headers: Headers) -> str | None:
-    """The API key as OpenAI's clients send it, or as Anthropic's do."""
+def api_key(headers: Headers) -> str | None:
+    """The API key of `Authorization: Bearer`, as OpenAI's clients send it, or of `x-api-key`, as Anthropic's do."""
     scheme, _, key = (first(headers, b"authorization") or "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else first(headers, b"x-api-key")

@@ -6,7 +6,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class Metrics:
-    """One registry for each gateway, so that several in one process do not meet."""
+    """Metrics in a registry of its own, so that several gateways in one process do not collide."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -21,20 +21,22 @@ class Metrics:
             return Histogram(f"kimi_gateway_{name}", text, ["lane"], registry=registry, buckets=SECONDS)
 
         self.requests = counter("requests_total", "Requests that ended.", "route", "status", "lane")
-        self.queue = seconds("queue_seconds", "Seconds that admitted prompts waited.")
+        self.queue_seconds = seconds("queue_seconds", "Seconds that admitted prompts waited.")
         self.ttft = seconds("ttft_seconds", "Seconds from a request's first byte to its answer's first token.")
         self.queued = gauge("queued", "Prompts that wait.", "lane")
         self.running = gauge("running", "Requests at a replica.", "replica")
         self.outstanding = gauge(
             "prefill_tokens_outstanding", "Estimated tokens of prompts without a first token.", "replica", "lane"
         )
-        self.prompt = counter("prompt_tokens_total", "Prompt tokens, as replicas counted them.", "key")
-        self.cached = counter("cached_tokens_total", "Prompt tokens found in a prefix cache.", "key")
-        self.completion = counter("completion_tokens_total", "Tokens generated.", "key")
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, as replicas counted them.", "key")
+        self.cached_tokens = counter("cached_tokens_total", "Prompt tokens found in a prefix cache.", "key")
+        self.completion_tokens = counter("completion_tokens_total", "Tokens generated.", "key")
         self.rejected = counter("rejected_total", "Requests that the gateway answered itself.", "reason")
         self.up = gauge("replica_up", "1 where a replica answers its probes.", "replica")
-        self.spilled = counter("sessions_spilled_total", "Prompts sent to another replica than their session's.")
+        self.affinity_misses = counter(
+            "sessions_spilled_total", "Prompts sent to another replica than their session's."
+        )
 
     def text(self) -> bytes:
-        """All of them in the Prometheus text format."""
+        """All metrics in the Prometheus text format."""
         return generate_latest(self.registry)

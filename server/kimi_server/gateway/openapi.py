@@ -1,4 +1,4 @@
-"""The gateway's own description of its routes. What the bodies mean is vLLM's to say; here stands what is checked."""
+"""The OpenAPI description of the routes: what the gateway itself checks and answers. vLLM documents the bodies."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ ERROR = {
         }
     },
 }
-REFUSALS = {
+ERRORS = {
     400: "The request cannot be served.",
     401: "The API key is missing or unknown.",
     403: "The API key may not do this.",
@@ -61,21 +61,21 @@ def plain(description: str, status: int = 200) -> dict[int | str, dict[str, Any]
     return {status: {"description": description, "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-def refusal(status: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": REFUSALS[status], "content": {"application/json": {"schema": ERROR}}}}
+def error_response(status: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": ERRORS[status], "content": {"application/json": {"schema": ERROR}}}}
 
 
-METRICS = plain("Prometheus metrics.") | refusal(401) | refusal(403)
+METRICS = plain("Prometheus metrics.") | error_response(401) | error_response(403)
 
 
 def describe(route: Route) -> dict[str, Any]:
-    """What FastAPI is to say of a route that is passed on."""
+    """Arguments for FastAPI's `add_api_route` that describe a proxied route."""
     forms: dict[str, Any] = {"application/json": {}}
     if route.prefills:
         forms["text/event-stream"] = {}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": "The answer of vLLM.", "content": forms}}
-    for status in REFUSALS:
-        responses |= refusal(status)
+    for status in ERRORS:
+        responses |= error_response(status)
     extra: dict[str, Any] = {}
     if route.json_body:
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}

@@ -1,6 +1,6 @@
-"""The routes of vLLM that the gateway passes on. What is not here does not exist: 404, and nothing upstream.
+"""The routes of vLLM that the gateway proxies: an allow-list. Every other path is 404, and nothing is sent upstream.
 
-Closed on purpose are the routes outside /v1 (metrics, load, scaling, profiling, ...) and, inside it, the loading and
+Left out on purpose: the routes outside /v1 (metrics, load, scaling, profiling, ...) and, inside it, loading and
 unloading of LoRA adapters.
 """
 
@@ -11,30 +11,38 @@ from dataclasses import dataclass
 class Route:
     method: str
     path: str
-    prefills: bool = False  # makes the engine read a prompt: goes through admission
+    prefills: bool = False  # has a prompt to prefill: goes through admission
     json_body: bool = False
-    anthropic: bool = False  # errors in a stream have that API's form
-    # What says how long an answer may be, the first given counts; `answer`: if none is, None for all the context.
-    answer_fields: tuple[str, ...] = ()
-    answer: int | None = None
-    counts: str | None = None  # the path that counts the tokens of the same body's prompt
+    anthropic: bool = False  # errors in a stream have the form of that API
+    # The fields that limit a completion's tokens, of which the first given counts, and vLLM's default without them
+    # (None: the rest of the context).
+    output_limit_fields: tuple[str, ...] = ()
+    default_output_tokens: int | None = None
+    tokenize_path: str | None = None  # takes the same body and counts its prompt's tokens
 
 
-CHAT, TOKENIZE = ("max_completion_tokens", "max_tokens"), "/tokenize"
+CHAT_LIMITS, TOKENIZE = ("max_completion_tokens", "max_tokens"), "/tokenize"
 
 ROUTES = (
     Route("GET", "/v1/models"),
-    Route("POST", "/v1/chat/completions", prefills=True, json_body=True, answer_fields=CHAT, counts=TOKENIZE),
-    Route("POST", "/v1/chat/completions/batch", prefills=True, json_body=True, answer_fields=CHAT),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        prefills=True,
+        json_body=True,
+        output_limit_fields=CHAT_LIMITS,
+        tokenize_path=TOKENIZE,
+    ),
+    Route("POST", "/v1/chat/completions/batch", prefills=True, json_body=True, output_limit_fields=CHAT_LIMITS),
     Route(
         *("POST", "/v1/completions"),
         prefills=True,
         json_body=True,
-        answer_fields=("max_tokens",),
-        answer=16,
-        counts=TOKENIZE,
+        output_limit_fields=("max_tokens",),
+        default_output_tokens=16,
+        tokenize_path=TOKENIZE,
     ),
-    Route("POST", "/v1/responses", prefills=True, json_body=True, answer_fields=("max_output_tokens",)),
+    Route("POST", "/v1/responses", prefills=True, json_body=True, output_limit_fields=("max_output_tokens",)),
     Route("GET", "/v1/responses/{response_id}"),
     Route("POST", "/v1/responses/{response_id}/cancel"),
     Route(
@@ -42,12 +50,12 @@ ROUTES = (
         prefills=True,
         json_body=True,
         anthropic=True,
-        answer_fields=("max_tokens",),
-        counts="/v1/messages/count_tokens",
+        output_limit_fields=("max_tokens",),
+        tokenize_path="/v1/messages/count_tokens",
     ),
     Route("POST", "/v1/messages/count_tokens", json_body=True, anthropic=True),
-    Route("POST", "/v1/systemone", prefills=True, json_body=True, answer=2),
+    Route("POST", "/v1/systemone", prefills=True, json_body=True, default_output_tokens=2),
 )
 
-# Of /v1 too, but not for clients.
+# Paths of vLLM's /v1 that clients must not reach.
 CLOSED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")

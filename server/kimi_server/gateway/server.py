@@ -1,4 +1,4 @@
-"""The gateway as a process: uvicorn, which on a signal drains before it stops."""
+"""The gateway's uvicorn server, which drains on a signal before it stops."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,9 @@ from kimi_server.gateway.app import build, metrics_app
 from kimi_server.gateway.config.settings import Settings
 from kimi_server.gateway.config.yaml_file import SettingsError
 from kimi_server.gateway.gateway import Gateway
-from kimi_server.gateway.request.connection import limited
+from kimi_server.gateway.request.connection import limited_protocol
 
-LAST_SECONDS = 5  # for what is still there after the drain
+SHUTDOWN_SECONDS = 5  # for connections that are open after the drain
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def config(app: ASGIApp, settings: Settings, **more: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=limited(settings.limits.header_bytes, settings.limits.header_seconds),
+        http=limited_protocol(settings.limits.header_bytes, settings.limits.header_seconds),
         ws="none",
         access_log=False,
         server_header=False,
@@ -37,26 +37,26 @@ def config(app: ASGIApp, settings: Settings, **more: Any) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A first SIGTERM or SIGINT drains, a second stops at once. `failed`: something of it did not work."""
+    """A first SIGTERM or SIGINT drains, a second stops at once. `failed`: the drain raised an exception."""
 
     def __init__(self, gateway: Gateway) -> None:
         settings = gateway.settings
         where = {"host": settings.host, "port": settings.port}
-        super().__init__(config(build(gateway), settings, timeout_graceful_shutdown=LAST_SECONDS, **where))
+        super().__init__(config(build(gateway), settings, timeout_graceful_shutdown=SHUTDOWN_SECONDS, **where))
         self.gateway = gateway
         self.draining: asyncio.Task[None] | None = None
         self.failed = False
         self.metrics_port: int | None = None  # while it is open
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Raises SettingsError where the port of the metrics cannot be had."""
+        """Raises SettingsError where the metrics' port cannot be bound."""
         self.loop = asyncio.get_running_loop()
         async with self._metrics():
             await super().serve(sockets)
 
     @contextlib.asynccontextmanager
     async def _metrics(self) -> AsyncIterator[None]:
-        """Answer on the metrics' own port, if they have one, with uvicorn's connections but none of its server."""
+        """Serve the metrics on their own port, if they have one: a second uvicorn server would handle signals, too."""
         settings = self.gateway.settings
         if settings.metrics_port is None:
             yield
@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
-        """Whatever happens, the process ends."""
+        """Drain, and stop the process whether or not that works."""
         try:
             await self.gateway.drain()
         except Exception:

@@ -1,4 +1,4 @@
-"""The playground: one static page and its files, served from this package's own data."""
+"""Serves the playground: a static page and its files, from this package's data."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from starlette.types import Scope
 
 FILES = Path(__file__).with_name("static")
 
-# The page runs its own files only, calls its own origin only, and nobody frames it. The files carry no version in
-# their names, so a browser asks each time whether its copy is still good.
+# The page may load and call its own origin only, and may not be framed. The files have no version in their names, so
+# a browser revalidates its copy each time.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
@@ -21,7 +21,7 @@ HEADERS = {
 
 
 class PageFiles(StaticFiles):
-    """The files of the page, each with HEADERS."""
+    """Adds HEADERS to each file."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -29,8 +29,8 @@ class PageFiles(StaticFiles):
         return response
 
 
-def mount(app: FastAPI) -> None:
-    """Serve the page at `/` and its files under `/playground/`; needs no key and shows none of the server's state."""
+def mount_playground(app: FastAPI) -> None:
+    """Serve the page at `/` and its files under `/playground/`, without a key: they hold no state of the server."""
     files = PageFiles(directory=FILES)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

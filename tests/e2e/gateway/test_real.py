@@ -21,14 +21,16 @@ from starlette.requests import Request
 
 from kimi_demo.server import Server
 from kimi_server.gateway.config.settings import ReplicaSettings
-from kimi_server.gateway.request.parsed_request import plain_prompt, read_question
+from kimi_server.gateway.keys.cache_salt import cache_salt
+from kimi_server.gateway.request.parsed_request import parse_request, plain_prompt
 from kimi_server.gateway.request.prompt_size import TEMPLATE
 from kimi_server.gateway.routes import CLOSED, ROUTES, TOKENIZE
+from kimi_server.gateway.upstream.body import with_fields
 from kimi_server.gateway.upstream.replicas import Replica
-from kimi_server.gateway.upstream.token_counter import Counts
+from kimi_server.gateway.upstream.token_counter import TokenCounter
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
-from tests.unit.gateway.test_process import Process
+from tests.support.gateway_process import GatewayProcess
 
 ROOT = Path(__file__).resolve().parents[3]
 LONG = 1500  # tokens of an answer that is still running when something happens
@@ -46,8 +48,8 @@ def replicas(servers: Callable[..., Server], demo_model: Path) -> list[Server]:
 
 
 @pytest.fixture
-def gateway(replicas: list[Server], tmp_path: Path) -> Iterator[Process]:
-    with Process(tmp_path, [server.url for server in replicas]) as process:
+def gateway(replicas: list[Server], tmp_path: Path) -> Iterator[GatewayProcess]:
+    with GatewayProcess(tmp_path, [server.url for server in replicas]) as process:
         yield process
 
 
@@ -66,7 +68,7 @@ def body(model: str, session: int, tokens: int, prompt: int = 20) -> dict:
 class Stream(threading.Thread):
     """One streamed answer: `begun` with its first token, then `text` and `replica`."""
 
-    def __init__(self, gateway: Process, asked: dict) -> None:
+    def __init__(self, gateway: GatewayProcess, asked: dict) -> None:
         super().__init__(daemon=True)
         self.url, self.asked = gateway.url, asked
         self.begun = threading.Event()
@@ -92,14 +94,14 @@ class Stream(threading.Thread):
         return json.loads(self.text.rstrip().rsplit("data: ", 1)[1]).get("error") if not self.whole else None
 
 
-def outstanding(gateway: Process) -> float:
+def outstanding(gateway: GatewayProcess) -> float:
     """Prefill tokens and running requests in the gateway's books."""
     text = httpx.get(gateway.metrics_url, trust_env=False).text
     names = ("kimi_gateway_prefill_tokens_outstanding{", "kimi_gateway_running{", "kimi_gateway_queued{")
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(names))
 
 
-def arrived(gateway: Process) -> float:
+def arrived(gateway: GatewayProcess) -> float:
     """Prompts that were let in, those that are answered too."""
     text = httpx.get(gateway.metrics_url, trust_env=False).text
     lines = re.findall(r"^kimi_gateway_queue_seconds_count\S* (\S+)$", text, re.MULTILINE)
@@ -120,7 +122,30 @@ def test_vllm_reads_the_headers_that_the_gateway_sets() -> None:
     assert serving._get_data_parallel_rank(raw) == 2
 
 
-def test_what_a_replica_says_is_what_comes(gateway: Process, replicas: list[Server]) -> None:
+def test_vllm_takes_the_salt_that_was_added() -> None:
+    """Of each kind of body that makes the engine read a prompt."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.generate.structured_decisions.protocol import StructuredDecisionRequest
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    message = [{"role": "user", "content": "x"}]
+    salt = cache_salt(b"secret", "owner", "own")
+    for kind, body in (
+        (ChatCompletionRequest, {"messages": message}),
+        (BatchChatCompletionRequest, {"messages": [message]}),
+        (CompletionRequest, {"prompt": "x"}),
+        (ResponsesRequest, {"input": "x"}),
+        (AnthropicMessagesRequest, {"model": "m", "messages": message, "max_tokens": 1}),
+        (StructuredDecisionRequest, {"state": "x", "questions": {}}),
+    ):
+        own = json.dumps(body | {"cache_salt": "own"}).encode()
+        found = kind.model_validate(json.loads(with_fields(own, {"cache_salt": salt})))
+        assert found.cache_salt == salt, kind
+
+
+def test_what_a_replica_says_is_what_comes(gateway: GatewayProcess, replicas: list[Server]) -> None:
     asked = body(replicas[0].model, 1, 8) | {"stream": False, "stream_options": None}
     through = httpx.post(f"{gateway.url}/v1/completions", json=asked, timeout=60, trust_env=False)
     straight = httpx.post(f"{replicas[0].url}/v1/completions", json=asked, timeout=60, trust_env=False)
@@ -145,7 +170,7 @@ def test_prompts_are_counted_as_vllm_counts_them(replicas: list[Server], text: s
 
     async def count(path: str, body: bytes) -> int | None:
         async with httpx.AsyncClient(trust_env=False) as client:
-            return await Counts(client).ask(Replica(0, ReplicaSettings(server.url)), path, body)
+            return await TokenCounter(client).count(Replica(0, ReplicaSettings(server.url)), path, body)
 
     for route in ROUTES:
         if route.path in bodies:
@@ -153,15 +178,15 @@ def test_prompts_are_counted_as_vllm_counts_them(replicas: list[Server], text: s
             sent = json.dumps(asked).encode()
             usage = httpx.post(server.url + route.path, json=asked, timeout=60, trust_env=False).json()["usage"]
             tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
-            assert tokens <= read_question(sent).size.most
-            if route.counts:
-                assert asyncio.run(count(route.counts, sent)) == tokens
+            assert tokens <= parse_request(sent).size.max_tokens
+            if route.tokenize_path:
+                assert asyncio.run(count(route.tokenize_path, sent)) == tokens
             else:
                 counted = asyncio.run(count(TOKENIZE, plain_prompt(sent)))
                 assert counted is not None and abs(counted - tokens) <= TEMPLATE / 4
 
 
-def test_odd_requests_are_answered_as_vllm_answers_them(gateway: Process, replicas: list[Server]) -> None:
+def test_odd_requests_are_answered_as_vllm_answers_them(gateway: GatewayProcess, replicas: list[Server]) -> None:
     path, short = "/v1/completions", {"model": replicas[0].model, "prompt": [50, 51]}
     sent: list[tuple[str, str, bytes]] = [
         ("GET", "/v1/models?a=%20:+[]", b""),
@@ -194,7 +219,9 @@ ODD: list[dict] = [
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
-def test_random_disconnects_leave_no_running_sequence(gateway: Process, replicas: list[Server], count: int) -> None:
+def test_random_disconnects_leave_no_running_sequence(
+    gateway: GatewayProcess, replicas: list[Server], count: int
+) -> None:
     choose = random.Random(count)
     finished: list[int] = []
 
@@ -228,7 +255,7 @@ def test_random_disconnects_leave_no_running_sequence(gateway: Process, replicas
     assert [Completions(server).load for server in replicas] == [0, 0]
 
 
-def test_sigterm_under_load_loses_nothing(gateway: Process, replicas: list[Server]) -> None:
+def test_sigterm_under_load_loses_nothing(gateway: GatewayProcess, replicas: list[Server]) -> None:
     streams = [Stream(gateway, body(replicas[0].model, session, LONG // 3)) for session in range(10)]
     # Not begun yet, some of them: prompts that are read, or wait.
     streams += [Stream(gateway, body(replicas[0].model, session, 5, 3000)) for session in range(10, 16)]
@@ -248,13 +275,13 @@ def test_sigterm_under_load_loses_nothing(gateway: Process, replicas: list[Serve
 
 
 @pytest.mark.soak
-def test_conformance_through_the_gateway(gateway: Process) -> None:
+def test_conformance_through_the_gateway(gateway: GatewayProcess) -> None:
     command = [sys.executable, "-m", "pytest", "tests/e2e/conformance", "-q", "--base-url", f"{gateway.url}/v1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def test_a_replica_killed_loses_only_its_running_streams(gateway: Process, replicas: list[Server]) -> None:
+def test_a_replica_killed_loses_only_its_running_streams(gateway: GatewayProcess, replicas: list[Server]) -> None:
     model = replicas[0].model
     streams = [Stream(gateway, body(model, session, LONG)) for session in range(10)]
     for stream in streams:

@@ -59,7 +59,7 @@ class FakeGateway:
         self.cancelled = threading.Event()  # a client left before its answer was complete
         self.held = threading.Event()
         self.app = FastAPI()
-        page.mount(self.app)
+        page.mount_playground(self.app)
         self.app.add_api_route("/v1/models", self._models)
         self.app.add_api_route("/v1/kimi/context", self._context)
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])

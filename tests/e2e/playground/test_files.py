@@ -16,7 +16,7 @@ TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg":
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     app = FastAPI()
-    page.mount(app)
+    page.mount_playground(app)
     with TestClient(app) as client:
         yield client
 

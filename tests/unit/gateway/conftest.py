@@ -41,12 +41,12 @@ class Running:
             time.sleep(0.005)
 
     def until_idle(self) -> None:
-        self.until(lambda: self.gateway.exchanges == 0, "no request left")
+        self.until(lambda: self.gateway.active_requests == 0, "no request left")
         assert self.outstanding == 0
         assert all(replica.running == 0 for replica in self.gateway.replicas.all)
-        assert not any(self.gateway.admission.lines.values())
-        assert self.gateway.bodies.held == 0
-        assert all(account.running == 0 for account in self.gateway.keyring.accounts.values())
+        assert not any(self.gateway.admission.queues.values())
+        assert self.gateway.body_budget.reserved == 0
+        assert all(limiter.running == 0 for limiter in self.gateway.keyring.limiters.values())
 
     @property
     def outstanding(self) -> int:
@@ -109,7 +109,7 @@ def starting() -> Iterator[Start]:
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Callable[..., Path]:
     """`keys_file(alice={...limits}, ...)` writes a file in which the key of each is `sk-` and the name."""
-    from kimi_server.gateway.keys.keyring import digest
+    from kimi_server.gateway.keys.keys_file import digest
 
     def write(**people: dict[str, Any]) -> Path:
         path = tmp_path / "keys.yaml"
@@ -121,3 +121,7 @@ def keys_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer sk-{name}"}

@@ -8,7 +8,7 @@ import pytest
 
 from kimi_server.gateway.admission import Admission, Grant
 from kimi_server.gateway.config.settings import AdmissionSettings
-from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.errors import GatewayError
 
 SETTINGS = AdmissionSettings(prefill_tokens=1000, short_prompt=50, short_reserve=200, queue=8, deadline_seconds=30)
 
@@ -114,7 +114,7 @@ def test_a_deadline_ends_the_wait() -> None:
     async def test() -> None:
         admission = Admission(AdmissionSettings(deadline_seconds=0.05), 1)
         grant = await admission.enter("a", 1 << 20, only(0))
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(GatewayError) as refused:
             await admission.enter("a", 5000, only(0))
         assert (refused.value.status, refused.value.reason) == (503, "deadline")
         assert refused.value.retry_after
@@ -130,11 +130,11 @@ def test_a_full_queue_turns_away_the_last_of_the_key_with_most_waiting() -> None
         admission = Admission(SETTINGS, 1)
         held = await admission.enter("greedy", 800, only(0))
         greedy = [await waiting(admission, "greedy", 800) for _ in range(8)]
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(GatewayError) as refused:
             await admission.enter("greedy", 800, only(0))
         assert (refused.value.status, refused.value.reason) == (503, "queue_full")
         modest = await waiting(admission, "modest", 800)
-        with pytest.raises(Refusal):
+        with pytest.raises(GatewayError):
             await greedy[-1]
         assert not any(task.done() for task in greedy[:-1])
         held.release()
@@ -161,7 +161,7 @@ def test_a_request_cancelled_in_the_same_moment_is_not_turned_away() -> None:
             task.cancel()
         await asyncio.gather(*greedy, modest, return_exceptions=True)
         held.release()
-        assert not any(admission.lines.values())
+        assert not any(admission.queues.values())
 
     run(test)
 
@@ -170,7 +170,7 @@ def test_the_next_replica_takes_what_the_first_has_no_room_for() -> None:
     async def test() -> None:
         admission = Admission(SETTINGS, 3)
         grants = [await admission.enter("a", 800, only(1, 2, 0)) for _ in range(3)]
-        assert [(grant.replica, grant.spilled) for grant in grants] == [(1, False), (2, True), (0, True)]
+        assert [(grant.replica, grant.affinity_miss) for grant in grants] == [(1, False), (2, True), (0, True)]
         # A short prompt prefers the one that reads no long prompt.
         grants[2].release()
         assert (await admission.enter("a", 10, only(1, 2, 0))).replica == 0
@@ -187,7 +187,7 @@ def test_no_replica_refuses_those_who_wait() -> None:
         await settle()
         up.clear()
         admission.dispatch()
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(GatewayError) as refused:
             await task
         assert refused.value.reason == "no_replica"
         held.release()
@@ -204,7 +204,7 @@ def test_closing_refuses_all() -> None:
         task = await waiting(admission, "a", 800)
         admission.close()
         for one in (task, asyncio.create_task(admission.enter("b", 1, only(0)))):
-            with pytest.raises(Refusal) as refused:
+            with pytest.raises(GatewayError) as refused:
                 await one
             assert refused.value.reason == "draining"
         held.release()
@@ -261,7 +261,7 @@ def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int, dea
                 finally:
                     grant.release()
                     grant.release()
-            except Refusal as refusal:
+            except GatewayError as refusal:
                 outcome = refusal.reason
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
@@ -274,6 +274,6 @@ def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(seed: int, dea
         assert any(task.cancelled() for task in tasks)
         assert deadline < 1 or outcomes["granted"] > 100
         assert admission.outstanding == [{"short": 0, "long": 0}] * 2
-        assert not any(admission.lines.values())
+        assert not any(admission.queues.values())
 
     run(test)

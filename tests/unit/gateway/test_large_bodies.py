@@ -12,11 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.errors import GatewayError
 from kimi_server.gateway.request import parsed_request
-from kimi_server.gateway.request.body_budget import Bodies, with_fields
-from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
-from kimi_server.gateway.request.parsed_request import read_question
+from kimi_server.gateway.request.body_budget import BodyBudget
+from kimi_server.gateway.request.body_parser import INLINE_BYTES, BodyParser
+from kimi_server.gateway.request.parsed_request import parse_request
+from kimi_server.gateway.upstream.body import with_fields
 from tests.support.upstream import Upstream
 from tests.unit.gateway.conftest import CHAT, Start
 
@@ -40,10 +41,10 @@ BODIES: dict[str, Callable[[int], bytes]] = {
 @pytest.mark.parametrize("kind", BODIES)
 def test_reading_builds_nothing_of_a_body(kind: str) -> None:
     body = BODIES[kind](MIB)
-    read_question(b"{}")
+    parse_request(b"{}")
     tracemalloc.start()
     try:
-        read_question(body)
+        parse_request(body)
         assert tracemalloc.get_traced_memory()[1] < 4 * MIB  # windows, and a list of what is cut out of one
     finally:
         tracemalloc.stop()
@@ -65,7 +66,7 @@ def test_no_large_body_is_read_in_the_event_loop(start: Start, monkeypatch: pyte
     monkeypatch.setattr(parsed_request, "ENVELOPE", spy)
     upstream = Upstream()
     gateway = start(upstream)
-    large = json.dumps(CHAT | {"documents": "x" * HERE_BYTES}).encode()
+    large = json.dumps(CHAT | {"documents": "x" * INLINE_BYTES}).encode()
     with gateway.client() as client:
         for body in (large, json.dumps(CHAT).encode(), large):
             reply = client.post("/v1/chat/completions", content=body)
@@ -75,44 +76,44 @@ def test_no_large_body_is_read_in_the_event_loop(start: Start, monkeypatch: pyte
     assert spy.sizes == [len(json.dumps(CHAT))]
     sessions = {line["session"] for line in gateway.lines if line["status"] == 200}
     assert len(sessions) == 1
-    assert gateway.gateway.bodies.held == 0
+    assert gateway.gateway.body_budget.reserved == 0
 
 
 def test_a_reader_that_dies_is_followed_by_another() -> None:
     async def test() -> None:
-        reader, body = Reader(), objects(2 * HERE_BYTES)
+        parser, body = BodyParser(), objects(2 * INLINE_BYTES)
         try:
-            with pytest.raises(Refusal) as refused:
-                await reader.read(exec, b"import os; os._exit(1)  #" + b"x" * HERE_BYTES)
+            with pytest.raises(GatewayError) as refused:
+                await parser.parse(exec, b"import os; os._exit(1)  #" + b"x" * INLINE_BYTES)
             assert (refused.value.status, refused.value.reason) == (503, "reader_lost")
-            assert (await reader.read(read_question, body)).size.text == 0
-            assert reader.pool is not None
-            [process] = reader.pool._processes.values()
+            assert (await parser.parse(parse_request, body)).size.text_bytes == 0
+            assert parser.pool is not None
+            [process] = parser.pool._processes.values()
             process.kill()
-            while not reader.pool._broken:
+            while not parser.pool._broken:
                 await asyncio.sleep(0.005)
-            assert (await reader.read(read_question, body)).size.text == 0
+            assert (await parser.parse(parse_request, body)).size.text_bytes == 0
         finally:
-            reader.close()
+            parser.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_body_whose_client_left_is_done_with_before_the_next_one_is_read() -> None:
     async def test() -> None:
-        reader, body = Reader(), objects(2 * HERE_BYTES)
+        parser, body = BodyParser(), objects(2 * INLINE_BYTES)
         try:
-            await reader.read(read_question, body)
-            first = asyncio.create_task(reader.read(read_question, body))
-            while not reader.turn.locked():
+            await parser.parse(parse_request, body)
+            first = asyncio.create_task(parser.parse(parse_request, body))
+            while not parser.turn.locked():
                 await asyncio.sleep(0)
             first.cancel()
             await asyncio.wait({first})
-            assert first.cancelled() and reader.turn.locked()
-            assert (await reader.read(read_question, body)).size.text == 0
-            assert not reader.turn.locked()
+            assert first.cancelled() and parser.turn.locked()
+            assert (await parser.parse(parse_request, body)).size.text_bytes == 0
+            assert not parser.turn.locked()
         finally:
-            reader.close()
+            parser.close()
 
     asyncio.run(asyncio.wait_for(test(), 60))
 
@@ -120,13 +121,13 @@ def test_a_body_whose_client_left_is_done_with_before_the_next_one_is_read() -> 
 def test_a_reader_ends_with_the_process_that_needs_it() -> None:
     script = """if True:
         import asyncio, time
-        from kimi_server.gateway.request.parsed_request import read_question
-        from kimi_server.gateway.request.body_parser import HERE_BYTES, Reader
+        from kimi_server.gateway.request.parsed_request import parse_request
+        from kimi_server.gateway.request.body_parser import INLINE_BYTES, BodyParser
 
         async def main():
-            reader = Reader()
-            await reader.read(read_question, b'{"prompt":"' + b"x" * HERE_BYTES + b'"}')
-            print(*[process.pid for process in reader.pool._processes.values()], flush=True)
+            parser = BodyParser()
+            await parser.parse(parse_request, b'{"prompt":"' + b"x" * INLINE_BYTES + b'"}')
+            print(*[process.pid for process in parser.pool._processes.values()], flush=True)
             await asyncio.sleep(600)
 
         asyncio.run(main())
@@ -140,11 +141,11 @@ def test_a_reader_ends_with_the_process_that_needs_it() -> None:
 
 def test_bodies_wait_for_room_in_their_order() -> None:
     async def test() -> None:
-        bodies = Bodies(10 * MIB)
-        first = await bodies.hold(8 * MIB)
-        waiting = [asyncio.create_task(bodies.hold(size * MIB)) for size in (4, 2, 2, 20)]
+        budget = BodyBudget(10 * MIB)
+        first = await budget.reserve(8 * MIB)
+        waiting = [asyncio.create_task(budget.reserve(size * MIB)) for size in (4, 2, 2, 20)]
         await asyncio.sleep(0)
-        small = await bodies.hold(1000)  # does not wait
+        small = await budget.reserve(1000)  # does not wait
         waiting[1].cancel()
         await asyncio.sleep(0)
         assert [task.done() for task in waiting] == [False, True, False, False]
@@ -156,11 +157,11 @@ def test_bodies_wait_for_room_in_their_order() -> None:
         third = await waiting[2]
         await asyncio.sleep(0)
         assert not waiting[3].done()  # larger than all the room: alone, or beside small ones that are gone
-        for held in (first, second, third, small):
-            held.release()
-            held.release()
+        for reservation in (first, second, third, small):
+            reservation.release()
+            reservation.release()
         last = await waiting[3]
-        assert bodies.held == last.size == 20 * MIB
+        assert budget.reserved == last.size == 20 * MIB
 
     asyncio.run(asyncio.wait_for(test(), 20))
 
@@ -188,7 +189,7 @@ def test_a_body_for_which_there_is_no_room_in_time_is_refused(start: Start) -> N
 
     asyncio.run(asyncio.wait_for(fill(), 20))
     gateway.until_idle()
-    assert gateway.gateway.bodies.held == 0
+    assert gateway.gateway.body_budget.reserved == 0
 
 
 def test_a_body_is_let_go_with_the_first_byte_of_its_answer(start: Start) -> None:
@@ -198,7 +199,7 @@ def test_a_body_is_let_go_with_the_first_byte_of_its_answer(start: Start) -> Non
     with gateway.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as reply:
         chunks = reply.iter_raw()  # kept: dropping it would close the connection
         next(chunks)
-        assert gateway.gateway.bodies.held == 0
+        assert gateway.gateway.body_budget.reserved == 0
         assert len(upstream.seen[0].body) > MIB
 
 
@@ -227,4 +228,4 @@ def test_many_large_bodies_at_once(start: Start) -> None:
     assert statuses == [200] * 8
     assert sorted(seen.body for seen in upstream.seen) == sorted(sent)
     gateway.until_idle()
-    assert gateway.gateway.bodies.held == 0
+    assert gateway.gateway.body_budget.reserved == 0

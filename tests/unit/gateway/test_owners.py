@@ -8,15 +8,11 @@ import pytest
 
 from kimi_server.gateway.keys.cache_salt import cache_salt
 from kimi_server.gateway.keys.keyring import Keyring
-from kimi_server.gateway.request.body_budget import with_fields
+from kimi_server.gateway.upstream.body import with_fields
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT, Running
+from tests.unit.gateway.conftest import CHAT, Running, bearer
 
 SECRET = "a secret of enough letters"
-
-
-def bearer(name: str) -> dict[str, str]:
-    return {"authorization": f"Bearer sk-{name}"}
 
 
 def salt_of(gateway: Running, upstream: Upstream, name: str, path: str = "/v1/chat/completions", **more: Any) -> Any:
@@ -80,7 +76,7 @@ def test_a_salt_that_is_none_is_refused(start, keys_file, salt: Any) -> None:
     with gateway.client(headers=bearer("alice")) as client:
         reply = client.post("/v1/chat/completions", json=CHAT | {"cache_salt": salt})
     assert reply.status_code == 400
-    assert gateway.gateway.keyring.accounts["alice"].tokens.used == 0
+    assert gateway.gateway.keyring.limiters["alice"].tokens.used == 0
     assert "cache_salt" in reply.json()["error"]["message"]
     assert not upstream.seen
 
@@ -95,7 +91,7 @@ def test_salts_with_a_secret_are_the_same_everywhere(tmp_path: Path) -> None:
     assert ring(SECRET).secret == ring(SECRET).secret != ring(SECRET + "x").secret
     assert ring(None).secret != ring(None).secret
     assert cache_salt(b"s", "a", "b") != cache_salt(b"s", "b", "a") != cache_salt(b"s", "b", None)
-    assert SECRET not in repr(vars(ring(SECRET))["accounts"])
+    assert SECRET not in repr(vars(ring(SECRET))["limiters"])
 
 
 @pytest.mark.parametrize(
@@ -113,30 +109,6 @@ def test_a_field_is_added_to_the_bytes(body: bytes, found: dict) -> None:
     assert json.loads(salted) == found
     assert salted.startswith(body.rstrip().removesuffix(b"}"))
     assert with_fields(body, {}) is body
-
-
-def test_vllm_takes_the_salt_that_was_added() -> None:
-    """Of each kind of body that makes the engine read a prompt."""
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-    from vllm.entrypoints.generate.structured_decisions.protocol import StructuredDecisionRequest
-    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    message = [{"role": "user", "content": "x"}]
-    salt = cache_salt(b"secret", "owner", "own")
-    for kind, body in (
-        (ChatCompletionRequest, {"messages": message}),
-        (BatchChatCompletionRequest, {"messages": [message]}),
-        (CompletionRequest, {"prompt": "x"}),
-        (ResponsesRequest, {"input": "x"}),
-        (AnthropicMessagesRequest, {"model": "m", "messages": message, "max_tokens": 1}),
-        (StructuredDecisionRequest, {"state": "x", "questions": {}}),
-    ):
-        own = json.dumps(body | {"cache_salt": "own"}).encode()
-        found = kind.model_validate(json.loads(with_fields(own, {"cache_salt": salt})))
-        assert found.cache_salt == salt, kind
 
 
 def test_a_session_goes_on_where_its_owners_prefix_is(start, keys_file) -> None:

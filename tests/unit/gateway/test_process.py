@@ -1,7 +1,6 @@
 """The gateway as a command: its messages, its start, and its end under load."""
 
 import asyncio
-import contextlib
 import json
 import signal
 import socket
@@ -11,59 +10,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from kimi_demo.server import free_port
 from kimi_server.cli import main
 from kimi_server.gateway.config.settings import ReplicaSettings, Settings
 from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.server import Server
+from tests.support.gateway_process import GatewayProcess
 from tests.support.upstream import Upstream, serving
 from tests.unit.gateway.conftest import CHAT
 
-COMMAND = [sys.executable, "-c", "import sys; from kimi_server.cli import main; sys.exit(main())", "gateway"]
 STREAM = CHAT | {"stream": True}
-
-
-class Process:
-    """A gateway in a process of its own."""
-
-    def __init__(self, folder: Path, upstreams: list[str], **settings: Any) -> None:
-        self.port, metrics_port = free_port(), free_port()
-        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
-        settings = {"metrics_port": metrics_port, **settings}
-        config = folder / "gateway.yaml"
-        config.write_text(json.dumps({"replicas": [{"url": url} for url in upstreams], **settings}))
-        self.log = folder / "log.jsonl"
-        self.errors = folder / "errors"
-        with self.log.open("wb") as log, self.errors.open("wb") as errors:
-            arguments = [*COMMAND, "--config", str(config), "--port", str(self.port)]
-            self.process = subprocess.Popen(arguments, stdout=log, stderr=errors)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def get(self, path: str) -> int:
-        """The status of a GET; 0 where nobody answers."""
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(self.url + path, trust_env=False).status_code
-        return 0
-
-    def __enter__(self) -> "Process":
-        end = time.monotonic() + 60
-        while self.get("/readyz") != 200:
-            assert self.process.poll() is None and time.monotonic() < end, self.errors.read_text()
-            time.sleep(0.05)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -85,7 +45,7 @@ def stream(url: str, texts: list[str], first: threading.Barrier) -> None:
         texts.append(text + "".join(chunks))
 
 
-def run_streams(process: Process, count: int) -> tuple[list[threading.Thread], list[str]]:
+def run_streams(process: GatewayProcess, count: int) -> tuple[list[threading.Thread], list[str]]:
     """Streams that have all begun, and where their texts will be."""
     texts: list[str] = []
     first = threading.Barrier(count + 1)
@@ -99,7 +59,7 @@ def run_streams(process: Process, count: int) -> tuple[list[threading.Thread], l
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, number: int) -> None:
     upstream.go.clear()
-    with Process(tmp_path, [upstream_url]) as gateway:
+    with GatewayProcess(tmp_path, [upstream_url]) as gateway:
         threads, texts = run_streams(gateway, 10)
         gateway.process.send_signal(number)
         while (status := gateway.get("/readyz")) == 200:
@@ -120,7 +80,7 @@ def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, 
 
 def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
     upstream.held = lambda body: True
-    with Process(tmp_path, [upstream_url], drain_seconds=0.3) as gateway:
+    with GatewayProcess(tmp_path, [upstream_url], drain_seconds=0.3) as gateway:
         threads, texts = run_streams(gateway, 3)
         gateway.process.terminate()
         for thread in threads:
@@ -143,7 +103,7 @@ def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: U
         body = {"prompt": [1] * 200}
         replies.append(httpx.post(f"{gateway.url}/v1/completions", json=body, trust_env=False, timeout=60))
 
-    with Process(tmp_path, [upstream_url], drain_seconds=0.3, admission=admission) as gateway:
+    with GatewayProcess(tmp_path, [upstream_url], drain_seconds=0.3, admission=admission) as gateway:
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -160,7 +120,7 @@ def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: U
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
     upstream.held = lambda body: True
-    with Process(tmp_path, [upstream_url]) as gateway:
+    with GatewayProcess(tmp_path, [upstream_url]) as gateway:
         client = httpx.Client(trust_env=False)
         with client, client.stream("POST", f"{gateway.url}/v1/chat/completions", json=STREAM) as reply:
             chunks = reply.iter_raw()  # kept: dropping it would close the connection
@@ -209,7 +169,7 @@ def test_a_new_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     entry = printed[printed.index("- id") :]
     path = tmp_path / "keys.yaml"
     path.write_text("keys:\n" + entry)
-    assert Keyring(path).find(key).key.id == "team-a"
+    assert Keyring(path).authenticate(key).key.id == "team-a"
     assert printed.count(key) == 1
 
 

@@ -48,7 +48,7 @@ def test_a_url_that_cannot_be_used_is_refused_when_it_is_read(tmp_path: Path, ur
 )
 def test_where_a_request_goes(url: str, seen: str) -> None:
     replica = Replica(0, ReplicaSettings(url))
-    assert str(replica.at(b"/v1/models?a=b")) == seen
+    assert str(replica.url_for(b"/v1/models?a=b")) == seen
 
 
 class Prefixed(Upstream):
@@ -151,7 +151,7 @@ def test_one_bad_replica_does_not_end_the_probes_of_the_others(start, caplog: py
     bad = gateway.gateway.replicas.all[1]
     with caplog.at_level(logging.WARNING, "kimi_server"):
         bad.url = "http://127.0.0.1:abc"  # what no configuration holds
-        bad.doubted.set()
+        bad.probe_requested.set()
         gateway.until(lambda: not bad.up, "the bad one is down")
         upstream.healthy = False
         gateway.until(lambda: not gateway.gateway.ready, "the other one is still probed")
@@ -173,7 +173,7 @@ def test_a_replica_that_was_never_up_is_said_once_and_when_it_comes(caplog: pyte
         return httpx.Response(found)
 
     async def run() -> Replicas:
-        replicas = Replicas([ReplicaSettings("http://x")], changed=lambda: None)
+        replicas = Replicas([ReplicaSettings("http://x")], on_change=lambda: None)
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
             while answers:
                 await replicas.probe(client, replicas.all[0])
@@ -211,7 +211,7 @@ def test_an_exception_in_the_background_is_logged_and_the_task_goes_on(monkeypat
         raise ValueError(f"round {rounds}")
 
     with caplog.at_level(logging.ERROR, "kimi_server"), pytest.raises(asyncio.CancelledError):
-        asyncio.run(background.keep_doing("the work", once))
+        asyncio.run(background.repeat_forever("the work", once))
     assert rounds == 6
     assert pauses == [1, 2, 4, 1]
     assert [message.split(";")[0] for message in caplog.messages] == ["the work failed"] * 4

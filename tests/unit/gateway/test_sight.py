@@ -128,8 +128,8 @@ def test_a_session_leaves_an_overloaded_replica(start) -> None:
 def test_a_stored_response_is_asked_for_where_it_was_made(start) -> None:
     upstreams = [Upstream(), Upstream()]
     gateway = start(*upstreams)
-    gateway.gateway.stored.remember("", "resp_here", 1)
-    gateway.gateway.stored.remember("", "resp_there", 0)
+    gateway.gateway.stored_responses.remember("", "resp_here", 1)
+    gateway.gateway.stored_responses.remember("", "resp_there", 0)
     with gateway.client() as client:
         for _ in range(3):
             client.get("/v1/responses/resp_here?stream=false")

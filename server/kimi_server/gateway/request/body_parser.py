@@ -1,6 +1,6 @@
-"""Where bodies are read: small ones here, large ones one at a time in a process of its own.
+"""Parses bodies without blocking the event loop: small ones in it, large ones one at a time in another process.
 
-A parser holds the interpreter from beginning to end, in a thread too, and all streams would wait for it.
+A thread would not do: the parser holds the GIL until it is done, and all streams would wait for it.
 """
 
 import asyncio
@@ -13,49 +13,49 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from kimi_server.gateway.errors import Refusal
+from kimi_server.gateway.errors import GatewayError
 
-HERE_BYTES = 128 << 10  # read in the event loop; some milliseconds at worst
+INLINE_BYTES = 128 << 10  # bodies up to this size are parsed in the event loop: some milliseconds at worst
 
 T = TypeVar("T")
 
 
-class Reader:
-    """The process starts with the first large body."""
+class BodyParser:
+    """Its process starts with the first large body."""
 
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
         self.pool: ProcessPoolExecutor | None = None
 
-    async def read(self, how: Callable[[bytes], T], body: bytes) -> T:
-        """`how(body)`; raises what it raises, and Refusal where the process is lost."""
-        if len(body) <= HERE_BYTES:
-            return how(body)
+    async def parse(self, function: Callable[[bytes], T], body: bytes) -> T:
+        """`function(body)`; raises what it raises, and GatewayError 503 where the process died."""
+        if len(body) <= INLINE_BYTES:
+            return function(body)
         await self.turn.acquire()
         try:
-            work = self._give(how, body)
+            work = self._submit(function, body)
         except BaseException:
             self.turn.release()
             raise
-        # Not when its client leaves, but when it is done with: bodies would pile up in the pool.
+        # Released when the parser is done, not when the client leaves: else bodies would pile up in the pool.
         work.add_done_callback(lambda _: self.turn.release())
         try:
             return await asyncio.shield(work)
         except BrokenProcessPool:
             self.close()
             message = "The process that reads large bodies was lost: try again, or send a smaller one."
-            raise Refusal(503, "reader_lost", message, 1) from None
+            raise GatewayError(503, "reader_lost", message, 1) from None
 
-    def _give(self, how: Callable[[bytes], T], body: bytes) -> asyncio.Future[T]:
+    def _submit(self, function: Callable[[bytes], T], body: bytes) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         if self.pool is not None:
             try:
-                return loop.run_in_executor(self.pool, how, body)
-            except BrokenProcessPool:  # it died while it had nothing to do
+                return loop.run_in_executor(self.pool, function, body)
+            except BrokenProcessPool:  # it died while idle
                 self.close()
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_stay_while_needed)
-        return loop.run_in_executor(self.pool, how, body)
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+        return loop.run_in_executor(self.pool, function, body)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -63,14 +63,14 @@ class Reader:
             self.pool = None
 
 
-def _stay_while_needed() -> None:
-    """Leave Ctrl-C to the gateway, and end when it ends, in whatever way."""
+def _end_with_parent() -> None:
+    """In the pool's process: ignore Ctrl-C, and exit when the gateway's process ends, however it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def watch_parent() -> None:
         parent.join()
         os._exit(0)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=watch_parent, daemon=True).start()

@@ -1,7 +1,7 @@
-"""uvicorn's HTTP connection with two limits more: how large a header may be, and how long it may take.
+"""uvicorn's HTTP/1.1 connection with limits on the size of a header and on the time it takes.
 
-httptools itself refuses malformed headers and ambiguous framing; what it refuses gets an answer in the API's form.
-A request to upgrade is served as if it had not asked (RFC 9110, 7.8), HTTP/1.0 gets no chunks (RFC 9112, 6.1).
+httptools itself rejects malformed headers and ambiguous framing; those get an error body of the API. A request to
+upgrade is served without the upgrade (RFC 9110, 7.8); HTTP/1.0 gets no chunked response (RFC 9112, 6.1).
 """
 
 import asyncio
@@ -16,28 +16,28 @@ from kimi_server.gateway import headers
 from kimi_server.gateway.errors import error_body
 
 
-def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]:
-    """The protocol class to give to uvicorn."""
+def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]:
+    """A protocol class for uvicorn."""
 
     class Connection(HttpToolsProtocol):
         reading_header = False
-        upgrades = False  # the request asks for it
-        header_size = 0  # of what has come of an unfinished header
-        clock: asyncio.TimerHandle | None = None
+        upgrades = False  # the request asks for an upgrade
+        header_size = 0  # bytes received of an unfinished header
+        timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
             super().connection_made(transport)
-            self._start_clock()
+            self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_clock()
+            self._stop_timer()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
-            if self.clock is None and (self.cycle is None or self.cycle.response_complete):
-                self._start_clock()
+            if self.timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._start_timer()
             unfinished = self.reading_header
             self._feed(data)
             if unfinished and self.reading_header:
@@ -46,7 +46,7 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
                     self._too_large()
 
         def _feed(self, data: bytes) -> None:
-            """As uvicorn does, but a parser that stops at a wish to upgrade is told the request without it."""
+            """As uvicorn does; where the parser stops for an upgrade, a new one gets the request without it."""
             self._unset_keepalive_if_required()
             while True:
                 try:
@@ -73,12 +73,12 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             self.reading_header, self.header_size = True, 0
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            if self.reading_header:  # later ones are trailers, which nobody reads
+            if self.reading_header:  # later ones are trailers, which are dropped
                 super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self.reading_header = False
-            self._stop_clock()
+            self._stop_timer()
             if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > header_bytes:
                 self._too_large()
                 raise ValueError("the header is too large")  # ends the parsing
@@ -88,10 +88,10 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
                 raise ValueError("not a proxy")
             self.upgrades = self.parser.should_upgrade()
             if self.upgrades:
-                return  # it comes again, without that wish
+                return  # it is parsed again, without the upgrade
             super().on_headers_complete()
             if self.parser.get_http_version() == "1.0":
-                unchunk(self.cycle)
+                disable_chunking(self.cycle)
 
         def on_message_complete(self) -> None:
             if not self.upgrades:
@@ -100,13 +100,13 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
         def send_400_response(self, msg: str) -> None:
             self._end(400, "The request is not valid HTTP/1.1.")
 
-        def _start_clock(self) -> None:
-            self.clock = self.loop.call_later(header_seconds, self._too_slow)
+        def _start_timer(self) -> None:
+            self.timer = self.loop.call_later(header_seconds, self._too_slow)
 
-        def _stop_clock(self) -> None:
-            if self.clock is not None:
-                self.clock.cancel()
-                self.clock = None
+        def _stop_timer(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
 
         def _too_large(self) -> None:
             self._end(431, f"The header of the request is larger than {header_bytes} bytes.")
@@ -115,7 +115,7 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
             self._end(408, f"The header of the request did not come within {header_seconds:g} seconds.")
 
         def _end(self, status: int, message: str) -> None:
-            """Answer and close; only close where that would get into the answer to an earlier request."""
+            """Send an error and close; only close where the error would get into the response to an earlier request."""
             if self.transport.is_closing():
                 return
             cycle = self.cycle
@@ -135,8 +135,8 @@ def limited(header_bytes: int, header_seconds: float) -> type[HttpToolsProtocol]
     return Connection
 
 
-def unchunk(cycle: RequestResponseCycle) -> None:
-    """Let the end of the connection be the end of an answer whose length is not known."""
+def disable_chunking(cycle: RequestResponseCycle) -> None:
+    """End a response of unknown length by closing the connection, instead of sending it in chunks."""
     send, unknown = cycle.send, False
 
     async def unchunked(message: Any) -> None:
@@ -145,7 +145,7 @@ def unchunk(cycle: RequestResponseCycle) -> None:
             unknown = headers.first(list(message["headers"]), b"content-length") is None
             cycle.chunked_encoding = False if unknown else None
         elif unknown:
-            cycle.expected_content_length = len(message.get("body", b""))  # what uvicorn holds each piece against
+            cycle.expected_content_length = len(message.get("body", b""))  # uvicorn compares each part with it
         await send(message)
 
     cycle.send = unchunked  # type: ignore[method-assign]

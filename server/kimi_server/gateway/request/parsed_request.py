@@ -1,7 +1,7 @@
-"""What a request's body tells before it is passed on: how long its prompt is, what answer it asks for, its session.
+"""What the gateway needs to know of a request body: the prompt's size, the output limits, the session.
 
-vLLM gets the bytes, not what was read here. Nothing but a few small values is built of a body: a prompt of 8 MiB in
-small objects would take 200 MiB of them. The work still takes up to 80 ms a MiB, so `reader.py` says where it is done.
+vLLM gets the original bytes. Only a few small fields are decoded: a prompt of 8 MiB in small objects would take 200 MiB
+as Python objects. Parsing still takes up to 80 ms a MiB, so `body_parser.py` moves large bodies to another process.
 """
 
 import codecs
@@ -15,21 +15,21 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel, ValidationError
 
-from kimi_server.gateway.errors import Refusal
-from kimi_server.gateway.request.prompt_size import STRING, WINDOW, Size, measure
+from kimi_server.gateway.errors import GatewayError
+from kimi_server.gateway.request.prompt_size import STRING, WINDOW, PromptSize, measure
 
-# What the engine reads of a body; the rest are parameters.
+# Fields whose text or token ids end up in the prompt; the others are parameters.
 PROMPT_FIELDS = (
     *("messages", "prompt", "input", "system", "instructions", "tools", "suffix", "documents", "state", "questions"),
 )
-SEVERAL = ("messages", "prompt")  # lists of them are several prompts
+SEVERAL = ("messages", "prompt")  # a list of these is several prompts
 SMALL_FIELDS = (
     *("max_completion_tokens", "max_tokens", "max_output_tokens", "n"),
     *("previous_response_id", "cache_salt", "request_id"),
 )
-SMALL_BYTES = 65536  # of such a value, and of a conversation's opening
-FIRST = 4096  # bytes of a prompt without messages that name its session
-PLAIN_BYTES = 8 << 20  # of prompts that are put together as plain text
+SMALL_BYTES = 65536  # at most, of such a field; and of what the session's hash is taken of
+FIRST = 4096  # bytes of a prompt without messages that the session's hash is taken of
+PLAIN_BYTES = 8 << 20  # at most, of a prompt that is flattened to plain text
 
 Raw = msgspec.Raw
 ABSENT = Raw(b"")
@@ -40,7 +40,7 @@ class Message(msgspec.Struct):
 
 
 MESSAGE = msgspec.json.Decoder(Message)
-# Unknown fields are checked and skipped; of a field that stands twice the last counts, as it does for Python's parser.
+# Unknown fields are checked and skipped; of a duplicate field the last counts, as it does for Python's parser.
 ENVELOPE = msgspec.json.Decoder(
     msgspec.defstruct("Envelope", [(name, Raw, ABSENT) for name in (*PROMPT_FIELDS, *SMALL_FIELDS)])
 )
@@ -51,8 +51,8 @@ LONE_SURROGATE = re.compile(
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[][{},]', re.DOTALL)
 
 
-class Asked(BaseModel):
-    """How long an answer is asked for, and how many: as lax as vLLM's own models, where "5" and 5.0 are 5."""
+class OutputFields(BaseModel):
+    """The length and number of completions asked for, coerced as vLLM's own models do: "5" and 5.0 are 5."""
 
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
@@ -61,68 +61,70 @@ class Asked(BaseModel):
 
 
 @dataclass(frozen=True)
-class Question:
-    """`body` holds the small fields that were given, `opening` is a hash of how a conversation begins."""
+class ParsedRequest:
+    fields: dict[str, Any]  # those of SMALL_FIELDS that the body has
+    size: PromptSize
+    prefix_hash: bytes | None  # of the system prompt and the first message, which later turns repeat
 
-    body: dict[str, Any]
-    size: Size
-    opening: bytes | None
+    def output_tokens(self, names: Sequence[str], default: int | None) -> int | None:
+        """The longest completion that the request allows, in tokens; None: the rest of the context.
 
-    def answer(self, fields: Sequence[str], default: int | None) -> int | None:
-        """The most tokens of one answer by the first of `fields` that says it; None: all that the context leaves.
-
-        None, too, for a value that vLLM refuses: it is passed on to be refused there, and never counts as nothing.
+        The first of the fields `names` that is not null counts, `default` if none is there. A value that vLLM refuses
+        gives None: it is passed on to be refused there, and must not count as no tokens.
         """
-        if not any(name in self.body for name in fields):
+        if not any(name in self.fields for name in names):
             return default
-        asked = self._asked()
-        found = (value for name in fields if (value := getattr(asked, name)) is not None)
-        answer = next(found, 0)
-        return answer if answer > 0 else None
+        output = self._output_fields()
+        found = (value for name in names if (value := getattr(output, name)) is not None)
+        tokens = next(found, 0)
+        return tokens if tokens > 0 else None
 
     @property
-    def answers(self) -> int:
-        return max(1, self._asked().n or 1) * self.size.prompts
+    def completions(self) -> int:
+        """How many are asked for: `n` of each prompt."""
+        return max(1, self._output_fields().n or 1) * self.size.prompts
 
-    def _asked(self) -> Asked:
-        given = {name: self.body[name] for name in Asked.model_fields if name in self.body}
+    def _output_fields(self) -> OutputFields:
+        """Without those that are not valid."""
+        given = {name: self.fields[name] for name in OutputFields.model_fields if name in self.fields}
         try:
-            return Asked.model_validate(given)
+            return OutputFields.model_validate(given)
         except ValidationError as error:
-            wrong = {one["loc"][0] for one in error.errors(include_url=False)}
-            return Asked.model_validate({name: value for name, value in given.items() if name not in wrong})
+            invalid = {one["loc"][0] for one in error.errors(include_url=False)}
+            return OutputFields.model_validate({name: value for name, value in given.items() if name not in invalid})
 
 
-def read_question(body: bytes) -> Question:
-    """A JSON object, or a Refusal that says what else it is."""
-    envelope = _open(body)
-    small = {}
+def parse_request(body: bytes) -> ParsedRequest:
+    """Parse a body; raises GatewayError 400 for one that is not a JSON object."""
+    envelope = _decode(body)
+    small: dict[str, Any] = {}
     for name in SMALL_FIELDS:
         raw = memoryview(getattr(envelope, name))
         if len(raw) > SMALL_BYTES:
-            raise _bad(f"{name} is longer than {SMALL_BYTES} bytes: shorten it.")
+            raise _invalid(f"{name} is longer than {SMALL_BYTES} bytes: shorten it.")
         if raw:
             try:
                 small[name] = json.loads(bytes(raw))
             except (RecursionError, ValueError):
-                raise _bad(f"{name} is nested too deeply or holds a number that is too long.") from None
-    size = sum((measure(raw, name in SEVERAL) for name, raw in _prompts(envelope)), Size())
-    return Question(small, size, _opening(envelope))
+                raise _invalid(f"{name} is nested too deeply or holds a number that is too long.") from None
+    size = sum((measure(raw, name in SEVERAL) for name, raw in _prompt_fields(envelope)), PromptSize())
+    return ParsedRequest(small, size, _prefix_hash(envelope))
 
 
 def plain_prompt(body: bytes) -> bytes:
-    """The text of a prompt alone, as a body for /tokenize; empty where there is more of it than PLAIN_BYTES."""
-    envelope = _open(body)
-    prompts = [bytes(raw) for _, raw in _prompts(envelope)]
+    """A body for /tokenize with all text of the prompt, joined; empty for a prompt of more than PLAIN_BYTES."""
+    envelope = _decode(body)
+    prompts = [bytes(raw) for _, raw in _prompt_fields(envelope)]
     if sum(map(len, prompts)) > PLAIN_BYTES:
         return b""
     texts = [msgspec.json.decode(text, type=str) for raw in prompts for text in STRING.findall(raw)]
     return msgspec.json.encode({"prompt": "\n".join(texts)})
 
 
-def _open(body: bytes) -> Any:
+def _decode(body: bytes) -> Any:
+    """The body's ENVELOPE: each field as raw JSON. Raises GatewayError 400."""
     if not body:
-        raise _bad("A request body is required: send a JSON object.")
+        raise _invalid("A request body is required: send a JSON object.")
     body = body.removeprefix(codecs.BOM_UTF8)
     _check_utf8(body)
     try:
@@ -134,40 +136,44 @@ def _open(body: bytes) -> Any:
             return ENVELOPE.decode(_without_lone_surrogates(body))
     except msgspec.ValidationError as error:
         found = str(error).rpartition("got ")[2].strip("`")
-        raise _bad(f"The request body must be a JSON object, not {found}.") from None
+        raise _invalid(f"The request body must be a JSON object, not {found}.") from None
     except msgspec.DecodeError as error:
-        raise _bad(f"The request body is not JSON: {str(error).removeprefix('JSON is malformed: ')}.") from None
+        raise _invalid(f"The request body is not JSON: {str(error).removeprefix('JSON is malformed: ')}.") from None
     except RecursionError:
-        raise _bad("The request body is JSON that is nested too deeply.") from None
+        raise _invalid("The request body is JSON that is nested too deeply.") from None
 
 
 def _without_lone_surrogates(body: bytes) -> bytes:
-    """As long as before. Python's parser takes halves of pairs, such as an emoji cut in two, and msgspec does not."""
-    mended = bytearray(body)
+    """The body, of the same length, with U+FFFD in place of unpaired surrogates.
+
+    Python's parser, which vLLM uses, takes them (an emoji cut in two), and msgspec does not.
+    """
+    replaced = bytearray(body)
     for found in LONE_SURROGATE.finditer(body):
-        mended[found.start() : found.end()] = rb"\ufffd"
-    return bytes(mended)
+        replaced[found.start() : found.end()] = rb"\ufffd"
+    return bytes(replaced)
 
 
 def _check_utf8(body: bytes) -> None:
+    """Raise GatewayError 400 with the place of the first byte that is not UTF-8."""
     if body.isascii():
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
     for at in range(0, len(body), WINDOW):
-        waiting = len(decoder.getstate()[0])
+        pending = len(decoder.getstate()[0])
         try:
             decoder.decode(body[at : at + WINDOW], final=at + WINDOW >= len(body))
         except UnicodeDecodeError as error:
-            where = at - waiting + error.start
-            raise _bad(f"The request body cannot be parsed: byte {where} is not UTF-8.") from None
+            position = at - pending + error.start
+            raise _invalid(f"The request body cannot be parsed: byte {position} is not UTF-8.") from None
 
 
-def _prompts(envelope: Any) -> Iterator[tuple[str, memoryview]]:
+def _prompt_fields(envelope: Any) -> Iterator[tuple[str, memoryview]]:
     return ((name, raw) for name in PROMPT_FIELDS if (raw := memoryview(getattr(envelope, name))))
 
 
-def _opening(envelope: Any) -> bytes | None:
-    """A hash of the system prompt and the first message, which later turns repeat; of other prompts' beginnings."""
+def _prefix_hash(envelope: Any) -> bytes | None:
+    """A hash of the system prompt and the first message; of a prompt without messages, of its first bytes."""
     given = (bytes(memoryview(getattr(envelope, name))[:SMALL_BYTES]) for name in ("messages", "input", "prompt"))
     prompt = next((raw for raw in given if raw.strip(b'"[]{} \t\r\n') not in (b"", b"null", b"false", b"0")), None)
     if prompt is None:
@@ -189,7 +195,7 @@ def _opening(envelope: Any) -> bytes | None:
 
 
 def elements(array: bytes) -> Iterator[bytes]:
-    """The elements of a JSON array, of which the end may be missing."""
+    """The elements of a JSON array, as raw JSON; the array may be cut off at any place."""
     depth, start = 0, 1
     for token in TOKEN.finditer(array):
         match token[0]:
@@ -205,5 +211,5 @@ def elements(array: bytes) -> Iterator[bytes]:
     yield array[start:].strip()
 
 
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "body", message)
+def _invalid(message: str) -> GatewayError:
+    return GatewayError(400, "body", message)

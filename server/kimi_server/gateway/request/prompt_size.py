@@ -1,52 +1,50 @@
-"""How many prompt tokens a body holds, before any tokenizer sees it: bytes of text over a learned ratio."""
+"""The size of a prompt in a JSON body, measured without decoding it: bytes of text and token ids."""
 
 import re
 from dataclasses import dataclass
 
-MEMORY = 0.98  # of what was learned, at each new observation
-FIRST_RATIO, FIRST_WEIGHT = 4.0, 256  # bytes a token, and the tokens that this guess counts for
 TEMPLATE = 256  # tokens that a chat template adds of its own, at most
 
-WINDOW = 65536  # bytes of JSON that are looked at together
+WINDOW = 65536  # bytes of JSON that are scanned at a time
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 NUMBER = re.compile(rb"[0-9][0-9.eE+-]*")
 SHORT_ESCAPE = re.compile(rb"\\[^u]", re.DOTALL)
-# What stands for a character of one byte, and of two (half of a pair is two of four).
+# Escapes of a character that UTF-8 writes in one byte, and in two (each half of a surrogate pair: two of four).
 ONE, TWO = re.compile(rb"\\u00[0-7]"), re.compile(rb"\\u(?:0[0-7]|[dD][89a-fA-F])")
 NEXT_LIST = re.compile(rb"\]\s*,\s*\[")
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a prompt: bytes of text, token ids given as such, and of how many prompts they are."""
+class PromptSize:
+    text_bytes: int = 0  # in UTF-8
+    token_ids: int = 0  # given as such
+    prompts: int = 1  # that both are divided among
 
-    text: int = 0
-    ids: int = 0
-    prompts: int = 1
-
-    def __add__(self, other: "Size") -> "Size":
-        return Size(self.text + other.text, self.ids + other.ids, max(self.prompts, other.prompts))
+    def __add__(self, other: "PromptSize") -> "PromptSize":
+        return PromptSize(
+            self.text_bytes + other.text_bytes, self.token_ids + other.token_ids, max(self.prompts, other.prompts)
+        )
 
     @property
-    def most(self) -> int:
-        """No tokenizer that works on bytes makes more tokens of it."""
-        return self.ids + (self.text + TEMPLATE * self.prompts if self.text else 0)
+    def max_tokens(self) -> int:
+        """An upper bound: a byte-level tokenizer makes at most one token of a byte."""
+        return self.token_ids + (self.text_bytes + TEMPLATE * self.prompts if self.text_bytes else 0)
 
 
-def measure(json: memoryview, several: bool = True) -> Size:
-    """The size of a value of a prompt's field in valid JSON: all strings, names of members too, at any depth.
+def measure(json: memoryview, several: bool = True) -> PromptSize:
+    """The size of one value in valid JSON: all strings at any depth, member names included.
 
-    `several`: a list of texts, of lists of ids or of conversations is as many prompts, and numbers without objects are
-    token ids. Nothing is built but WINDOW bytes at a time.
+    `several`: a list of texts, of lists of ids or of conversations is as many prompts, and numbers outside of objects
+    are token ids. No more than WINDOW bytes are copied at a time.
     """
     text = strings = numbers = objects = lists = further = at = 0
-    inside = False  # a string
+    inside = False  # of a string
     while at < len(json):
         window = bytes(json[at : at + WINDOW])
         if inside:
             found = REST_OF_STRING.match(window)
-            assert found is not None  # it matches nothing, too
+            assert found is not None  # it matches the empty string, too
             end = found.end()
             if end == len(window):
                 end -= _unfinished(window)
@@ -55,7 +53,7 @@ def measure(json: memoryview, several: bool = True) -> Size:
             at += end if inside else end + 1
             continue
         outside, count = STRING.subn(b"", window)
-        outside, begins, rest = outside.partition(b'"')  # one that goes on behind the window
+        outside, begins, rest = outside.partition(b'"')  # the rest of a string that goes on in the next window
         if begins:
             window = window[: len(window) - _unfinished(rest)]
         inside = bool(begins)
@@ -69,14 +67,14 @@ def measure(json: memoryview, several: bool = True) -> Size:
         lists += outside.count(b"[")
         further += len(NEXT_LIST.findall(outside))
     if not several or bytes(json[:1]) != b"[":
-        return Size(text)
+        return PromptSize(text)
     if objects:
-        return Size(text, 0, 1 + further if bytes(json[1:64]).lstrip().startswith(b"[") else 1)
-    return Size(text, numbers, max(1, strings + lists - 1))
+        return PromptSize(text, 0, 1 + further if bytes(json[1:64]).lstrip().startswith(b"[") else 1)
+    return PromptSize(text, numbers, max(1, strings + lists - 1))
 
 
 def _unfinished(text: bytes) -> int:
-    """How many bytes at the end of a piece of a string are the beginning of an escape."""
+    """The number of bytes at the end of a part of a string that begin an escape which is not complete."""
     tail = text[-6:]
     at = tail.rfind(b"\\")
     if at < 0:
@@ -89,29 +87,8 @@ def _unfinished(text: bytes) -> int:
 
 
 def _saved(text: bytes) -> int:
-    """How many bytes fewer UTF-8 takes than JSON's escapes."""
+    """The number of bytes by which JSON's escapes are longer than the UTF-8 of what they stand for."""
     if b"\\" not in text:
         return 0
     text, short = SHORT_ESCAPE.subn(b"", text)
     return short + 3 * text.count(b"\\u") + 2 * len(ONE.findall(text)) + len(TWO.findall(text)) - len(ONE.findall(text))
-
-
-class Estimator:
-    """Bytes of text a token, corrected by the `usage` that replicas report."""
-
-    def __init__(self) -> None:
-        self.text = FIRST_RATIO * FIRST_WEIGHT
-        self.tokens = float(FIRST_WEIGHT)
-
-    @property
-    def ratio(self) -> float:
-        return self.text / self.tokens
-
-    def tokens_of(self, size: Size) -> int:
-        return max(1, round(size.text / self.ratio) + size.ids)
-
-    def correct(self, size: Size, tokens: int) -> None:
-        """Learn that a prompt of this size had `tokens` tokens."""
-        if size.text > 0 and tokens > size.ids:
-            self.text = MEMORY * self.text + size.text
-            self.tokens = MEMORY * self.tokens + tokens - size.ids

@@ -1,28 +1,27 @@
-"""The replicas: which of them answer, how much each has to do, and in which order a request should try them."""
+"""The replicas: health checks, load, and what /v1/models says of them."""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
 from typing import Any
 
 import httpx
 
 from kimi_server.gateway.config.settings import API_KEY_VARIABLE, ReplicaSettings
-from kimi_server.gateway.routing import rendezvous
 
 PROBE_SECONDS = 1.0
 PROBE_TIMEOUT = 5.0
-SILENT_PROBES = 3  # without an answer in time: a busy machine may be late
-# A session leaves its replica when that has this much more to do than the average.
-OVERLOAD, SLACK = 1.25, 4
+MAX_MISSED_PROBES = 3  # in a row, before a replica is down: a busy machine may be late
 
 log = logging.getLogger(__name__)
 
 
 class Replica:
-    """`url` ends in no slash; what follows the host is put before every path. `headers` go with whatever is asked."""
+    """One vLLM server, or one data-parallel rank of it.
+
+    `url` has no trailing slash; its path is put before every path. `headers` are sent with every request.
+    """
 
     def __init__(self, index: int, settings: ReplicaSettings) -> None:
         self.index = index
@@ -31,23 +30,23 @@ class Replica:
         self.headers: dict[str, str] = {}
         if settings.api_key is not None:
             self.headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
-        self.name = f"{self.url} {self.rank}"  # what sessions hash: independent of the order in the file
+        self.name = f"{self.url} {self.rank}"  # hashed with the session: does not depend on the order in the file
         self.up = False
-        self.why: str | None = None  # it is down, as last logged
-        self.model: str | None = None  # these two as /v1/models told when it last came up
+        self.down_reason: str | None = None  # as last logged
+        self.model: str | None = None  # these two from /v1/models, when it last came up
         self.max_model_len: int | None = None
-        self.running = 0  # requests sent and not ended
-        self.silent = 0  # probes without an answer, in a row
-        self.doubted = asyncio.Event()  # asks for a probe before its time
+        self.running = 0  # requests sent to it that have not ended
+        self.missed_probes = 0  # in a row
+        self.probe_requested = asyncio.Event()  # probe now, not at the next interval
 
-    def at(self, target: bytes) -> httpx.URL:
-        """The URL of a path, with its query, at this replica."""
+    def url_for(self, target: bytes) -> httpx.URL:
+        """The URL of `target`, a path with its query, at this replica."""
         url = httpx.URL(self.url)
         return url.copy_with(raw_path=url.raw_path.rstrip(b"/") + target)
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Count one running request."""
+    def track_request(self) -> Iterator[None]:
+        """Count one request as running."""
         self.running += 1
         try:
             yield
@@ -56,46 +55,31 @@ class Replica:
 
 
 class Replicas:
-    """`changed` is called when a replica went up or down."""
+    """`on_change` is called when a replica goes up or down."""
 
-    def __init__(self, settings: Sequence[ReplicaSettings], changed: Callable[[], None]) -> None:
+    def __init__(self, settings: Sequence[ReplicaSettings], on_change: Callable[[], None]) -> None:
         self.all = [Replica(index, one) for index, one in enumerate(settings)]
-        self.names = [replica.name for replica in self.all]
-        self.changed = changed
+        self.on_change = on_change
 
     @property
     def any_up(self) -> bool:
         return any(replica.up for replica in self.all)
 
-    def order(self, session: str | None, failed: frozenset[int] = frozenset()) -> list[int]:
-        """Indexes of the replicas that are up, the best first.
-
-        A session's own first, unless it is overloaded; without a session the one with least to do. Those that
-        `failed` come last.
-        """
-        up = [replica for replica in self.all if replica.up]
-        order = [replica.index for replica in sorted(up, key=lambda replica: replica.running)]
-        if session is not None and len(up) > 1:
-            most = ceil(OVERLOAD * sum(replica.running for replica in up) / len(up)) + SLACK
-            wanted = [index for index in rendezvous(session, self.names) if self.all[index].up]
-            calm = [index for index in wanted if self.all[index].running < most]
-            order = calm + [index for index in order if index not in calm]
-        return sorted(order, key=lambda index: index in failed)
-
-    def mark(self, replica: Replica, up: bool, why: str = "") -> None:
-        """Note that a replica answers, or no longer, or not yet; a reason is logged when it is a new one."""
-        replica.silent = 0
-        if up != replica.up or (not up and why != replica.why):
-            log.warning("replica %d (%s) is %s", replica.index, replica.url, "up" if up else f"down: {why}")
-        replica.why = why
+    def mark(self, replica: Replica, up: bool, reason: str = "") -> None:
+        """Set a replica up or down; logged when that changes, and when the reason of one that is down does."""
+        replica.missed_probes = 0
+        if up != replica.up or (not up and reason != replica.down_reason):
+            log.warning("replica %d (%s) is %s", replica.index, replica.url, "up" if up else f"down: {reason}")
+        replica.down_reason = reason
         if up != replica.up:
             replica.up = up
-            self.changed()
+            self.on_change()
 
     async def probe(self, client: httpx.AsyncClient, replica: Replica) -> None:
-        """Ask /health once, and one that comes up for its model too, as a request would be sent.
+        """Ask /health once; of a replica that comes up /v1/models too, with the API key as requests have it.
 
-        One that refuses the connection or says that it is unwell is down at once.
+        A refused connection or another status than 200 takes the replica down at once, a timeout only after
+        MAX_MISSED_PROBES.
         """
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
@@ -104,12 +88,12 @@ class Replicas:
                     reply, asked = await self._get(client, replica, "/v1/models"), "/v1/models"
                     status = reply.status_code
                     if status == 200:
-                        _note_model(replica, reply)
+                        _store_model(replica, reply)
         except httpx.ConnectError as error:
             self.mark(replica, False, str(error) or type(error).__name__)
         except (TimeoutError, httpx.HTTPError) as error:
-            replica.silent += 1
-            if replica.silent >= SILENT_PROBES or not replica.up:
+            replica.missed_probes += 1
+            if replica.missed_probes >= MAX_MISSED_PROBES or not replica.up:
                 self.mark(replica, False, f"its probes get no answer ({type(error).__name__})")
         except Exception as error:
             self.mark(replica, False, f"it cannot be asked ({type(error).__name__}: {error})")
@@ -118,19 +102,19 @@ class Replicas:
             self.mark(replica, status == 200, f"{asked} answers {status}{hint}")
 
     async def _get(self, client: httpx.AsyncClient, replica: Replica, path: str) -> httpx.Response:
-        return await client.get(replica.at(path.encode()), headers=replica.headers)
+        return await client.get(replica.url_for(path.encode()), headers=replica.headers)
 
     async def watch(self, client: httpx.AsyncClient, replica: Replica) -> None:
-        """Probe a replica, and wait until that is due again."""
+        """Probe a replica, then wait for the next interval or a request to probe."""
         await self.probe(client, replica)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PROBE_SECONDS):
-                await replica.doubted.wait()
-        replica.doubted.clear()
+                await replica.probe_requested.wait()
+        replica.probe_requested.clear()
 
 
-def _note_model(replica: Replica, reply: httpx.Response) -> None:
-    """Keep what a list of models tells, as far as it has the form of vLLM's."""
+def _store_model(replica: Replica, reply: httpx.Response) -> None:
+    """Keep name and context length of the first model, where the list has the form of vLLM's."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
         found: dict[str, Any] = reply.json()["data"][0]
         replica.model, replica.max_model_len = str(found["id"]), int(found["max_model_len"])

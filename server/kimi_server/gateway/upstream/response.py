@@ -1,31 +1,34 @@
-"""What a replica's answer tells on its way through: the first token, the usage, a stored response's id.
+"""What the gateway reads from a replica's response: the first token, the usage, the id of a stored response.
 
-The bytes go on unchanged. A stream is cut at the ends of its events, so that one that breaks off never leaves half an
-event before the error that ends it.
+The bytes pass unchanged. A stream is forwarded in whole events, so that one that breaks off never ends in half an event
+before the error event.
 """
 
 import json
 import re
 from typing import Any
 
-COPY_BYTES = 16 << 20  # of a whole answer kept to look for its usage
-EVENT_BYTES = 1 << 20  # of an event not yet ended that is held back
-# Events of the Responses API that come before the engine has read the prompt.
+COPY_BYTES = 16 << 20  # of a response that is no stream, kept to find its usage
+EVENT_BYTES = 1 << 20  # of an incomplete event that are held back
+# Events of the Responses API that come before the prefill.
 EARLY = (b"response.created", b"response.in_progress", b"response.queued")
 USAGE = b'"usage":'
-RESPONSE_ID = re.compile(rb'"(resp_[A-Za-z0-9_-]{1,128})"')  # an answer's first is its own
-HEAD_BYTES = 4096  # of a whole answer, in which its id is looked for
+RESPONSE_ID = re.compile(rb'"(resp_[A-Za-z0-9_-]{1,128})"')  # the first in a response is its own
+HEAD_BYTES = 4096  # of a response that is no stream, in which its id is searched
 
 
 class Usage:
-    """Token counts as far as the answer told them; the fields of all three APIs."""
+    """Token counts as the response reports them, in any of the three APIs' fields; None where it does not."""
 
-    prompt: int | None = None
-    cached: int | None = None
-    completion: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
 
     def read(self, text: bytes) -> None:
-        """Take in the last usage object in a piece of JSON. In strings its quotes are escaped, so none is forged."""
+        """Update the counts from the last usage object in a part of JSON.
+
+        Generated text cannot forge one: within a string its quotes are escaped.
+        """
         at = text.rfind(USAGE)
         if at < 0:
             return
@@ -35,12 +38,12 @@ class Usage:
             return
         if not isinstance(found, dict):
             return
-        self.prompt = _count(found, "prompt_tokens", "input_tokens", self.prompt)
-        self.completion = _count(found, "completion_tokens", "output_tokens", self.completion)
-        self.cached = _count(found, "cache_read_input_tokens", "cached_tokens", self.cached)
+        self.prompt_tokens = _count(found, "prompt_tokens", "input_tokens", self.prompt_tokens)
+        self.completion_tokens = _count(found, "completion_tokens", "output_tokens", self.completion_tokens)
+        self.cached_tokens = _count(found, "cache_read_input_tokens", "cached_tokens", self.cached_tokens)
         for details in ("prompt_tokens_details", "input_tokens_details"):
             if isinstance(found.get(details), dict):
-                self.cached = _count(found[details], "cached_tokens", "cached_tokens", self.cached)
+                self.cached_tokens = _count(found[details], "cached_tokens", "cached_tokens", self.cached_tokens)
 
 
 def _count(found: dict[str, Any], name: str, other: str, known: int | None) -> int | None:
@@ -48,57 +51,57 @@ def _count(found: dict[str, Any], name: str, other: str, known: int | None) -> i
     return value if isinstance(value, int) else known
 
 
-class Answer:
-    """One answer on its way. `feed` takes what came and returns what may go on."""
+class UpstreamResponse:
+    """One response in transit: `feed` takes what arrives and returns what may be forwarded."""
 
     def __init__(self, content_type: str) -> None:
-        self.streams = content_type.startswith("text/event-stream")
+        self.is_stream = content_type.startswith("text/event-stream")
         self.usage = Usage()
-        self.began = False  # the first token is there, or an error in its place
-        self.events = 0  # of a stream, from the first token on: a token each, or more
-        self.ended = False
-        self.response_id: str | None = None  # where it is of the Responses API
-        self.held = bytearray()  # the event that has not ended, or the copy of a whole answer
+        self.first_token = False  # has arrived, or an error in its place
+        self.events = 0  # of a stream, from the first token on; each holds a token or more
+        self.complete = False
+        self.response_id: str | None = None  # of the Responses API
+        self.buffer = bytearray()  # an incomplete event, or the copy of a response that is no stream
 
     def feed(self, chunk: bytes) -> bytes:
-        if not self.streams:
-            self.began = True
-            if len(self.held) + len(chunk) <= COPY_BYTES:
-                self.held += chunk
-            self._look_for_id(self.held[:HEAD_BYTES])
+        if not self.is_stream:
+            self.first_token = True
+            if len(self.buffer) + len(chunk) <= COPY_BYTES:
+                self.buffer += chunk
+            self._find_response_id(self.buffer[:HEAD_BYTES])
             return chunk
-        self.held += chunk
-        end = max(self.held.rfind(mark) + len(mark) if mark in self.held else 0 for mark in (b"\n\n", b"\r\n\r\n"))
-        if end == 0 and len(self.held) > EVENT_BYTES:
-            end = len(self.held)
-        ready = bytes(self.held[:end])
-        del self.held[:end]
-        self._look(ready)
+        self.buffer += chunk
+        end = max(self.buffer.rfind(mark) + len(mark) if mark in self.buffer else 0 for mark in (b"\n\n", b"\r\n\r\n"))
+        if end == 0 and len(self.buffer) > EVENT_BYTES:
+            end = len(self.buffer)
+        ready = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        self._scan(ready)
         return ready
 
     def finish(self) -> bytes:
-        """What was held back of a stream that ended; to be called at an answer's regular end."""
-        rest = bytes(self.held)
-        self._look(rest)
-        self.ended = True
-        return rest if self.streams else b""
+        """Call at the regular end of the response; returns what was held back of a stream."""
+        rest = bytes(self.buffer)
+        self._scan(rest)
+        self.complete = True
+        return rest if self.is_stream else b""
 
     @property
-    def completion(self) -> int:
-        """Tokens generated: as the replica counted them in the end, as far as they came before that."""
-        counted = self.usage.completion or 0
-        return counted if self.ended else max(counted, self.events)
+    def completion_tokens(self) -> int:
+        """Tokens generated, as reported; of a response that broke off at least as many as events arrived."""
+        reported = self.usage.completion_tokens or 0
+        return reported if self.complete else max(reported, self.events)
 
-    def _look(self, text: bytes) -> None:
-        if self.streams:
+    def _scan(self, text: bytes) -> None:
+        if self.is_stream:
             self.events += sum(
                 line.startswith(b"data:") and not any(name in line for name in EARLY) for line in text.splitlines()
             )
-            self.began |= self.events > 0
-        self._look_for_id(text)
+            self.first_token |= self.events > 0
+        self._find_response_id(text)
         if USAGE in text:
             self.usage.read(text)
 
-    def _look_for_id(self, text: bytes | bytearray) -> None:
+    def _find_response_id(self, text: bytes | bytearray) -> None:
         if self.response_id is None and (found := RESPONSE_ID.search(text)):
             self.response_id = found[1].decode()
