@@ -14,12 +14,18 @@ from vllm_kimi_linear.config import Geometry
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 
 
-@pytest.mark.parametrize("preset", [name for name in demo.PRESETS if name != "bench"])
-def test_those_of_a_checkpoint(preset: str, tmp_path: Path) -> None:
-    demo.write_checkpoint(tmp_path, preset)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    geometry = Geometry.from_config(demo.demo_config(preset))
+def test_those_of_a_checkpoint(demo_model: Path) -> None:
+    size = (demo_model / "model.safetensors").stat().st_size
+    geometry = Geometry.from_config(demo.demo_config())
     assert 0 < size - weight_bytes(geometry, "bfloat16") < 64 * 1024  # the file's header
+
+
+@pytest.mark.parametrize("preset", demo.PRESETS)
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_one_rank_holds_every_tensor(preset: str, dtype: str, size: int) -> None:
+    geometry = Geometry.from_config(demo.demo_config(preset))
+    tensors = memory.weights(geometry)  # those of the checkpoint, see test_memory
+    assert weight_bytes(geometry, dtype) == sum(prod(w.shape) * (4 if w.fp32 else size) for w in tensors)
 
 
 def test_a_pipeline_stage() -> None:

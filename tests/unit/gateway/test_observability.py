@@ -3,8 +3,8 @@
 import pytest
 
 from kimi_server.gateway.upstream import replicas
+from tests.support.gateway import CHAT
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT
 from vllm_kimi_linear.launch import free_port
 
 
