@@ -18,8 +18,8 @@ from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, renew, say, until_id
 from tests.soak.hostile import ACTS, Client, bad_replicas
 from tests.soak.traffic import Asked, Traffic
 from tests.support.completions import Completions
+from tests.support.gateway import Running
 from tests.support.upstream import Background
-from tests.unit.gateway.conftest import Running
 
 KEY = "sk-soak"
 HOSTILE = 24  # clients of a round

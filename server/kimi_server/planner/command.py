@@ -1,4 +1,4 @@
-"""`kimi-linear plan` and `kimi-linear serve`: read what is asked, print the plan, write its YAML, start it."""
+"""`kimi-linear plan` and `kimi-linear serve`: read the arguments, print the plan, write its YAML, start vLLM."""
 
 import argparse
 import json
@@ -19,11 +19,13 @@ from vllm_kimi_linear.config.errors import ConfigError
 
 
 def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Add the arguments of `kimi-linear plan` to its parser; returns the function that runs it."""
     _add_arguments(parser)
     return lambda args: _answer(_plan, args)
 
 
 def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Add the arguments of `kimi-linear serve` to its parser; returns the function that runs it."""
     _add_arguments(parser)
     parser.epilog = "What follows `--` is handed to `vllm serve` as it is."
     return lambda args: _answer(_serve, args)
@@ -105,7 +107,7 @@ def read_config(model: str) -> Mapping[str, Any]:
         path = _download(model)
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"MODEL is {model!r}: {path} cannot be read ({error}); give a checkpoint's folder") from None
     if not isinstance(config, dict):
         raise ConfigError(f"MODEL is {model!r}: {path} holds no object; give a checkpoint's folder")

@@ -1,10 +1,11 @@
-"""What one rank of a server will hold, before anything starts: weights, activations, and the cache that is left.
+"""The memory of one rank of a server, computed before it starts: weights, activations, and what is left for the cache.
 
 Standard library only. Weights and cache are exact: the tests compare them with what vLLM builds and allocates.
 Activations are an estimate, and the runtime an allowance; on a GPU vLLM measures both and sizes the cache itself.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 from kimi_server.planner.weight_bytes import weight_bytes
@@ -22,6 +23,7 @@ KDA_CHUNK = 64  # rows whose products and state the prefill kernels on a GPU wri
 RUNTIME = {"cuda": 2 * GIB, "cpu": 0}
 
 
+@cache  # of one layout it is asked for several numbers of servers
 def held_weight_bytes(model_sizes: ModelSizes, dtype: str, tensor_parallel: int = 1) -> int:
     """Bytes of weights that one rank of the loaded model holds.
 

@@ -1,4 +1,4 @@
-"""What a server may run on: GPUs that are probed or named, or a CPU's memory."""
+"""The machine to plan for: GPUs, probed or named, or a CPU with its memory."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The GPUs that nvidia-smi shows, or in one sentence why it shows none that can be planned for."""
+"""Probes GPUs with nvidia-smi; what cannot be planned for raises ConfigError with one sentence."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Chooses how a model is spread over a machine, so that as many sequences of the asked length fit as can.
+"""Chooses the layout of servers and tensor-parallel ranks on a machine that fits most sequences of a given length.
 
 The arithmetic is in `forecast.py`, `weight_bytes.py` and `vllm_kimi_linear.cache.layout`.
 """
@@ -24,7 +24,7 @@ BATCH_SEQUENCES = {"cuda": 256, "cpu": 128}
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the servers together."""
+    """What all servers together are to hold."""
 
     config: Mapping[str, Any]  # of config.json
     context: int  # tokens
@@ -52,7 +52,7 @@ class Layout:
         return self.servers * self.forecast.sequences(context)
 
     def spread(self) -> "Layout":
-        """The same with the latent KV spread over all ranks of a server."""
+        """The same layout with the latent KV spread over all ranks of a server (decode context parallelism)."""
         return replace(self, forecast=replace(self.forecast, context_parallel=self.tensor_parallel))
 
     def describe(self) -> str:
@@ -82,7 +82,7 @@ class Choice:
 
 
 def choose(request: Request, machine: Machine) -> Choice:
-    """Every layout that can start, the best of them holding what is asked; raises ConfigError with one sentence."""
+    """All layouts that can start. Raises ConfigError, in one sentence, where the best does not fit the request."""
     if request.dtype not in DTYPES[machine.device]:
         remedy = " or ".join(DTYPES[machine.device])
         raise ConfigError(f"--dtype is {request.dtype}; on {machine.device} this model is served in {remedy}")
@@ -150,7 +150,7 @@ def _layout(request: Request, machine: Machine, model_sizes: ModelSizes, ranks: 
 
 
 def _what_is_short(choice: Choice) -> str:
-    """One sentence: what the best layout lacks, by how much, and what would do."""
+    """One sentence: how much memory the best layout lacks, and what would fit."""
     request, best, held = choice.request, choice.best, choice.best.forecast
     sequences, do = ("sequence", "does") if request.concurrency == 1 else ("sequences", "do")
     asked = f"{request.concurrency:,} {sequences} of {request.context:,} tokens {do} not fit"
@@ -174,7 +174,7 @@ def _what_is_short(choice: Choice) -> str:
 
 
 def best_spread(choice: Choice) -> Layout | None:
-    """The layout that holds most with the latent KV spread over all its ranks; None where none can be."""
+    """The layout that fits most with its latent KV spread over all its ranks; None where that is not possible."""
     if choice.machine.device == "cpu":
         return None
     spread = [each.spread() for each in choice.layouts if each.tensor_parallel > choice.request.context_parallel]

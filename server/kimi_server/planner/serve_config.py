@@ -1,4 +1,4 @@
-"""The flags a plan gives to `vllm serve`, each with its reason, and the YAML that `--config` takes."""
+"""A plan as flags of `vllm serve`, each with its reason, and as the YAML for its --config."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Setting:
 
 
 def settings(choice: Choice) -> list[Setting]:
-    """What one server of the chosen layout is told."""
+    """The flags of one server of the chosen layout."""
     request, layout, device = choice.request, choice.best, choice.machine.device
     chosen = [
         Setting("dtype", request.dtype, "of weights, activations and latent KV"),
@@ -57,7 +57,7 @@ def settings(choice: Choice) -> list[Setting]:
 
 
 def yaml(choice: Choice, model: str | None) -> str:
-    """The text for `vllm serve --config`; without a `model`, which the command line then has to name."""
+    """The YAML for `vllm serve --config`. With `model` None it names none: the command line has to."""
     head = [] if model is None else [Setting("model", model, "what was planned for")]
     lines = [f"{each.flag}: {json.dumps(each.value)}  # {each.reason}" for each in [*head, *settings(choice)]]
     return "\n".join(["# Written by `kimi-linear plan`.", *lines]) + "\n"

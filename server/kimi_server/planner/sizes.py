@@ -1,4 +1,4 @@
-"""Numbers as people write them: 128K tokens, 80G of memory. K, M and G are powers of 1024."""
+"""Sizes as text: 128K tokens, 80G of memory. K, M and G are powers of 1024."""
 
 import re
 

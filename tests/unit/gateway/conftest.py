@@ -1,63 +1,13 @@
-"""A gateway in this process, in front of stand-ins for vLLM."""
+"""Fixtures that start gateways and write files of keys."""
 
-import contextlib
-import dataclasses
-import io
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from kimi_server.gateway.config.settings import AdmissionSettings, LimitSettings, ReplicaSettings, Settings
-from kimi_server.gateway.gateway import Gateway
-from kimi_server.gateway.server import Server
-from tests.support.upstream import Background, Upstream, serving
-
-
-class Running:
-    """A gateway that answers, and what is to be known of it."""
-
-    def __init__(self, server: Server, url: str, log: io.StringIO) -> None:
-        self.gateway, self.url, self.log = server.gateway, url, log
-        self.metrics_url = f"http://127.0.0.1:{server.metrics_port}/metrics"
-
-    def client(self, **more: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **more)
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The log."""
-        return [json.loads(line) for line in self.log.getvalue().splitlines()]
-
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        """Wait for something that must come."""
-        end = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < end, f"it did not happen: {what}"
-            time.sleep(0.005)
-
-    def until_idle(self) -> None:
-        self.until(lambda: self.gateway.active_requests == 0, "no request left")
-        assert self.outstanding == 0
-        assert all(replica.running == 0 for replica in self.gateway.replicas.all)
-        assert not any(self.gateway.admission.queues.values())
-        assert self.gateway.body_budget.reserved == 0
-        assert all(limiter.running == 0 for limiter in self.gateway.keyring.limiters.values())
-
-    @property
-    def outstanding(self) -> int:
-        return sum(sum(lanes.values()) for lanes in self.gateway.admission.outstanding)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample; 0 while there is none."""
-        return self.gateway.metrics.registry.get_sample_value(f"kimi_gateway_{name}", labels) or 0.0
-
-
-Start = Callable[..., Running]
+from tests.support.gateway import Start, starting
 
 
 @pytest.fixture
@@ -77,35 +27,6 @@ def start_module() -> Iterator[Start]:
         yield start
 
 
-@contextlib.contextmanager
-def starting() -> Iterator[Start]:
-    with contextlib.ExitStack() as stack:
-
-        def start(
-            *upstreams: Upstream,
-            admission: dict | None = None,
-            limits: dict | None = None,
-            wait: bool = True,
-            **more: Any,
-        ) -> Running:
-            replicas = tuple(ReplicaSettings(one.url) for one in stack.enter_context(serving(*upstreams)))
-            settings = Settings(
-                admission=AdmissionSettings(**(admission or {})),
-                limits=dataclasses.replace(LimitSettings(replica_seconds=20), **(limits or {})),
-                **{"replicas": replicas, "metrics_port": 0, **more},
-            )
-            log = io.StringIO()
-            gateway = Gateway(settings, log)
-            server = Server(gateway)
-            background = stack.enter_context(Background(server))
-            running = Running(server, background.url, log)
-            if wait:
-                running.until(lambda: all(one.up for one in gateway.replicas.all), "every replica up")
-            return running
-
-        yield start
-
-
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Callable[..., Path]:
     """`keys_file(alice={...limits}, ...)` writes a file in which the key of each is `sk-` and the name."""
@@ -118,10 +39,3 @@ def keys_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}
-
-
-def bearer(name: str) -> dict[str, str]:
-    return {"authorization": f"Bearer sk-{name}"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import httpx
 
+from tests.support.gateway import Start
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import Start
 
 COUNT, AT_ONCE, TOKENS = 1000, 40, 20
 LEAVES = {"user": "leaves"}

@@ -9,8 +9,9 @@ import pytest
 from kimi_server.gateway.errors import GatewayError
 from kimi_server.gateway.keys.keys_file import Key, digest
 from kimi_server.gateway.keys.limits import KeyLimiter, TokenBucket
+from kimi_server.gateway.upstream import replicas
+from tests.support.gateway import bearer
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import bearer
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -42,7 +43,8 @@ def test_tokens_a_minute_count_what_was_used(start, keys_file) -> None:
     gateway.until_idle()
 
 
-def test_what_was_refused_costs_nothing(start, keys_file) -> None:
+def test_what_was_refused_costs_nothing(start, keys_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "PROBE_SECONDS", 0.05)
     upstream = Upstream()
     gateway = start(upstream, keys=keys_file(alice={"tokens_per_minute": 1000}))
     upstream.healthy = False

@@ -6,9 +6,10 @@ import logging
 import pytest
 
 from kimi_server.gateway.errors import GatewayError
+from kimi_server.gateway.keys import keyring
 from kimi_server.gateway.keys.keyring import Keyring
+from tests.support.gateway import bearer
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import bearer
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -79,7 +80,8 @@ def test_a_broken_reload_keeps_the_keys(keys_file, caplog: pytest.LogCaptureFixt
     assert str(path) in caplog.records[0].getMessage()
 
 
-def test_a_running_gateway_sees_the_change(start, keys_file) -> None:
+def test_a_running_gateway_sees_the_change(start, keys_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "RELOAD_SECONDS", 0.05)
     gateway = start(Upstream(), keys=keys_file(alice={}))
     with gateway.client(headers=bearer("bob")) as client:
         assert client.get("/v1/models").status_code == 401

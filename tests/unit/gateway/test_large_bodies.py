@@ -18,8 +18,8 @@ from kimi_server.gateway.request.body_budget import BodyBudget
 from kimi_server.gateway.request.body_parser import INLINE_BYTES, BodyParser
 from kimi_server.gateway.request.parsed_request import parse_request
 from kimi_server.gateway.upstream.body import with_fields
+from tests.support.gateway import CHAT, Start
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT, Start
 
 MIB = 1 << 20
 

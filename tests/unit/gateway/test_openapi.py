@@ -17,8 +17,8 @@ from kimi_server.gateway.app import build
 from kimi_server.gateway.config.settings import ReplicaSettings, Settings
 from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.routes import CLOSED, ROUTES
+from tests.support.gateway import Running, Start
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import Running, Start
 
 CHECKS = [
     not_a_server_error,

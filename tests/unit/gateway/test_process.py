@@ -19,9 +19,9 @@ from kimi_server.gateway.config.settings import ReplicaSettings, Settings
 from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.server import Server
+from tests.support.gateway import CHAT
 from tests.support.gateway_process import GatewayProcess
 from tests.support.upstream import Upstream, serving
-from tests.unit.gateway.conftest import CHAT
 
 STREAM = CHAT | {"stream": True}
 

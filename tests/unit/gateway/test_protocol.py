@@ -6,8 +6,8 @@ import socket
 import httpx
 import pytest
 
+from tests.support.gateway import CHAT, Running, Start
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT, Running, Start
 
 BODY = json.dumps(CHAT).encode()
 STREAM = json.dumps(CHAT | {"stream": True}).encode()

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from kimi_demo.server import free_port
+from kimi_server.gateway.upstream import replicas
 from tests.support.upstream import Upstream
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]}
@@ -208,7 +209,8 @@ def test_a_client_that_does_not_read_has_an_end(start) -> None:
     gateway.until_idle()
 
 
-def test_no_replica_is_up(start) -> None:
+def test_no_replica_is_up(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "PROBE_SECONDS", 0.05)
     upstream = Upstream()
     gateway = start(upstream)
     upstream.healthy = False

@@ -12,9 +12,10 @@ import pytest
 from kimi_server.gateway import background
 from kimi_server.gateway.config.settings import ReplicaSettings, Settings, SettingsError, load
 from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.upstream import replicas
 from kimi_server.gateway.upstream.replicas import Replica, Replicas
+from tests.support.gateway import CHAT
 from tests.support.upstream import Upstream, serving
-from tests.unit.gateway.conftest import CHAT
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,10 @@ def test_a_key_that_no_header_can_hold(tmp_path: Path, key: str) -> None:
         load(path)
 
 
-def test_one_bad_replica_does_not_end_the_probes_of_the_others(start, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_bad_replica_does_not_end_the_probes_of_the_others(
+    start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "PROBE_SECONDS", 0.05)
     upstream = Upstream()
     gateway = start(upstream, Upstream())
     bad = gateway.gateway.replicas.all[1]
@@ -180,14 +184,14 @@ def test_a_replica_that_was_never_up_is_said_once_and_when_it_comes(caplog: pyte
         return replicas
 
     with caplog.at_level(logging.WARNING, "kimi_server"):
-        replicas = asyncio.run(run())
+        found = asyncio.run(run())
     assert [message.partition(" is ")[2] for message in caplog.messages] == [
         "down: refused",
         "down: /health answers 503",
         "up",
         "down: /health answers 503",
     ]
-    assert (replicas.all[0].model, replicas.all[0].max_model_len) == ("m", 5)
+    assert (found.all[0].model, found.all[0].max_model_len) == ("m", 5)
 
 
 def test_an_exception_in_the_background_is_logged_and_the_task_goes_on(monkeypatch, caplog) -> None:

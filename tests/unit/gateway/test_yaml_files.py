@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kimi_server.gateway.config import yaml_file
 from kimi_server.gateway.config.settings import Settings, SettingsError, load
+from kimi_server.gateway.keys import keyring
 from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.keys.keys_file import digest
 from kimi_server.gateway.keys.limits import KeyLimiter
@@ -177,7 +178,10 @@ def test_a_file_has_a_largest_size(tmp_path: Path) -> None:
         Keyring(path)
 
 
-def test_a_key_revoked_after_a_bad_file_is_refused(start, keys_file, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_revoked_after_a_bad_file_is_refused(
+    start, keys_file, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring, "RELOAD_SECONDS", 0.05)
     path = keys_file(alice={}, bob={})
     gateway = start(Upstream(), keys=path)
     with gateway.client(headers={"authorization": "Bearer sk-alice"}) as client:

@@ -189,7 +189,9 @@ def test_bad_input_gets_one_sentence(config: Path, case: str) -> None:
     assert ";" in line, "no remedy"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "kimi_linear"}', '{"architectures": ["Other"]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, '{"model_type": "kimi_linear"}', '{"architectures": ["Other"]}']
+)
 def test_a_config_that_is_none_gets_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     done = kimi_linear("plan", str(tmp_path), "--gpus", "4xH200")

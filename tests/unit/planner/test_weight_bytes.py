@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.presets import PRESETS, demo_config
 from kimi_server.planner.weight_bytes import weight_bytes
 from vllm_kimi_linear.config import tensors
@@ -16,12 +15,18 @@ from vllm_kimi_linear.config.model import ModelSizes
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "bench"])
-def test_those_of_a_checkpoint(preset: str, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, preset)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    model_sizes = ModelSizes.from_config(demo_config(preset))
+def test_those_of_a_checkpoint(demo_model: Path) -> None:
+    size = (demo_model / "model.safetensors").stat().st_size
+    model_sizes = ModelSizes.from_config(demo_config())
     assert 0 < size - weight_bytes(model_sizes, "bfloat16") < 64 * 1024  # the file's header
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_one_rank_holds_every_tensor(preset: str, dtype: str, size: int) -> None:
+    model_sizes = ModelSizes.from_config(demo_config(preset))
+    held = tensors.weights(model_sizes)  # those of the checkpoint, see test_memory
+    assert weight_bytes(model_sizes, dtype) == sum(prod(w.shape) * (4 if w.fp32 else size) for w in held)
 
 
 def test_a_pipeline_stage() -> None:

@@ -1,4 +1,4 @@
-"""Fields of configuration files: their types, as pydantic checks them, and its errors as one sentence each."""
+"""Field types of the configuration files, for pydantic, and its errors as one sentence each."""
 
 import dataclasses
 import reprlib
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 
 def must(remedy: str) -> PydanticCustomError:
-    """A field that is not what it must be: `must("begin with http://")`."""
+    """The error of one field; `must("begin with http://")` ends its message with 'it must begin with http://'."""
     return PydanticCustomError("must", "it must {remedy}", {"remedy": remedy})
 
 
 def wrong(sentence: str) -> PydanticCustomError:
-    """Fields that only together are wrong; the sentence names them and ends without a full stop."""
+    """The error of several fields that do not fit together; `sentence` names them and has no full stop."""
     return PydanticCustomError("wrong", "{sentence}", {"sentence": sentence})
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():  # half of a surrogate pair has no UTF-8, a line feed would forge a line of the log
+    if not text.isprintable():  # a lone surrogate has no UTF-8, a line feed would forge a line of the log
         raise must("hold no control characters")
     return text
 
@@ -71,7 +71,7 @@ REMEDIES = {
 
 
 class Fields:
-    """Base of the dataclasses that stand for a mapping in a file: an unknown field is answered with those there are."""
+    """Base of the dataclasses for a mapping in a file; the error of an unknown field lists the known ones."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +84,7 @@ class Fields:
 
 
 def build(kind: type[T], given: Mapping[str, Any], where: object) -> T:
-    """The dataclass `kind` from what a file holds; raises SettingsError. `where` is the file, for the message."""
+    """Validate `given` as the dataclass `kind`; raises SettingsError. `where`, the file, begins the message."""
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
@@ -112,7 +112,7 @@ def _path(*loc: int | str) -> str:
 
 
 def _shown(at: str, error: ErrorDetails) -> str:
-    """The value for a message: short, and not where it is a secret or may be one that stands in the wrong place."""
+    """The value as a message shows it: shortened, and hidden where it is, or may be a misplaced, secret."""
     value = error["input"]
     misplaced = error["type"] in ("dataclass_type", "tuple_type")
     if isinstance(value, str) and (misplaced or at.endswith(SECRET) or "@" in value):

@@ -1,4 +1,4 @@
-"""YAML files as JSON knows it: mappings of names, lists, texts, numbers, booleans and null, and nothing that grows."""
+"""YAML files, restricted to what JSON has: no aliases, no other tags, no duplicate names. Their size is limited."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ class SettingsError(Exception):
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses aliases, which let a small file hold any number of values, and a name that stands twice.
+    """Refuses aliases, by which a small file can expand without bound, and duplicate names.
 
     A date without quotes is text, as in YAML 1.2, and `<<` is a name like any other.
     """
@@ -38,7 +38,7 @@ class Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # whatever the text led to: KeyError of `!!bool x`, ValueError of 5,000 digits
+        except Exception as error:  # of any type: KeyError for `!!bool x`, ValueError for 5,000 digits
             problem = f"this value cannot be read ({type(error).__name__}), put it in quotes if it is text"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 

@@ -4,8 +4,8 @@ import pytest
 
 from kimi_demo.server import free_port
 from kimi_server.gateway.upstream import replicas
+from tests.support.gateway import CHAT
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT
 
 
 def test_the_log_of_a_request(start, keys_file) -> None:

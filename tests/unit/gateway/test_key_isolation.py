@@ -9,8 +9,8 @@ import pytest
 from kimi_server.gateway.keys.cache_salt import cache_salt
 from kimi_server.gateway.keys.keyring import Keyring
 from kimi_server.gateway.upstream.body import with_fields
+from tests.support.gateway import CHAT, Running, bearer
 from tests.support.upstream import Upstream
-from tests.unit.gateway.conftest import CHAT, Running, bearer
 
 SECRET = "a secret of enough letters"
 
