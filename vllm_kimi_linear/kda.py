@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import interface
+from kda_kernels.constants import CHUNK_SIZE, SEGMENTED_TOKENS
 from kda_kernels.interface import (
     DecodeArgs,
     KdaInputs,
@@ -30,9 +31,6 @@ from vllm_kimi_linear import memory, start_checks
 from vllm_kimi_linear.config import Geometry
 from vllm_kimi_linear.metadata import KdaMetadata
 from vllm_kimi_linear.snapshots import KdaSpec
-
-# Rows of a sequence that the kernels for GPUs split where heads are few, and of one that they never do.
-SPLIT_ROWS, FEW_ROWS = 2048, 64
 
 
 class KdaInputProjection(MergedColumnParallelLinear):
@@ -207,7 +205,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
         nobody = torch.zeros(1, dtype=torch.int32, device=out.device)
-        for most, keeps in ((len(out), False), (SPLIT_ROWS, True), (FEW_ROWS, False), (FEW_ROWS, True)):
+        for most, keeps in ((len(out), False), (SEGMENTED_TOKENS, True), (CHUNK_SIZE, False), (CHUNK_SIZE, True)):
             rows = slice(min(most, len(out)))
             cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
             checkpoints = PrefillCheckpoints(cu_seqlens[1:], nobody) if keeps else None
