@@ -29,8 +29,7 @@ EXPERTS = "fused_moe_kernel"
 KINDS = {
     "experts": rf"{EXPERTS}|moe|topk|expert",
     "latent attention": r"flash|mla|concat_and_cache|merge_attn|gather",
-    "KDA": r"^_?(decode|spec_decode|prepare|intra|states|output|table|combine)(_kernel)?$"
-    r"|recurrent|chunk|conv1d|kda|l2norm|layer_norm|cumsum|solve|recompute",
+    "KDA": r"kda|recurrent|chunk|conv1d|l2norm|layer_norm|cumsum|solve|recompute",
     "dense products": r"gemm|gemv|cutlass|nvjet|xmma|splitk|cublas|bmm",
     "the rest": r"",
 }

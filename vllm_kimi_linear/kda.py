@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kda_kernels import interface
+from kda_kernels.constants import CHUNK_SIZE, SEGMENTED_TOKENS
 from kda_kernels.interface import (
     DecodeArgs,
     KdaInputs,
@@ -31,9 +32,6 @@ from vllm_kimi_linear.cache.layout import kda_state_shapes
 from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.kda_in_proj import KdaInputProjection
-
-# Rows of a sequence that the kernels for GPUs split where heads are few, and of one that they never do.
-SPLIT_ROWS, FEW_ROWS = 2048, 64
 
 
 def _load_heads(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
@@ -172,7 +170,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
         null = torch.zeros(1, dtype=torch.int32, device=out.device)
-        for most, keeps in ((len(out), False), (SPLIT_ROWS, True), (FEW_ROWS, False), (FEW_ROWS, True)):
+        for most, keeps in ((len(out), False), (SEGMENTED_TOKENS, True), (CHUNK_SIZE, False), (CHUNK_SIZE, True)):
             rows = slice(min(most, len(out)))
             cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
             checkpoints = PrefillCheckpoints(cu_seqlens[1:], null) if keeps else None

@@ -14,16 +14,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kda_kernels.constants import CHUNK_SIZE
+
+MODULES = ("decode", "spec_decode", "prefill", "conv_gate", "chunk_intra", "chunk_delta_h", "chunk_o", "index")
 COMMAND = "PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchmarks/compiled.md"
 # Dtypes of pointers by argument name; every argument not named here is an int32 or, if capital, a constant.
-ROWS = {name: "*bf16" for name in ("qkv", "forget", "beta", "gate", "conv", "norm_weight", "out")}
-TABLES = ("slots", "cu_seqlens", "chunk_sequence", "first_chunk", "segment_sequence", "first_segment")
-TABLES += ("accepted", "export_after", "export_slots")
-FLOATS = ("conv_weight", "a_log", "dt_bias", "recurrent", "decay", "scale", "strengths", "v_scales", "units", "starts")
-OPERANDS = ("w", "u", "qd", "kd", "p", "snapshots", "q", "k", "v")
-TYPES = ROWS | {name: "*i32" for name in TABLES} | {name: "*fp32" for name in (*FLOATS, "sums", "transitions")}
-TYPES |= {name: "*fp16" for name in OPERANDS} | {"resume": "*i1", "norm_eps": "fp32"}
-UNALIGNED = ("begin", "end", "length", "heads", "chunks", "sequences", "beta_stride", "rows", "steps", "exports")
+ACTIVATIONS = ("qkv", "g", "beta", "output_gate", "conv_state", "norm_weight", "out")
+TABLES = ("state_indices", "cu_seqlens", "chunk_seq_idx", "chunk_offsets", "segment_seq_idx", "segment_offsets")
+TABLES += ("num_accepted_tokens", "checkpoint_offsets", "checkpoint_state_indices")
+FLOATS = ("conv_weight", "A_log", "dt_bias", "recurrent_state", "decay", "u_scale", "v_scales", "beta_out", "g_cumsum")
+FLOATS += ("h_scale", "initial_states", "transitions")
+OPERANDS = ("w", "u", "qg", "kg", "Aqk", "h", "q", "k", "v")
+POINTERS = {"*bf16": ACTIVATIONS, "*i32": TABLES, "*fp32": FLOATS, "*fp16": OPERANDS, "*i1": ("has_initial_state",)}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"norm_eps": "fp32"}
+UNALIGNED = ("begin", "end", "length", "heads", "chunks", "num_sequences", "beta_stride", "num_tokens", "max_query_len")
+UNALIGNED += ("num_checkpoints", "sequences", "least")
 
 
 def report(kernel, types: dict[str, str], options: dict[str, int | bool], constants: dict[str, int | bool]):
@@ -51,33 +56,34 @@ def report(kernel, types: dict[str, str], options: dict[str, int | bool], consta
 
 
 def variants(dim: int):
-    """(name, kernel, argument types, launch options, constants) of what runs for bf16 rows and 4 taps."""
-    decode, spec_decode, prefill, prepare, intra, states, output = (
-        importlib.import_module(f"kda_kernels.cuda.{name}")
-        for name in ("decode", "spec_decode", "prefill", "prepare", "intra", "states", "output")
+    """(name, kernel, argument types, launch options, constants) of what runs for bf16 inputs and a convolution of 4."""
+    decode, spec_decode, prefill, conv_gate, chunk_intra, chunk_delta_h, chunk_o, index = (
+        importlib.import_module(f"kda_kernels.cuda.{name}") for name in MODULES
     )
-    size, chunk = {"D": dim}, {"D": dim, "C": prefill.CHUNK}
-    columns = {"BV": min(dim, prefill.COLUMNS)}
+    size, chunk = {"D": dim}, {"D": dim, "BT": CHUNK_SIZE}
+    columns = {"BV": min(dim, prefill.BV)}
     for name, programs, narrow in (("few", 1, False), ("many", 10000, False), ("many, bf16 state", 10000, True)):
         options, more = (
             decode._launch(programs, dim, narrow, registers) | {"PDL": True}
             for registers in (128, spec_decode.REGISTERS)
         )
-        types = {"recurrent": "*bf16"} if narrow else {}
-        constants = size | {"TAPS": 4, "VALUES_AT": decode.VALUES_AT}
-        yield f"decode, {name}", decode._decode, types, options, constants
-        yield f"spec_decode, {name}", spec_decode._spec_decode, types, more, constants
-    constants = chunk | {"TAPS": 4, "QKV_ALIGN": 16, "FORGET_ALIGN": 16}
-    yield "prepare", prepare.prepare_kernel, {}, prefill.PREPARE, constants
-    yield "intra", intra.intra_kernel, {}, prefill.INTRA, chunk | {"LEVELS": prefill.CHUNK.bit_length() - 1}
-    passes = {"states": (0, 0, 0), "states, exported": (0, 0, 1), "states of segments": (1, 0, 0)}
-    passes |= {"states of segments, exported": (1, 0, 1), "summary": (1, 1, 0)}
+        types = {"recurrent_state": "*bf16"} if narrow else {}
+        constants = size | {"W": 4, "VALUES_AT": decode.VALUES_AT}
+        yield f"decode, {name}", decode.kda_decode_kernel, types, options, constants
+        yield f"spec_decode, {name}", spec_decode.kda_spec_decode_kernel, types, more, constants
+    yield "index", index.kda_chunk_index_kernel, {}, {}, {"BT": CHUNK_SIZE}
+    constants = chunk | {"W": 4, "QKV_ALIGN": 16, "G_ALIGN": 16}
+    yield "conv_gate", conv_gate.kda_conv_gate_kernel, {}, prefill.CONV_GATE, constants
+    levels = {"LEVELS": CHUNK_SIZE.bit_length() - 1}
+    yield "chunk_intra", chunk_intra.kda_chunk_intra_kernel, {"beta": "*fp32"}, prefill.CHUNK_INTRA, chunk | levels
+    passes = {"chunk_delta_h": (0, 0, 0), "chunk_delta_h, checkpoints": (0, 0, 1)}
+    passes |= {"segments": (1, 0, 0), "segments, checkpoints": (1, 0, 1), "segments, summary": (1, 1, 0)}
     for name, flags in passes.items():
-        constants = chunk | columns | {"TAPS": 4, "WINDOW": 4}
-        constants |= dict(zip(("SEGMENTS", "SUMMARY", "EXPORTS"), map(bool, flags), strict=True))
-        yield name, states.states_kernel, {}, prefill.STATES, constants
-    yield "combine", states.combine_kernel, {}, prefill.COMBINE, size | columns
-    yield "output", output.output_kernel, {}, prefill.OUTPUT, chunk | columns | {"SEGMENTS": False}
+        constants = chunk | columns | {"W": 4, "BW": 4}
+        constants |= dict(zip(("SEGMENTS", "SUMMARY", "STORE_CHECKPOINTS"), map(bool, flags), strict=True))
+        yield name, chunk_delta_h.kda_chunk_delta_h_kernel, {}, prefill.CHUNK_DELTA_H, constants
+    yield "segments, combined", chunk_delta_h.kda_combine_segments_kernel, {}, prefill.COMBINE_SEGMENTS, size | columns
+    yield "chunk_o", chunk_o.kda_chunk_o_kernel, {}, prefill.CHUNK_O, chunk | columns | {"SEGMENTS": False}
 
 
 def main() -> None:
@@ -91,7 +97,7 @@ def main() -> None:
         "",
         f"    {COMMAND}",
         "",
-        f"For sm_90 by Triton {triton.__version__}, without a GPU; bf16 rows, fp32 state unless named, 4 taps.",
+        f"For sm_90 by Triton {triton.__version__}, without a GPU; bf16 inputs, fp32 state unless named, W = 4.",
         "Stack bytes a thread are spilled registers; HGMMA are the tensor cores' instructions.",
         "",
         "| kernel | head size | registers | stack | shared bytes | HGMMA |",

@@ -47,23 +47,25 @@ def check_params(params: KdaParams) -> None:
 
 
 def check_inputs(inputs: KdaInputs) -> None:
-    qkv = inputs.qkv
-    for name in ("qkv", "g", "beta", "output_gate"):
-        tensor = getattr(inputs, name)
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [tokens, channels].")
-        if tensor.stride(1) != 1 and tensor.shape[1] != 1:
+    # Each attribute of a tensor is read once: this runs for every layer of a step.
+    qkv, g, beta, output_gate = inputs.qkv, inputs.g, inputs.beta, inputs.output_gate
+    shapes: list[torch.Size] = []
+    dtype, device = qkv.dtype, qkv.device
+    for name, tensor in (("qkv", qkv), ("g", g), ("beta", beta), ("output_gate", output_gate)):
+        shapes.append(shape := tensor.shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name} has shape {list(shape)}; it must be [tokens, channels].")
+        if tensor.stride(1) != 1 and shape[1] != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous.")
-        if tensor.shape[0] != qkv.shape[0]:
-            raise ValueError(f"{name} has {tensor.shape[0]} tokens, qkv {qkv.shape[0]}; they must agree.")
-        if tensor.dtype != qkv.dtype or tensor.device != qkv.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, qkv {qkv.dtype} on {qkv.device}; they must agree."
-            )
-    if qkv.shape[1] != 3 * inputs.g.shape[1] or inputs.output_gate.shape[1] != inputs.g.shape[1]:
+        if shape[0] != shapes[0][0]:
+            raise ValueError(f"{name} has {shape[0]} tokens, qkv {shapes[0][0]}; they must agree.")
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, qkv {dtype} on {device}; they must agree.")
+    channels = [shape[1] for shape in shapes]
+    if channels[0] != 3 * channels[1] or channels[3] != channels[1]:
         raise ValueError(
-            f"qkv, g and output_gate have {qkv.shape[1]}, {inputs.g.shape[1]} and {inputs.output_gate.shape[1]} "
-            "channels; they must be 3P, P and P."
+            f"qkv, g and output_gate have {channels[0]}, {channels[1]} and {channels[3]} channels; they must be "
+            "3P, P and P."
         )
 
 
@@ -194,34 +196,33 @@ def check_spec_decode_values(args: SpecDecodeArgs) -> None:
 
 def _check_together(args: DecodeArgs | PrefillArgs | SpecDecodeArgs) -> None:
     """Check what the records cannot see alone: that they belong together."""
+    # Each attribute of a tensor is read once: this runs for every layer of a step.
     inputs, params, state, out = args.inputs, args.params, args.state, args.out
-    heads, dim, width = params.heads, params.head_dim, params.heads * params.head_dim
-    tokens, device = inputs.g.shape[0], inputs.qkv.device
+    heads, dim, size = params.heads, params.head_dim, params.conv_kernel_size
+    width, dtype, device = heads * dim, inputs.qkv.dtype, inputs.qkv.device
     if not device == params.A_log.device == state.conv.device == args.state_indices.device == out.device:
         raise ValueError(
             f"qkv is on {device}, the weights on {params.A_log.device}, the state on {state.conv.device}, "
             f"state_indices on {args.state_indices.device} and out on {out.device}; all must be on one device."
         )
-    if inputs.g.shape[1] != width or inputs.beta.shape[1] != heads:
+    tokens, channels = inputs.g.shape
+    if channels != width or inputs.beta.shape[1] != heads:
         raise ValueError(
-            f"g has {inputs.g.shape[1]} channels and beta {inputs.beta.shape[1]}; "
+            f"g has {channels} channels and beta {inputs.beta.shape[1]}; "
             f"the layer has {heads} heads of {dim}, so they must be {width} and {heads}."
         )
-    if state.recurrent.shape[1:] != (heads, dim, dim):
-        raise ValueError(
-            f"state.recurrent has shape {list(state.recurrent.shape)}; it must be [states, {heads}, {dim}, {dim}]."
-        )
-    if state.conv.shape[1:] != (params.conv_kernel_size - 1, 3 * width):
-        raise ValueError(
-            f"state.conv has shape {list(state.conv.shape)}; it must be "
-            f"[states, {params.conv_kernel_size - 1}, {3 * width}]."
-        )
-    if state.conv.dtype != inputs.qkv.dtype:
-        raise ValueError(f"state.conv is {state.conv.dtype}, qkv {inputs.qkv.dtype}; they must agree.")
-    if out.shape != (tokens, width) or out.dtype != inputs.qkv.dtype or out.stride(1) != 1:
+    states, *shape = state.recurrent.shape
+    if shape != [heads, dim, dim]:
+        raise ValueError(f"state.recurrent has shape {[states, *shape]}; it must be [states, {heads}, {dim}, {dim}].")
+    states, *shape = state.conv.shape
+    if shape != [size - 1, 3 * width]:
+        raise ValueError(f"state.conv has shape {[states, *shape]}; it must be [states, {size - 1}, {3 * width}].")
+    if state.conv.dtype != dtype:
+        raise ValueError(f"state.conv is {state.conv.dtype}, qkv {dtype}; they must agree.")
+    if out.shape != (tokens, width) or out.dtype != dtype or out.stride(1) != 1:
         raise ValueError(
             f"out is {out.dtype} {list(out.shape)} with strides {out.stride()}; it must be "
-            f"{inputs.qkv.dtype} [{tokens}, {width}] with a contiguous last dimension."
+            f"{dtype} [{tokens}, {width}] with a contiguous last dimension."
         )
 
 

@@ -116,7 +116,7 @@ class PrefillCheckpoints:
         checks.check_checkpoints(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class DecodeArgs:
     """One token for each of T sequences.
 
@@ -136,7 +136,7 @@ class DecodeArgs:
         checks.check_decode(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PrefillArgs:
     """Runs of tokens of N sequences, one sequence after another.
 
@@ -160,7 +160,7 @@ class PrefillArgs:
         checks.check_prefill(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class SpecDecodeArgs:
     """Up to Q tokens for each of N sequences, of which a later step may accept only the first few.
 

@@ -24,12 +24,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kimi_linear.attention.cpu_mla_metadata import (
-    KERNEL_BLOCK,
     LatentMetadata,
     LatentMetadataBuilder,
     LatentPrefill,
     as_kernel_blocks,
 )
+from vllm_kimi_linear.cache.layout import KERNEL_BLOCK
 
 CONTEXT_TILE = 1024  # cached tokens expanded at a time
 QUERY_TILE = 1024  # query rows attended at a time

@@ -8,8 +8,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kimi_linear.attention.kda_metadata import context_lens_of
-
-KERNEL_BLOCK = 16  # tokens a block of vLLM's CPU decode kernel
+from vllm_kimi_linear.cache.layout import KERNEL_BLOCK
 
 
 @dataclass(frozen=True)

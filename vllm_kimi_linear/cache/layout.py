@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil, floor, prod
 
+from kda_kernels.constants import CHUNK_SIZE
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Shape
 
@@ -27,7 +28,7 @@ def kda_state_shapes(model_sizes: ModelSizes, tensor_parallel: int = 1) -> tuple
 
 KERNEL_BLOCK = 16  # tokens: attention kernels read blocks of so many, or of a multiple
 # Tokens of which a block is a multiple. On a GPU a prefill passes a state on, and can keep it, every 64 rows.
-BLOCK_MULTIPLE = {"cpu": KERNEL_BLOCK, "cuda": 64}
+BLOCK_MULTIPLE = {"cpu": KERNEL_BLOCK, "cuda": CHUNK_SIZE}
 USUAL_BLOCK = 256  # tokens: of about so many are the blocks that `cache_layout` chooses
 
 

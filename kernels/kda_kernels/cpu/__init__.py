@@ -16,7 +16,7 @@ from kda_kernels.interface import DecodeArgs, PrefillArgs, PrefillCheckpoints, S
 
 _ISA_NAMES = {1: "baseline instructions", 2: "AVX2", 3: "AVX-512"}
 _CALL = struct.Struct("=38qd")  # struct kda_call of kda.h
-_MAX_DIM, _MAX_CONV_KERNEL_SIZE = 256, 8  # as in kda.h
+_MAX_DIM, _MAX_KERNEL_SIZE = 256, 8  # as in kda.h
 _NO_MEMORY = "the C kernels could not allocate a few bytes for each state."
 _library = load(_CALL.size)
 _isa = _library.kda_best_isa()
@@ -76,9 +76,9 @@ def _run(
         A_log, dt_bias = A_log.float(), dt_bias.float()
     if conv_weight.dtype not in (wide, narrow) or norm_weight.dtype not in (wide, narrow):
         conv_weight, norm_weight = conv_weight.float(), norm_weight.float()
-    if params.conv_kernel_size > _MAX_CONV_KERNEL_SIZE:
+    if params.conv_kernel_size > _MAX_KERNEL_SIZE:
         raise ValueError(
-            f"conv_weight has {params.conv_kernel_size} taps; the C kernels take up to {_MAX_CONV_KERNEL_SIZE}."
+            f"conv_weight has {params.conv_kernel_size} taps; the C kernels take up to {_MAX_KERNEL_SIZE}."
         )
     offsets, targets = None, None
     if checkpoints is not None:

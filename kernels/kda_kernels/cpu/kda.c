@@ -61,41 +61,44 @@ int64_t kda_best_isa(void) {
 #endif
 }
 
-/* Whether a slot is none of the state's, or above 0 and taken already; takes it. */
-static int taken(const kda_call *c, uint8_t *seen, int32_t slot) {
-    if (slot >= c->state_slots) return 1;
-    if (slot <= 0) return 0;
-    const int bad = seen[slot / 8] >> (slot % 8) & 1;
-    seen[slot / 8] |= (uint8_t)(1 << (slot % 8));
+/* Whether an index is none of the cache's, or above 0 and taken already; takes it. */
+static int taken(const kda_call *c, uint8_t *seen, int32_t state_index) {
+    if (state_index >= c->num_states) return 1;
+    if (state_index <= 0) return 0;
+    const int bad = seen[state_index / 8] >> (state_index % 8) & 1;
+    seen[state_index / 8] |= (uint8_t)(1 << (state_index % 8));
     return bad;
 }
 
-/* The slots of sequence n in verify: one for each token, and the one that it goes on from. */
-static int bad_steps(const kda_call *c, uint8_t *seen, int64_t n) {
-    const int32_t *slots = c->slots + n * c->steps, tokens = c->bounds[n + 1] - c->bounds[n], from = c->accepted[n];
-    if (!tokens || slots[0] <= 0) return 0;
-    if (tokens > c->steps || from < 1 || from > c->steps) return 1;
+/* The states of sequence n in spec_decode: one for each token, and the one that it starts from. */
+static int bad_spec_decode(const kda_call *c, uint8_t *seen, int64_t n) {
+    const int32_t *state_indices = c->state_indices + n * c->max_query_len;
+    const int32_t tokens = c->cu_seqlens[n + 1] - c->cu_seqlens[n], from = c->num_accepted_tokens[n];
+    if (!tokens || state_indices[0] <= 0) return 0;
+    if (tokens > c->max_query_len || from < 1 || from > c->max_query_len) return 1;
     int bad = 0;
     for (int i = 0; i < tokens || i < from; i++)
-        if (i < tokens || i == from - 1) bad |= slots[i] <= 0 || taken(c, seen, slots[i]);
+        if (i < tokens || i == from - 1) bad |= state_indices[i] <= 0 || taken(c, seen, state_indices[i]);
     return bad;
 }
 
 /* 0 if the tables are sound; __init__.py then finds the sentence for what is not. */
 static int check(const kda_call *c) {
-    if (c->bounds) {
-        const int32_t last = c->bounds[c->sequences];
-        if (c->bounds[0] != 0 || (c->accepted ? last > c->rows : last != c->rows)) return 1;
-        for (int64_t n = 0; n < c->sequences; n++)
-            if (c->bounds[n] > c->bounds[n + 1]) return 1;
+    if (c->cu_seqlens) {
+        const int32_t last = c->cu_seqlens[c->num_sequences];
+        if (c->cu_seqlens[0] != 0 || (c->num_accepted_tokens ? last > c->num_tokens : last != c->num_tokens)) return 1;
+        for (int64_t n = 0; n < c->num_sequences; n++)
+            if (c->cu_seqlens[n] > c->cu_seqlens[n + 1]) return 1;
     }
-    uint8_t *seen = calloc((size_t)c->state_slots / 8 + 1, 1);
+    uint8_t *seen = calloc((size_t)c->num_states / 8 + 1, 1);
     if (!seen) return 1;
     int bad = 0;
-    for (int64_t n = 0; n < c->sequences; n++) bad |= c->accepted ? bad_steps(c, seen, n) : taken(c, seen, c->slots[n]);
-    for (int64_t e = 0; e < c->exports; e++) {
-        bad |= taken(c, seen, c->export_slots[e]);
-        bad |= c->export_slots[e] > 0 && (c->export_after[e] < 1 || c->export_after[e] > c->rows);
+    for (int64_t n = 0; n < c->num_sequences; n++)
+        bad |= c->num_accepted_tokens ? bad_spec_decode(c, seen, n) : taken(c, seen, c->state_indices[n]);
+    for (int64_t e = 0; e < c->num_checkpoints; e++) {
+        bad |= taken(c, seen, c->checkpoint_state_indices[e]);
+        bad |= c->checkpoint_state_indices[e] > 0
+               && (c->checkpoint_offsets[e] < 1 || c->checkpoint_offsets[e] > c->num_tokens);
     }
     free(seen);
     return bad;
@@ -112,7 +115,7 @@ int64_t kda_run(const kda_call *c) {
     if (c->isa == ISA_AVX512) task = kda_avx512_task;
     if (c->isa == ISA_AVX2) task = kda_avx2_task;
 #endif
-    const int64_t heads = c->heads, count = c->sequences * heads;
+    const int64_t heads = c->heads, count = c->num_sequences * heads;
     const int threads = (int)(count < c->threads ? count : c->threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -124,7 +127,7 @@ int64_t kda_run(const kda_call *c) {
         /* Each thread takes its part of the heads of every sequence, so that long and short sequences balance;
          * the parts rotate from sequence to sequence, so that uneven parts do, too. */
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-        for (int64_t n = 0; n < c->sequences; n++) {
+        for (int64_t n = 0; n < c->num_sequences; n++) {
             const int64_t part = (me + n) % team;
             for (int64_t head = heads * part / team; head < heads * (part + 1) / team; head++) task(c, n, head);
         }

@@ -112,23 +112,23 @@ INLINE vec KDA(softplus)(vec x) {
 
 /* ---- sections 2 and 3: from projections to the operands of the recurrence ---- */
 
-/* weight [dim][taps] of a layer's parameters -> [taps][dim] in fp32 */
-INLINE void KDA(transpose)(const char *base, int64_t first, int is_bf16, float *weight, int dim, int taps) {
-    float flat[MAX_TAPS * MAX_DIM] __attribute__((aligned(64)));
+/* weight [dim][kernel_size] of a layer's parameters -> [kernel_size][dim] in fp32 */
+INLINE void KDA(transpose)(const char *base, int64_t first, int is_bf16, float *weight, int dim, int kernel_size) {
+    float flat[MAX_KERNEL_SIZE * MAX_DIM] __attribute__((aligned(64)));
     if (is_bf16)
-        for (int i = 0; i < dim * taps; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 1));
+        for (int i = 0; i < dim * kernel_size; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 1));
     else
-        for (int i = 0; i < dim * taps; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 0));
+        for (int i = 0; i < dim * kernel_size; i += WIDTH) KDA(store)(flat + i, KDA(read)(base, first + i, 0));
     for (int i = 0; i < dim; i++)
-        for (int tap = 0; tap < taps; tap++) weight[tap * dim + i] = flat[i * taps + tap];
+        for (int tap = 0; tap < kernel_size; tap++) weight[tap * dim + i] = flat[i * kernel_size + tap];
 }
 
-/* y = silu(conv(window)): window [taps-1 + n][dim], weight [taps][dim], y [n][dim] */
-INLINE void KDA(convolve)(const float *window, const float *weight, float *y, int n, int dim, int taps) {
+/* y = silu(conv(window)): window [kernel_size-1 + n][dim], weight [kernel_size][dim], y [n][dim] */
+INLINE void KDA(convolve)(const float *window, const float *weight, float *y, int n, int dim, int kernel_size) {
     for (int t = 0; t < n; t++)
         for (int i = 0; i < dim; i += WIDTH) {
             vec x = KDA(load)(window + t * dim + i) * KDA(load)(weight + i);
-            for (int tap = 1; tap < taps; tap++)
+            for (int tap = 1; tap < kernel_size; tap++)
                 x = KDA(fma)(KDA(load)(window + (t + tap) * dim + i), KDA(load)(weight + tap * dim + i), x);
             KDA(store)(y + t * dim + i, x * KDA(sigmoid)(x));
         }
@@ -197,7 +197,7 @@ INLINE void KDA(scan)(const float *from, float *S, const float *q, const float *
     }
 }
 
-/* Ask for `dim` elements from index i: a head's part of a row is too short for the hardware to see a pattern. */
+/* Ask for `dim` elements from index i: a head's part of a token is too short for the hardware to see a pattern. */
 INLINE void KDA(prefetch)(const char *base, int64_t i, int dim, int is_bf16) {
     const int size = is_bf16 ? 2 : 4;
     for (int byte = 0; byte < dim * size; byte += 64) __builtin_prefetch(base + i * size + byte);
@@ -205,74 +205,74 @@ INLINE void KDA(prefetch)(const char *base, int64_t i, int dim, int is_bf16) {
 
 /* ---- one head of one sequence, block by block ---- */
 
-INLINE float *KDA(state_of)(const kda_call *c, int64_t slot, int64_t head, int dim) {
-    return c->recurrent + slot * c->recurrent_slot_stride + head * dim * dim;
+INLINE float *KDA(state_of)(const kda_call *c, int64_t state_index, int64_t head, int dim) {
+    return c->recurrent + state_index * c->recurrent_state_stride + head * dim * dim;
 }
 
-/* The first taps-1 rows of each part's window are the state of the convolution: store them in a slot. */
-INLINE void KDA(keep_window)(const kda_call *c, float window[3][(MAX_TAPS - 1 + BLOCK) * MAX_DIM], int64_t slot,
-                             int64_t head, int dim, int taps, int bf16) {
-    char *conv = c->conv + slot * c->conv_slot_stride * (bf16 ? 2 : 4);
+/* The first kernel_size-1 rows of each part's window are the state of the convolution: store them. */
+INLINE void KDA(store_conv_state)(const kda_call *c, float window[3][(MAX_KERNEL_SIZE - 1 + BLOCK) * MAX_DIM],
+                                  int64_t state_index, int64_t head, int dim, int kernel_size, int bf16) {
+    char *conv = c->conv + state_index * c->conv_state_stride * (bf16 ? 2 : 4);
     for (int part = 0; part < 3; part++)
-        for (int row = 0; row < taps - 1; row++)
+        for (int row = 0; row < kernel_size - 1; row++)
             for (int i = 0; i < dim; i += WIDTH)
-                KDA(write)(conv, row * c->conv_row_stride + (part * c->heads + head) * dim + i,
+                KDA(write)(conv, row * c->conv_token_stride + (part * c->heads + head) * dim + i,
                            KDA(load)(window[part] + row * dim + i), bf16);
 }
 
-/* n, or fewer tokens if a state is to be exported between at and at + n. */
-INLINE int KDA(until_export)(const kda_call *c, int64_t at, int n) {
-    for (int64_t e = 0; e < c->exports; e++)
-        if (c->export_slots[e] > 0 && c->export_after[e] > at && c->export_after[e] < at + n)
-            n = (int)(c->export_after[e] - at);
+/* n, or fewer tokens if a state is to be kept between at and at + n. */
+INLINE int KDA(until_checkpoint)(const kda_call *c, int64_t at, int n) {
+    for (int64_t e = 0; e < c->num_checkpoints; e++)
+        if (c->checkpoint_state_indices[e] > 0 && c->checkpoint_offsets[e] > at && c->checkpoint_offsets[e] < at + n)
+            n = (int)(c->checkpoint_offsets[e] - at);
     return n;
 }
 
-INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim, int taps, int bf16) {
-    const int64_t start = c->bounds ? c->bounds[sequence] : sequence;
-    const int64_t end = c->bounds ? c->bounds[sequence + 1] : sequence + 1;
-    const int32_t *slots = c->slots + sequence * c->steps;
+INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim, int kernel_size, int bf16) {
+    const int64_t start = c->cu_seqlens ? c->cu_seqlens[sequence] : sequence;
+    const int64_t end = c->cu_seqlens ? c->cu_seqlens[sequence + 1] : sequence + 1;
+    const int32_t *state_indices = c->state_indices + sequence * c->max_query_len;
     const int64_t width = c->heads * dim, first = head * dim;
     const size_t size = bf16 ? 2 : 4;
-    if (slots[0] <= 0) {
+    if (state_indices[0] <= 0) {
         for (int64_t t = start; t < end; t++)
             __builtin_memset(c->out + (t * c->out_stride + first) * size, 0, dim * size);
         return;
     }
-    if (c->accepted && start == end) return;
-    const int resume = c->resume ? c->resume[sequence] : 1, past = taps - 1;
-    int64_t slot = slots[0];
-    const int64_t source = c->accepted ? slots[c->accepted[sequence] - 1] : slot;
-    float *S = KDA(state_of)(c, slot, head, dim);
+    if (c->num_accepted_tokens && start == end) return;
+    const int resumed = c->has_initial_state ? c->has_initial_state[sequence] : 1, past = kernel_size - 1;
+    int64_t state_index = state_indices[0];
+    const int64_t source = c->num_accepted_tokens ? state_indices[c->num_accepted_tokens[sequence] - 1] : state_index;
+    float *S = KDA(state_of)(c, state_index, head, dim);
     const float *from = KDA(state_of)(c, source, head, dim);
-    const char *conv = c->conv + source * c->conv_slot_stride * size;
+    const char *conv = c->conv + source * c->conv_state_stride * size;
 
-    float window[3][(MAX_TAPS - 1 + BLOCK) * MAX_DIM] __attribute__((aligned(64)));
-    float weight[3][MAX_TAPS * MAX_DIM] __attribute__((aligned(64)));
+    float window[3][(MAX_KERNEL_SIZE - 1 + BLOCK) * MAX_DIM] __attribute__((aligned(64)));
+    float weight[3][MAX_KERNEL_SIZE * MAX_DIM] __attribute__((aligned(64)));
     float qkv[3][BLOCK * MAX_DIM] __attribute__((aligned(64)));
     float alpha[BLOCK * MAX_DIM] __attribute__((aligned(64)));
     float decayed_k[BLOCK * MAX_DIM] __attribute__((aligned(64)));
     float beta[BLOCK], kq[BLOCK];
 
-    if (!resume) __builtin_memset(S, 0, sizeof(float) * dim * dim);
+    if (!resumed) __builtin_memset(S, 0, sizeof(float) * dim * dim);
     for (int part = 0; part < 3; part++) {
         const int64_t channel = part * width + first;
         for (int row = 0; row < past; row++)
             for (int i = 0; i < dim; i += WIDTH)
                 KDA(store)(window[part] + row * dim + i,
-                           resume ? KDA(read)(conv, row * c->conv_row_stride + channel + i, bf16) : (vec){0});
-        KDA(transpose)(c->conv_weight, channel * taps, c->conv_weight_bf16, weight[part], dim, taps);
+                           resumed ? KDA(read)(conv, row * c->conv_token_stride + channel + i, bf16) : (vec){0});
+        KDA(transpose)(c->conv_weight, channel * kernel_size, c->conv_weight_bf16, weight[part], dim, kernel_size);
     }
-    const vec rate = -KDA(exp)(KDA(splat)(c->a_log[head]));
+    const vec rate = -KDA(exp)(KDA(splat)(c->A_log[head]));
     const float scale = 1.0f / __builtin_sqrtf((float)dim), eps = (float)c->norm_eps;
 
     int n;
     for (int64_t at = start; at < end; at += n) {
-        n = KDA(until_export)(c, at, end - at < BLOCK ? (int)(end - at) : BLOCK);
-        if (c->accepted) { /* a slot for each token */
+        n = KDA(until_checkpoint)(c, at, end - at < BLOCK ? (int)(end - at) : BLOCK);
+        if (c->num_accepted_tokens) { /* a state for each token */
             n = 1;
-            slot = slots[at - start];
-            S = KDA(state_of)(c, slot, head, dim);
+            state_index = state_indices[at - start];
+            S = KDA(state_of)(c, state_index, head, dim);
         }
         for (int part = 0; part < 3; part++) {
             float *fresh = window[part] + past * dim;
@@ -280,12 +280,12 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
                 for (int i = 0; i < dim; i += WIDTH)
                     KDA(store)(fresh + t * dim + i,
                                KDA(read)(c->qkv, (at + t) * c->qkv_stride + part * width + first + i, bf16));
-            KDA(convolve)(window[part], weight[part], qkv[part], n, dim, taps);
+            KDA(convolve)(window[part], weight[part], qkv[part], n, dim, kernel_size);
             __builtin_memmove(window[part], window[part] + n * dim, sizeof(float) * past * dim);
         }
-        for (int t = 0; t < n; t++) KDA(prefetch)(c->gate, (at + t) * c->gate_stride + first, dim, bf16);
+        for (int t = 0; t < n; t++) KDA(prefetch)(c->output_gate, (at + t) * c->output_gate_stride + first, dim, bf16);
         for (int64_t t = at + n; t < end && t < at + n + BLOCK; t++) {
-            KDA(prefetch)(c->forget, t * c->forget_stride + first, dim, bf16);
+            KDA(prefetch)(c->g, t * c->g_stride + first, dim, bf16);
             for (int part = 0; part < 3; part++)
                 KDA(prefetch)(c->qkv, t * c->qkv_stride + part * width + first, dim, bf16);
         }
@@ -294,7 +294,7 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
         for (int t = 0; t < n; t++) {
             vec product = {0};
             for (int i = 0; i < dim; i += WIDTH) {
-                vec z = KDA(read)(c->forget, (at + t) * c->forget_stride + first + i, bf16)
+                vec z = KDA(read)(c->g, (at + t) * c->g_stride + first + i, bf16)
                         + KDA(load)(c->dt_bias + first + i);
                 vec a = KDA(exp)(rate * KDA(softplus)(z));
                 vec q = KDA(load)(qkv[0] + t * dim + i), k = KDA(load)(qkv[1] + t * dim + i);
@@ -313,31 +313,32 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
             for (int i = 0; i < dim; i += WIDTH) square = KDA(fma)(KDA(load)(o + i), KDA(load)(o + i), square);
             const float factor = 1.0f / __builtin_sqrtf(KDA(sum)(square)[0] / dim + eps);
             for (int i = 0; i < dim; i += WIDTH) {
-                vec gate = KDA(sigmoid)(KDA(read)(c->gate, (at + t) * c->gate_stride + first + i, bf16));
+                vec gate = KDA(sigmoid)(KDA(read)(c->output_gate, (at + t) * c->output_gate_stride + first + i, bf16));
                 vec norm = c->norm_weight_bf16 ? KDA(read)(c->norm_weight, i, 1) : KDA(read)(c->norm_weight, i, 0);
                 KDA(write)(c->out, (at + t) * c->out_stride + first + i, KDA(load)(o + i) * factor * norm * gate,
                            bf16);
             }
         }
         from = S;
-        if (c->accepted) KDA(keep_window)(c, window, slot, head, dim, taps, bf16);
-        for (int64_t e = 0; e < c->exports; e++)
-            if (c->export_after[e] == at + n && c->export_slots[e] > 0) {
-                __builtin_memcpy(KDA(state_of)(c, c->export_slots[e], head, dim), S, sizeof(float) * dim * dim);
-                KDA(keep_window)(c, window, c->export_slots[e], head, dim, taps, bf16);
+        if (c->num_accepted_tokens) KDA(store_conv_state)(c, window, state_index, head, dim, kernel_size, bf16);
+        for (int64_t e = 0; e < c->num_checkpoints; e++)
+            if (c->checkpoint_offsets[e] == at + n && c->checkpoint_state_indices[e] > 0) {
+                float *kept = KDA(state_of)(c, c->checkpoint_state_indices[e], head, dim);
+                __builtin_memcpy(kept, S, sizeof(float) * dim * dim);
+                KDA(store_conv_state)(c, window, c->checkpoint_state_indices[e], head, dim, kernel_size, bf16);
             }
     }
-    if (!c->accepted) KDA(keep_window)(c, window, slot, head, dim, taps, bf16);
+    if (!c->num_accepted_tokens) KDA(store_conv_state)(c, window, state_index, head, dim, kernel_size, bf16);
 }
 
 /* Common shapes get code of their own; the last line serves the rest. */
 static void KDA(task)(const kda_call *c, int64_t sequence, int64_t head) {
-    const int dim = (int)c->dim, taps = (int)c->taps, bf16 = (int)c->rows_bf16;
-    if (dim == 128 && taps == 4 && bf16) KDA(head)(c, sequence, head, 128, 4, 1);
-    else if (dim == 128 && taps == 4) KDA(head)(c, sequence, head, 128, 4, 0);
-    else if (dim == 64 && taps == 4 && bf16) KDA(head)(c, sequence, head, 64, 4, 1);
-    else if (dim == 64 && taps == 4) KDA(head)(c, sequence, head, 64, 4, 0);
-    else KDA(head)(c, sequence, head, dim, taps, bf16);
+    const int dim = (int)c->dim, kernel_size = (int)c->conv_kernel_size, bf16 = (int)c->inputs_bf16;
+    if (dim == 128 && kernel_size == 4 && bf16) KDA(head)(c, sequence, head, 128, 4, 1);
+    else if (dim == 128 && kernel_size == 4) KDA(head)(c, sequence, head, 128, 4, 0);
+    else if (dim == 64 && kernel_size == 4 && bf16) KDA(head)(c, sequence, head, 64, 4, 1);
+    else if (dim == 64 && kernel_size == 4) KDA(head)(c, sequence, head, 64, 4, 0);
+    else KDA(head)(c, sequence, head, dim, kernel_size, bf16);
 }
 
 #undef vec

@@ -1,6 +1,6 @@
-"""KDA on NVIDIA GPUs, in Triton: decode (and spec_decode) in one launch, prefill in chunks on the tensor cores.
+"""KDA on NVIDIA GPUs, in Triton: decode and spec_decode in one launch each, prefill in chunks on the tensor cores.
 
-Neither synchronises with the host, so neither checks the values of the tables, only dtypes and shapes.
+None synchronises with the host, so none checks the values of the tables.
 """
 
 import torch

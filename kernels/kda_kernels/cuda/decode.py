@@ -1,19 +1,12 @@
 """Decode: one token for each sequence, from the packed projections to the gated output in one launch.
 
-One program serves one (row, head): it reads the head's state once, tile by tile, into registers, and writes it
-back in place; nothing else of size is moved. The K
-axis of the tile is a pair (OUTER, INNER): a row's INNER keys sit in neighbouring lanes, the OUTER ones in
-registers of one thread, so that the two sums over K are mostly additions within a thread.
+One program serves one (token, head): it reads the head's state once, tile by tile, into registers, and writes it
+back in place; nothing else of size is moved. The K axis of the tile is a pair (OUTER, INNER): a row's INNER keys sit in
+neighbouring lanes, the OUTER ones in registers of one thread, so that the two sums over K are mostly additions within a
+thread.
 
-| argument          | dtype, shape                     | meaning                                           |
-| ----------------- | -------------------------------- | ------------------------------------------------- |
-| qkv               | activation [T, 3P], row stride   | q, k, v before the convolution                    |
-| forget, gate      | activation [T, P], row stride    | before dt_bias; before the sigmoid                |
-| beta              | activation [T, H], row stride    | before the sigmoid                                |
-| conv              | activation [slots, taps-1, 3P]   | read and shifted by one row, in place             |
-| recurrent         | fp32 or bf16 [slots, H, V, K]    | read and written in place                         |
-| slots             | int32 [T]                        | <= 0: the row's output is zero, nothing is touched |
-| out               | activation [T, P], row stride    | norm(o) * sigmoid(gate)                           |
+Arguments as the fields of `KdaInputs`, `KdaParams`, `KdaState` and `DecodeArgs`; strides in elements, one token or one
+state apart, conv_token_stride one input of the convolution apart.
 """
 
 import triton
@@ -24,8 +17,8 @@ from kda_kernels.interface import DecodeArgs
 
 # Where the V axis of a state tile stands: Triton 3.6 spreads a warp's lanes over the first axis before the
 # second, later versions over the second; OUTER belongs in the one that lanes take last.
-MANY = 192
 VALUES_AT = 0 if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6) else 1
+MANY = 192  # programs, from which on several on a multiprocessor beat one with the whole state in its registers
 
 
 def decode(args: DecodeArgs) -> None:
@@ -38,7 +31,7 @@ def decode(args: DecodeArgs) -> None:
     num_tokens, heads, dim = inputs.qkv.shape[0], params.heads, params.head_dim
     if num_tokens == 0:
         return
-    _decode[(heads, num_tokens)](
+    kda_decode_kernel[(heads, num_tokens)](
         *(inputs.qkv, inputs.g, inputs.beta, inputs.output_gate),
         *(params.conv_weight, params.A_log, params.dt_bias, params.norm_weight),
         *(state.conv, state.recurrent, args.state_indices, out),
@@ -47,14 +40,14 @@ def decode(args: DecodeArgs) -> None:
         params.norm_eps,
         heads,
         D=dim,
-        TAPS=params.conv_kernel_size,
+        W=params.conv_kernel_size,
         VALUES_AT=VALUES_AT,
         **_launch(num_tokens * heads, dim, state.recurrent.dtype.itemsize < 4),
     )
 
 
 def _launch(programs: int, dim: int, narrow: bool, registers: int = 128) -> dict[str, int | bool]:
-    """Tile of BV value rows and launch options, for a number of (row, head) programs.
+    """Tile of BV value rows and launch options, for a number of (token, head) programs.
 
     Few programs: the whole state in the registers of one, whose loads are then all in flight at once. Many:
     tiles so small that several programs fit on a multiprocessor, and load while others compute and store.
@@ -70,29 +63,29 @@ def _launch(programs: int, dim: int, narrow: bool, registers: int = 128) -> dict
 
 
 @triton.jit
-def _input(qkv, conv, at, qkv_stride, conv_tap, TAPS: tl.constexpr):
-    """Where input `at` of a sequence begins, counted from the oldest that `conv` holds; qkv: its first new row."""
-    return tl.where(at < TAPS - 1, conv + at * conv_tap, qkv + (at - (TAPS - 1)) * qkv_stride)
+def _conv_input(qkv, conv_state, at, qkv_stride, conv_token_stride, W: tl.constexpr):
+    """Where input `at` of a sequence begins, counted from the oldest in `conv_state`; qkv: its first new token."""
+    return tl.where(at < W - 1, conv_state + at * conv_token_stride, qkv + (at - (W - 1)) * qkv_stride)
 
 
 @triton.jit
-def _convolve(qkv, conv, weight, step, qkv_stride, conv_tap, D: tl.constexpr, TAPS: tl.constexpr):
-    """[D] convolution with SiLU of the inputs that end with new row `step`, fp32. Each thread loads its channels."""
+def _causal_conv1d(qkv, conv_state, weight, step, qkv_stride, conv_token_stride, D: tl.constexpr, W: tl.constexpr):
+    """[D] convolution with SiLU of the inputs that end with new token `step`, fp32. Each thread loads its channels."""
     channel = tl.arange(0, D)
     y = tl.zeros([D], tl.float32)
-    for tap in tl.static_range(TAPS):
-        x = tl.load(_input(qkv, conv, tap + step, qkv_stride, conv_tap, TAPS) + channel)
-        y += x.to(tl.float32) * tl.load(weight + channel * TAPS + tap).to(tl.float32)
+    for tap in tl.static_range(W):
+        x = tl.load(_conv_input(qkv, conv_state, tap + step, qkv_stride, conv_token_stride, W) + channel)
+        y += x.to(tl.float32) * tl.load(weight + channel * W + tap).to(tl.float32)
     return silu(y)
 
 
 @triton.jit
-def _keep(qkv, conv, kept, step, qkv_stride, conv_tap, D: tl.constexpr, TAPS: tl.constexpr):
-    """Store in `kept`, which may be `conv`, the inputs that end with new row `step`, without the oldest."""
+def _store_conv_state(qkv, conv_state, target, step, qkv_stride, conv_token_stride, D: tl.constexpr, W: tl.constexpr):
+    """Store in `target`, which may be `conv_state`, the inputs that end with new token `step`, without the oldest."""
     channel = tl.arange(0, D)
-    for tap in tl.static_range(1, TAPS):
-        x = tl.load(_input(qkv, conv, tap + step, qkv_stride, conv_tap, TAPS) + channel)
-        tl.store(kept + (tap - 1) * conv_tap + channel, x)
+    for tap in tl.static_range(1, W):
+        x = tl.load(_conv_input(qkv, conv_state, tap + step, qkv_stride, conv_token_stride, W) + channel)
+        tl.store(target + (tap - 1) * conv_token_stride + channel, x)
 
 
 @triton.jit
@@ -101,28 +94,28 @@ def _add_each(a, b, c, d, e, f):
 
 
 @triton.jit
-def _gates(forget, beta, gate, dt_bias, a_log, norm_weight, D: tl.constexpr, BV: tl.constexpr):
+def _gates(g, beta, output_gate, dt_bias, A_log, norm_weight, D: tl.constexpr, BV: tl.constexpr):
     """alpha [D] and beta of a token and head, and [TILES, BV] what its normalised output is multiplied by."""
     place = tl.arange(0, D // BV)[:, None] * BV + tl.arange(0, BV)[None, :]
     channel = tl.arange(0, D)
-    z = tl.load(forget + channel).to(tl.float32)
+    z = tl.load(g + channel).to(tl.float32)
     z += tl.load(dt_bias + channel).to(tl.float32)
-    rate = tl.exp2(tl.load(a_log).to(tl.float32) * LOG2E) * LOG2E
+    rate = tl.exp2(tl.load(A_log).to(tl.float32) * LOG2E) * LOG2E
     alpha = tl.exp2(-rate * softplus(z))
     b = sigmoid(tl.load(beta).to(tl.float32))
-    scale = sigmoid(tl.load(gate + place).to(tl.float32))
+    scale = sigmoid(tl.load(output_gate + place).to(tl.float32))
     return alpha, b, scale * tl.load(norm_weight + place).to(tl.float32)
 
 
 @triton.jit
-def _cells(D: tl.constexpr, INNER: tl.constexpr, BV: tl.constexpr, VALUES_AT: tl.constexpr):
+def _state_offsets(D: tl.constexpr, INNER: tl.constexpr, BV: tl.constexpr, VALUES_AT: tl.constexpr):
     """Offsets of the first tile within the state of a head."""
     key = tl.arange(0, D // INNER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     return tl.expand_dims(tl.expand_dims(tl.arange(0, BV) * D, 1), 1 - VALUES_AT) + tl.expand_dims(key, VALUES_AT)
 
 
 @triton.jit
-def _advance(
+def _recurrent_step(
     tile, source, target, q, k, v, alpha, b,
     D: tl.constexpr, INNER: tl.constexpr, BV: tl.constexpr, VALUES_AT: tl.constexpr,
 ):  # fmt: skip
@@ -164,45 +157,46 @@ def _advance(
 
 
 @triton.jit
-def _finish(o, scale, out, norm_eps, D: tl.constexpr, BV: tl.constexpr):
+def _gated_norm(o, scale, out, norm_eps, D: tl.constexpr, BV: tl.constexpr):
     """The gated norm (docs/kda.md section 5) of o [TILES, BV]."""
     o *= tl.rsqrt(tl.sum(tl.sum(o * o, 1), 0) / D + norm_eps) * scale
     place = tl.arange(0, D // BV)[:, None] * BV + tl.arange(0, BV)[None, :]
     tl.store(out + place, o.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
-def _decode(
-    qkv, forget, beta, gate, conv_weight, a_log, dt_bias, norm_weight, conv, recurrent, slots, out,
-    qkv_stride, forget_stride, beta_stride, gate_stride, conv_slot, conv_tap, recurrent_slot, out_stride,
-    norm_eps, heads,
-    D: tl.constexpr, INNER: tl.constexpr, TAPS: tl.constexpr, VALUES_AT: tl.constexpr, BV: tl.constexpr,
+@triton.jit(do_not_specialize_on_alignment=["state_indices"])
+def kda_decode_kernel(
+    qkv, g, beta, output_gate, conv_weight, A_log, dt_bias, norm_weight, conv_state, recurrent_state,
+    state_indices, out, qkv_stride, g_stride, beta_stride, output_gate_stride,
+    conv_state_stride, conv_token_stride, recurrent_state_stride, out_stride, norm_eps, heads,
+    D: tl.constexpr, INNER: tl.constexpr, W: tl.constexpr, VALUES_AT: tl.constexpr, BV: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     P, first = heads * D, head * D
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slots + row).to(tl.int64)
-    if slot <= 0:
-        tl.store(out + row * out_stride + first + tl.arange(0, D), tl.zeros([D], out.dtype.element_ty))
+    state_index = tl.load(state_indices + token).to(tl.int64)
+    if state_index <= 0:
+        tl.store(out + token * out_stride + first + tl.arange(0, D), tl.zeros([D], out.dtype.element_ty))
         return
 
     # The first tile of the state: everything below until its first use hides behind these loads.
-    cell = recurrent + slot * recurrent_slot + first * D + _cells(D, INNER, BV, VALUES_AT)
+    cell = recurrent_state + state_index * recurrent_state_stride + first * D + _state_offsets(D, INNER, BV, VALUES_AT)
     tile = tl.load(cell)
-    qkv += row * qkv_stride + first
-    conv += slot * conv_slot + first
-    weight = conv_weight + first * TAPS
-    q = _convolve(qkv, conv, weight, 0, qkv_stride, conv_tap, D, TAPS)
-    k = _convolve(qkv + P, conv + P, weight + P * TAPS, 0, qkv_stride, conv_tap, D, TAPS)
-    v = _convolve(qkv + 2 * P, conv + 2 * P, weight + 2 * P * TAPS, 0, qkv_stride, conv_tap, D, TAPS)
+    qkv += token * qkv_stride + first
+    conv_state += state_index * conv_state_stride + first
+    weight = conv_weight + first * W
+    q = _causal_conv1d(qkv, conv_state, weight, 0, qkv_stride, conv_token_stride, D, W)
+    k = _causal_conv1d(qkv + P, conv_state + P, weight + P * W, 0, qkv_stride, conv_token_stride, D, W)
+    v = _causal_conv1d(qkv + 2 * P, conv_state + 2 * P, weight + 2 * P * W, 0, qkv_stride, conv_token_stride, D, W)
     alpha, b, scale = _gates(
-        forget + row * forget_stride + first, beta + row * beta_stride + head, gate + row * gate_stride + first,
-        dt_bias + first, a_log + head, norm_weight, D, BV,
+        g + token * g_stride + first, beta + token * beta_stride + head,
+        output_gate + token * output_gate_stride + first, dt_bias + first, A_log + head, norm_weight, D, BV,
     )  # fmt: skip
     for part in tl.static_range(3):
-        _keep(qkv + part * P, conv + part * P, conv + part * P, 0, qkv_stride, conv_tap, D, TAPS)
-    o, tile = _advance(tile, cell, cell, q, k, v, alpha, b, D, INNER, BV, VALUES_AT)
-    _finish(o, scale, out + row * out_stride + first, norm_eps, D, BV)
+        window = conv_state + part * P
+        _store_conv_state(qkv + part * P, window, window, 0, qkv_stride, conv_token_stride, D, W)
+    o, tile = _recurrent_step(tile, cell, cell, q, k, v, alpha, b, D, INNER, BV, VALUES_AT)
+    _gated_norm(o, scale, out + token * out_stride + first, norm_eps, D, BV)

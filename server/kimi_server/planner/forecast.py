@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
+from kda_kernels.constants import CHUNK_SIZE
 from kimi_server.planner.weight_bytes import weight_bytes
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.cache.layout import GIB, CacheLayout
@@ -18,7 +19,6 @@ from vllm_kimi_linear.config.tensors import DTYPE_BYTES
 VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 8
 # Tokens of earlier chunks whose latents are expanded at a time: vLLM's largest workspace, and our backend's on a CPU.
 CONTEXT_TOKENS = {"cuda": 64 * 1024, "cpu": 1024}
-KDA_CHUNK = 64  # rows whose products and state the prefill kernels on a GPU write down at a time
 # CUDA context, communicators and graphs of a rank: an allowance. On a CPU `memory` is given without the processes' own.
 RUNTIME = {"cuda": 2 * GIB, "cpu": 0}
 
@@ -66,7 +66,7 @@ def activation_bytes(
     heads, kda_heads, kda = g.attention_heads // ranks, g.kda_heads // ranks, g.kda_size // ranks
     scratch = 0
     if device == "cuda":  # four tiles, the products inside a chunk and its state, in 16 bits
-        scratch = 2 * kda_heads * (4 * g.kda_head_dim + KDA_CHUNK + g.kda_head_dim**2 // KDA_CHUNK)
+        scratch = 2 * kda_heads * (4 * g.kda_head_dim + CHUNK_SIZE + g.kda_head_dim**2 // CHUNK_SIZE)
     expanded = heads * (2 * g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim)
     query = heads * (g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim)
     width, choices = g.moe_intermediate_size // ranks, g.experts_per_token

@@ -10,7 +10,12 @@ from benchmarks import trace
 
 
 def test_a_trace_is_told_by_steps_and_kinds():
-    layer = [("fused_moe_kernel", 0, 10), ("fused_moe_kernel", 5, 10), ("decode_kernel", 20, 5), ("nvjet_tst", 30, 10)]
+    layer = [
+        ("fused_moe_kernel", 0, 10),
+        ("fused_moe_kernel", 5, 10),
+        ("kda_decode_kernel", 20, 5),
+        ("nvjet_tst", 30, 10),
+    ]
     spans = [trace.Span(name, 100 * step + begin, length) for step in range(3) for name, begin, length in layer]
     assert trace.busy(spans) == 3 * (15 + 5 + 10)
     table = list(trace.lines(spans, layers=1))

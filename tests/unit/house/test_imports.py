@@ -19,7 +19,7 @@ PACKAGES = {
 ALLOWED = {
     "kda_kernels": set[str](),
     "vllm_kimi_linear": {"kda_kernels"},
-    "kimi_server": {"vllm_kimi_linear"},
+    "kimi_server": {"kda_kernels", "vllm_kimi_linear"},
     "kimi_demo": {"kda_kernels", "vllm_kimi_linear", "kimi_server"},
 }
 

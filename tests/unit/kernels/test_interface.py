@@ -112,14 +112,19 @@ def test_inputs_and_state_that_do_not_fit_are_refused(make_problem):
         DecodeArgs(inputs, problem.params, wrong, problem.state_indices, problem.out)
 
 
-def test_no_gpu_kernel_is_compiled_anew_for_where_slots_begin():
-    """A batch's prefills are the later part of a table, at any address, and a call without exports passes those."""
+def test_no_gpu_kernel_is_compiled_anew_for_where_a_table_begins():
+    """A batch's prefills are the later part of a table, at any address, and a call without checkpoints passes those."""
     pytest.importorskip("triton")
-    kernels = {"decode": ["_decode"], "spec_decode": ["_spec_decode"], "prepare": ["prepare_kernel"]}
-    kernels |= {"intra": ["intra_kernel"], "output": ["output_kernel"], "states": ["states_kernel", "combine_kernel"]}
-    tables = {"slots", "export_after", "export_slots"}
+    kernels = {
+        "decode": ["kda_decode_kernel"],
+        "spec_decode": ["kda_spec_decode_kernel"],
+        "conv_gate": ["kda_conv_gate_kernel"],
+    }
+    kernels |= {"chunk_intra": ["kda_chunk_intra_kernel"], "chunk_o": ["kda_chunk_o_kernel"]}
+    kernels |= {"chunk_delta_h": ["kda_chunk_delta_h_kernel", "kda_combine_segments_kernel"]}
+    tables = {"state_indices", "checkpoint_offsets", "checkpoint_state_indices"}
     for module, names in kernels.items():
         for name in names:
             kernel = getattr(importlib.import_module(f"kda_kernels.cuda.{module}"), name)
             free = {param.name: param.do_not_specialize_on_alignment for param in kernel.params if param.name in tables}
-            assert "slots" in free and all(free.values()), (name, free)
+            assert "state_indices" in free and all(free.values()), (name, free)
