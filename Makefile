@@ -59,7 +59,7 @@ lint: install ## ruff and mypy
 test: lint ## lint, and every test that needs no special tool
 	@$(BIN)/pytest -m '$(NOT_HERE)' $(ARGS)
 
-test-all: install ## every tier whose tool is present; writes docs/verification.md
+test-all: install ## every tier whose tool is present; prints what ran
 	@$(BIN)/python tests/run_all.py
 
 dist: install ## the sdist and the wheel in dist/ (TAG=v1.2.3: checked against version and changelog)
