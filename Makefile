@@ -27,7 +27,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
 demo test test-all soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install lock demo serve lint test test-all dist soak clean
+.PHONY: help install lock demo serve lint test test-all docs dist soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -61,6 +61,10 @@ test: lint ## lint, and every test that needs no special tool
 
 test-all: install ## every tier whose tool is present; prints what ran
 	@$(BIN)/python tests/run_all.py
+
+docs: install ## the documents as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
 
 dist: install ## the sdist and the wheel in dist/ (TAG=v1.2.3: checked against version and changelog)
 	@$(BIN)/python -m deploy.release --tag '$(TAG)'
