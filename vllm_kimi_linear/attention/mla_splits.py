@@ -35,7 +35,7 @@ def few_tokens(graphs: tuple[int, ...]) -> int:
 
 
 PATCH = Patch(
-    symptom="One sequence of a million tokens decodes at a third of the memory's bandwidth (`docs/gpu.md`).",
+    symptom="One sequence of a million tokens decodes at a third of the memory's bandwidth (`docs/performance.md`).",
     cause="In a CUDA graph FLASH_ATTN_MLA cuts a sequence into at most 32 parts, one for each multiprocessor, of which "
     "a Hopper has 132. The bound is there for the buffers of partial results, which grow with it and with the tokens "
     "of the step: a quarter of the largest graph's tokens can have four times the parts in the same bytes.",

@@ -55,8 +55,9 @@ def hand_out(runner: Any, scheduler_output: SchedulerOutput, request_ids: Sequen
 
 PATCH = Patch(
     symptom="With drafts a prompt read in several chunks ends the engine on a CPU "
-    "(`checkpoints.state_indices holds 2 twice`), and on a GPU overwrites the running state with an earlier one: a worker that takes every column of its block table "
-    "that names a block for a state to keep takes those that held drafts before, too.",
+    "(`checkpoints.state_indices holds 2 twice`), and on a GPU overwrites the running state with an earlier one: a "
+    "worker that takes every column of its block table that names a block for a state to keep takes those that held "
+    "drafts before, too.",
     cause="`SchedulerOutput` has no field for states inside a chunk but at vLLM's own one place "
     "(`MambaPrefillCheckpointMetadata`), and a worker's block table only grows.",
     upstream="Not reported yet.",

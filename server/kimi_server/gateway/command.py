@@ -14,7 +14,7 @@ WORKERS = (
 
 def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the subcommand's arguments to its parser; returns the function that runs it."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/gateway.md")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.yaml, see docs/guide/gateway.md")
     parser.add_argument("--host", help="the address to listen on, in place of the file's")
     parser.add_argument("--port", type=int, help="the port to listen on, in place of the file's")
     parser.add_argument("--workers", type=int, default=1, help="always 1")
@@ -35,7 +35,7 @@ def run_gateway(args: argparse.Namespace) -> int:
     if args.workers != 1:
         return complain(WORKERS.format(args.workers))
     if args.config is None:
-        return complain("--config is missing: name a gateway.yaml, see docs/gateway.md.")
+        return complain("--config is missing: name a gateway.yaml, see docs/guide/gateway.md.")
     try:
         return serve(args.config, args.host, args.port)
     except SettingsError as error:

@@ -16,7 +16,21 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TARGETS = {"help", "install", "lock", "demo", "serve", "lint", "test", "test-unit", "test-all", "dist", "soak", "clean"}
+TARGETS = {
+    "help",
+    "install",
+    "lock",
+    "demo",
+    "serve",
+    "lint",
+    "test",
+    "test-unit",
+    "test-all",
+    "docs",
+    "dist",
+    "soak",
+    "clean",
+}
 # As if typed: without what a surrounding make hands down.
 TYPED = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
@@ -45,7 +59,7 @@ def test_makes_test_runs_lint_and_ends_with_every_unmarked_test() -> None:
 
 
 def test_every_command_installs_first() -> None:
-    for target in ("lock", "demo", "serve", "test", "test-unit", "test-all", "dist", "soak"):
+    for target in ("lock", "demo", "serve", "test", "test-unit", "test-all", "docs", "dist", "soak"):
         assert "-m deploy.install --device" in make("-n", target).stdout, target
 
 
