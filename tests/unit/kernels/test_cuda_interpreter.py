@@ -1,16 +1,11 @@
-"""The Triton kernels on the CPU: this file runs itself in a process of its own, with Triton's interpreter.
-
-With it run the tests of checkpoints and of spec_decode, whose `backend` is then the one for GPUs.
+"""The Triton kernels on the CPU, in a process with Triton's interpreter, which `tests/e2e/kernels` starts.
 
 The interpreter rounds bfloat16 stores towards zero, hence the wider tolerance than on a GPU.
 """
 
 import importlib
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,27 +15,9 @@ from tests.unit.kernels.hostile import HOSTILE
 pytest.importorskip("triton")
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_in_the_interpreter starts")
-ROOT = Path(__file__).parents[3]
+inside = pytest.mark.skipif(not INSIDE, reason="runs where TRITON_INTERPRET is 1, see tests/e2e/kernels")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 STATE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-
-
-@pytest.mark.skipif(INSIDE, reason="is in the interpreter already")
-def test_in_the_interpreter():
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    names = ("test_prefill_checkpoints.py", "test_spec_decode.py")
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in names)]
-
-    def run(file: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, file], env=env, cwd=ROOT, capture_output=True, text=True)
-
-    with ThreadPoolExecutor() as pool:  # all at once, for the interpreter is slow
-        for done in pool.map(run, files):
-            assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-            assert " passed" in done.stdout
 
 
 @pytest.fixture
