@@ -4,7 +4,7 @@ vLLM calls `register()` in every process it starts, some of them more than once,
 names: neither torch nor vLLM is imported before vLLM asks for them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 ARCHITECTURE = "KimiLinearForCausalLM"
 
