@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from vllm_kimi_linear.launch import free_port
+from kimi_demo.server import free_port
 
 COMMAND = [sys.executable, "-m", "kimi_server.cli", "gateway"]
 

@@ -73,7 +73,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base_url(request: pytest.FixtureRequest) -> str:
     """Where the API is, up to and including /v1."""
     given = request.config.getoption("--base-url", default=None) or os.environ.get("KIMI_BASE_URL")
@@ -84,20 +84,20 @@ def base_url(request: pytest.FixtureRequest) -> str:
     return f"{servers(model, *FLAGS).url}/v1"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     key = os.environ.get("OPENAI_API_KEY", "none")
     with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=300) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(client: openai.OpenAI) -> str:
     """The first model that the server lists."""
     return client.models.list().data[0].id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(base_url: str) -> Iterator[httpx.Client]:
     """Plain HTTP, for what the openai client would not send. Paths are relative to /v1/."""
     key = os.environ.get("OPENAI_API_KEY", "none")
