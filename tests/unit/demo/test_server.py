@@ -20,6 +20,8 @@ def test_a_server_without_a_size_is_not_started(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_demo_asks_for_little_of_either_memory() -> None:
-    shown = subprocess.run(["make", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "-n", "serve"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for command in (shown.splitlines()[-1].replace(" ", "="), "=".join(demo.FLAGS)):
         assert "--kv-cache-memory-bytes=" in command and "--gpu-memory-utilization=0.1" in command
