@@ -28,9 +28,9 @@ TWO_AT_ONCE := -n 2 --dist loadfile
 
 export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.
-demo test test-unit test-all soak: export HF_HUB_OFFLINE := 1
+demo test test-unit test-all newer-vllm soak: export HF_HUB_OFFLINE := 1
 
-.PHONY: help install lock demo serve lint test test-unit test-all docs dist soak clean
+.PHONY: help install lock demo serve lint test test-unit test-all newer-vllm docs dist soak clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -67,6 +67,9 @@ test-unit: install ## the tests that start no server and build no engine, in two
 
 test-all: install ## every tier whose tool is present; prints what ran
 	@$(BIN)/python tests/run_all.py
+
+newer-vllm: install ## what would not fit the newest vLLM (ARGS='--vllm 0.34.0': another)
+	@$(BIN)/python -m tests.newer_vllm $(ARGS)
 
 docs: install ## the documents as a site in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

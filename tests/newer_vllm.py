@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "unit" / "plugin" / "hooks"
 # What runs with no more of a vLLM than its Python files.
 TESTS = (
-    "test_patches.py",
-    "test_kda_metadata.py",
-    "test_cache_policy.py",
-    "test_cache_check.py",
-    "test_cache_layout.py",
-    "test_scheduled_states.py",
-    "test_kda_step.py",
-    "test_config.py",
-    "test_weights.py",
+    "unit/plugin/test_patches.py",
+    "unit/plugin/test_kda_metadata.py",
+    "unit/plugin/test_cache_policy.py",
+    "unit/plugin/test_cache_check.py",
+    "unit/plugin/test_cache_layout.py",
+    "e2e/plugin/test_scheduled_states.py",
+    "unit/plugin/test_kda_step.py",
+    "unit/plugin/test_config.py",
+    "unit/plugin/test_weights.py",
 )
 
 
@@ -72,7 +72,7 @@ def misfits(folder: Path, record: bool) -> list[str]:
 
 def failing_tests(folder: Path) -> list[str]:
     """Those of the plugin's unit tests that fail with the vLLM in `folder`, with their last line."""
-    tests = [str(RECORDS.parent / name) for name in TESTS]
+    tests = [str(ROOT / "tests" / name) for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE", *tests]
     paths = os.pathsep.join([str(folder), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "VLLM_TARGET_DEVICE": "cpu"}

@@ -26,6 +26,7 @@ TARGETS = {
     "test",
     "test-unit",
     "test-all",
+    "newer-vllm",
     "docs",
     "dist",
     "soak",
@@ -59,7 +60,7 @@ def test_makes_test_runs_lint_and_ends_with_every_unmarked_test() -> None:
 
 
 def test_every_command_installs_first() -> None:
-    for target in ("lock", "demo", "serve", "test", "test-unit", "test-all", "docs", "dist", "soak"):
+    for target in ("lock", "demo", "serve", "test", "test-unit", "test-all", "newer-vllm", "docs", "dist", "soak"):
         assert "-m deploy.install --device" in make("-n", target).stdout, target
 
 
