@@ -18,7 +18,7 @@ from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
 from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
-from vllm_kimi_linear.patches import all as patches
+from vllm_kimi_linear.patches.patch import serve_ours
 from vllm_kimi_linear.supported import install_check, versions
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
@@ -35,7 +35,7 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
             cache.enable_prefix_caching = False
             logger.warning_once("Kimi Linear: %s.", versions.unsupported())
         else:
-            patches.apply_to_process()
+            serve_ours()
         if current_platform.is_cpu():
             check_cpu(sizes)
         check_cache_dtypes(

@@ -1,4 +1,4 @@
-"""Every patch of vLLM, and when each is applied."""
+"""Every patch of vLLM."""
 
 from importlib import import_module
 
@@ -35,18 +35,8 @@ def patches() -> dict[str, Patch]:
 
 
 def apply() -> None:
-    """Those of scope "call": in every process, whatever it serves. Idempotent."""
-    _apply("call")
-
-
-def apply_to_process() -> None:
-    """Those of scope "process": where this process is known to serve our model. Idempotent."""
-    _apply("process")
-
-
-def _apply(scope: str) -> None:
+    """Put every patch of this machine and this vLLM in its place. Idempotent."""
     series = versions.series()
     for patch in patches().values():
-        here = patch.device in ("any", current_platform.device_type)
-        if here and patch.scope == scope and series in patch.versions:
+        if patch.device in ("any", current_platform.device_type) and series in patch.versions:
             patch.apply()

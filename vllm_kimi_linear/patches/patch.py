@@ -32,8 +32,9 @@ class Hook:
 class Patch:
     """A change of vLLM that goes away again.
 
-    It holds for this architecture alone. One of scope "call" finds out in each call which model it is about, and is
-    applied in every process. One of scope "process" cannot, and is applied where the process is known to serve ours.
+    It holds for this architecture alone. One of scope "call" finds out in each call which model it is about. One of
+    scope "process" cannot: it calls vLLM's own until the process is known to serve ours (`serve_ours`). Both are put in
+    place in every process, for vLLM may look a function up before it tells a plugin anything.
     """
 
     symptom: str
@@ -49,10 +50,25 @@ class Patch:
     def apply(self) -> None:
         """Put every hook in its place, each as soon as vLLM loads the module. Idempotent."""
         for hook in self.hooks:
-            when_loaded(hook.target.partition(":")[0], functools.partial(_put, hook))
+            when_loaded(hook.target.partition(":")[0], functools.partial(_put, hook, self.scope == "process"))
 
 
-def _put(hook: Hook, module: ModuleType) -> None:
+_serving: set[str] = set()  # "ours" in a process that is known to serve this architecture
+
+
+def serve_ours() -> None:
+    """This process serves our model: patches of scope "process" hold from now on. Idempotent."""
+    _serving.add("ours")
+
+
+def _where_ours(replacement: Function, original: Function) -> Function:
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if _serving else original)(*args, **kwargs)
+
+    return either
+
+
+def _put(hook: Hook, where_ours: bool, module: ModuleType) -> None:
     *path, name = hook.target.partition(":")[2].split(".")
     owner: Any = functools.reduce(getattr, path, module)
     found = vars(owner).get(name, getattr(owner, name))  # a classmethod as such, an inherited method as its function
@@ -61,6 +77,8 @@ def _put(hook: Hook, module: ModuleType) -> None:
     if hasattr(original, PATCHED):
         return
     replacement = hook.replace(original)
+    if where_ours:
+        replacement = _where_ours(replacement, original)
     if not isinstance(original, type):
         functools.update_wrapper(replacement, original)
     setattr(replacement, PATCHED, original)

@@ -3,15 +3,13 @@
 from typing import Any
 
 from vllm_kimi_linear import ARCHITECTURE
-from vllm_kimi_linear.patches.patch import Function, Hook, Patch
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch, serve_ours
 
 
 def patch_workers_of_ours(original: Function) -> Function:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if vllm_config.model_config is not None and vllm_config.model_config.architecture == ARCHITECTURE:
-            from vllm_kimi_linear.patches.all import apply_to_process
-
-            apply_to_process()
+            serve_ours()
         original(self, vllm_config, *args, **kwargs)
 
     return __init__

@@ -9,6 +9,7 @@ from vllm.utils import cpu_triton_utils
 from vllm.v1.sample.ops import topk_topp_sampler
 
 from vllm_kimi_linear.patches import all as patches
+from vllm_kimi_linear.patches.patch import serve_ours
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU runs the kernels themselves")
 
@@ -19,7 +20,8 @@ DRAFTED = [[0], [1], [3], [0, 0, 0], [3, 0, 2, 0, 1], [0, 2], [2, 0]]  # tokens,
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> None:
     current_platform.import_kernels()
-    patches.apply_to_process()
+    patches.apply()
+    serve_ours()
 
 
 def ends(drafted: list[int]) -> torch.Tensor:

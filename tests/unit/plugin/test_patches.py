@@ -1,5 +1,6 @@
 """Every patch finds what it patches in each supported vLLM, is said in full, and does what it says."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -19,6 +20,7 @@ from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.attention import mla_splits
 from vllm_kimi_linear.patches import all as patches
 from vllm_kimi_linear.patches import cpu_polling, table
+from vllm_kimi_linear.patches import patch as patch_module
 from vllm_kimi_linear.patches.patch import PATCHED, Hook, Patch
 from vllm_kimi_linear.patches.when_loaded import when_loaded
 from vllm_kimi_linear.supported import versions
@@ -130,6 +132,17 @@ def test_a_patch_does_not_depend_on_the_order_of_imports(module: Callable[[], Mo
     assert loaded.f.__name__ == "f"
 
 
+def test_a_patch_that_knows_no_model_waits_until_the_process_serves_ours(
+    module: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patch_module, "_serving", set())
+    dataclasses.replace(MADE_UP, scope="process", hooks=MADE_UP.hooks[:1]).apply()
+    taken = module().f  # as by a table of functions that is made before anything is known
+    assert taken(3) == 3
+    patch_module.serve_ours()
+    assert taken(3) == 6
+
+
 def test_what_is_never_loaded_is_waited_for() -> None:
     when_loaded("made_up_module_that_is_none", lambda module: pytest.fail("there is none"))
     with pytest.raises(ModuleNotFoundError):
@@ -148,7 +161,6 @@ def test_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version, "__version__", "0.99.0")
     monkeypatch.setattr(Patch, "apply", lambda patch: pytest.fail(f"{patch} was applied"))
     patches.apply()
-    patches.apply_to_process()
 
 
 @pytest.fixture
