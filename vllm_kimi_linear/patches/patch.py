@@ -5,7 +5,6 @@ vLLM in `supported.install_check.SERIES`.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -83,10 +82,3 @@ def _put(hook: Hook, where_ours: bool, module: ModuleType) -> None:
         functools.update_wrapper(replacement, original)
     setattr(replacement, PATCHED, original)
     setattr(owner, name, classmethod(replacement) if of_class else replacement)
-
-
-def original(target: str) -> Any:
-    """vLLM's own of what a hook replaced, "module:name": imports the module."""
-    module, _, name = target.partition(":")
-    found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    return getattr(found, PATCHED, found)
