@@ -3,7 +3,7 @@
     python -m benchmarks.latent_decode --out docs/benchmarks/latent-decode.md
 
 One layer of one rank's heads, bf16, in a CUDA graph. FLASH_ATTN_MLA, vLLM's first choice and ours, must be told at
-capture how many parts a sequence may be cut into (`compat.split_contexts_of_few`); FLASHMLA chooses by itself.
+capture how many parts a sequence may be cut into (`attention/mla_splits.py`); FLASHMLA chooses by itself.
 """
 
 import argparse

@@ -18,7 +18,7 @@ MIB, GIB = 1 << 20, 1 << 30
 def kda_state_shapes(model_sizes: ModelSizes, tensor_parallel: int = 1) -> tuple[Shape, Shape]:
     """Shapes of the two states of one KDA layer and sequence on one rank.
 
-    The convolution's is [taps - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
+    The convolution's is [conv_kernel_size - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
     recurrence's is [H, V, K], fp32 unless asked otherwise.
     """
     g, ranks = model_sizes, tensor_parallel

@@ -1,7 +1,7 @@
 """The class vLLM reads config.json into: vLLM's own, after a check of what the file itself says.
 
 vLLM's class fills in defaults of other models for what is missing, and asserts without a word for some of what
-is wrong, both before `start_checks` sees anything.
+is wrong, both before `validation.py` sees anything.
 """
 
 from typing import Any

@@ -4,7 +4,8 @@ A verified draft leaves the state after each of its tokens in a column of the bl
 other. When the accepted tokens reach the end of a block, the state there has to stand in that block's column, where
 the prefix cache finds it; and when a request enters a block, its running state moves there.
 
-These two functions take the places of methods of `MambaSpecDecodeGPUContext` (`compat.py`) and their arguments.
+These two functions take the places of methods of `MambaSpecDecodeGPUContext`, and their arguments
+(`patches/cpu_draft_states.py`).
 """
 
 import ctypes
