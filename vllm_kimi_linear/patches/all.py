@@ -8,7 +8,7 @@ from vllm_kimi_linear.patches.patch import Patch
 from vllm_kimi_linear.supported import versions
 
 MODULES = (
-    "patches.worker_model",
+    "patches.process_model",
     "patches.chunk_ends",
     "patches.state_checkpoints",
     "patches.unpadded_prompts",

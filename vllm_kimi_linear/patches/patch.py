@@ -52,17 +52,18 @@ class Patch:
             when_loaded(hook.target.partition(":")[0], functools.partial(_put, hook, self.scope == "process"))
 
 
-_serving: set[str] = set()  # "ours" in a process that is known to serve this architecture
+_serves_ours = False  # until this process is known to serve this architecture
 
 
 def serve_ours() -> None:
     """This process serves our model: patches of scope "process" hold from now on. Idempotent."""
-    _serving.add("ours")
+    global _serves_ours
+    _serves_ours = True
 
 
 def _where_ours(replacement: Function, original: Function) -> Function:
     def either(*args: Any, **kwargs: Any) -> Any:
-        return (replacement if _serving else original)(*args, **kwargs)
+        return (replacement if _serves_ours else original)(*args, **kwargs)
 
     return either
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import sys
 import time
@@ -135,12 +136,26 @@ def test_a_patch_does_not_depend_on_the_order_of_imports(module: Callable[[], Mo
 def test_a_patch_that_knows_no_model_waits_until_the_process_serves_ours(
     module: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patch_module, "_serving", set())
+    monkeypatch.setattr(patch_module, "_serves_ours", False)
     dataclasses.replace(MADE_UP, scope="process", hooks=MADE_UP.hooks[:1]).apply()
     taken = module().f  # as by a table of functions that is made before anything is known
     assert taken(3) == 3
     patch_module.serve_ours()
     assert taken(3) == 6
+
+
+@pytest.mark.parametrize("process", ["vllm.v1.executor.uniproc_executor:UniProcExecutor", "vllm.v1.worker.worker_base:WorkerBase"])
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, "LlamaForCausalLM"])
+def test_engines_and_workers_know_whom_they_serve(
+    process: str, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patch_module, "_serves_ours", False)
+    patches.apply()
+    module, _, name = process.partition(":")
+    config = SimpleNamespace(model_config=SimpleNamespace(architecture=architecture))
+    with pytest.raises((AttributeError, TypeError)):  # it needs far more than that, later
+        getattr(importlib.import_module(module), name)(config)
+    assert patch_module._serves_ours is (architecture == ARCHITECTURE)
 
 
 def test_what_is_never_loaded_is_waited_for() -> None:

@@ -1,4 +1,4 @@
-"""Tell the workers of this model from those of others, for patches that cannot."""
+"""Tell the engines and workers of this model from those of others, for patches that cannot."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.patches.patch import Function, Hook, Patch, serve_ours
 
 
-def patch_workers_of_ours(original: Function) -> Function:
+def serve_ours_if_so(original: Function) -> Function:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if vllm_config.model_config is not None and vllm_config.model_config.architecture == ARCHITECTURE:
             serve_ours()
@@ -17,14 +17,12 @@ def patch_workers_of_ours(original: Function) -> Function:
 
 PATCH = Patch(
     symptom="A plugin that mends what knows no model, such as a sampler, mends it for all models.",
-    cause="vLLM loads plugins in a worker before it says which model the worker is for.",
+    cause="vLLM loads plugins in an engine's or a worker's process before it says which model the process is for.",
     upstream="Not reported.",
     remove_when="no patch of scope `process` is left.",
     hooks=(
-        Hook(
-            "vllm.v1.worker.worker_base:WorkerBase.__init__",
-            "self vllm_config ...",
-            patch_workers_of_ours,
-        ),
+        # An engine's executor: the engine itself loads the plugins.
+        Hook("vllm.v1.executor.abstract:Executor.__init__", "self vllm_config ...", serve_ours_if_so),
+        Hook("vllm.v1.worker.worker_base:WorkerBase.__init__", "self vllm_config ...", serve_ours_if_so),
     ),
 )
