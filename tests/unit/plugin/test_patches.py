@@ -144,7 +144,9 @@ def test_a_patch_that_knows_no_model_waits_until_the_process_serves_ours(
     assert taken(3) == 6
 
 
-@pytest.mark.parametrize("process", ["vllm.v1.executor.uniproc_executor:UniProcExecutor", "vllm.v1.worker.worker_base:WorkerBase"])
+@pytest.mark.parametrize(
+    "process", ["vllm.v1.executor.uniproc_executor:UniProcExecutor", "vllm.v1.worker.worker_base:WorkerBase"]
+)
 @pytest.mark.parametrize("architecture", [ARCHITECTURE, "LlamaForCausalLM"])
 def test_engines_and_workers_know_whom_they_serve(
     process: str, architecture: str, monkeypatch: pytest.MonkeyPatch
