@@ -23,8 +23,8 @@ ARGS ?=
 BIN := .venv/bin
 NOT_HERE := not soak and not browser and not container and not cluster and not gpu
 
-# Two files at once: a server and a test of it seldom use two cores. ARGS='-n 0' runs one after the other.
-TWO_AT_ONCE := -n 2 --dist loadfile
+# Two files at once, those with servers first: a server and a test of it seldom use two cores. ARGS='-n 0' runs one after the other.
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 
 export VLLM_NO_USAGE_STATS := 1
 # Nothing of the demo and the tests comes from a model hub.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.common import CONFIG, MILLION
 from benchmarks.h200.results import machine
-from benchmarks.h200.runs import DUMMY, ENV, ROUTING, START_LIMIT
+from benchmarks.h200.runs import DUMMY, ENV, START_LIMIT
 from benchmarks.load import Load
 from kimi_demo.server import Server
 
@@ -31,10 +31,9 @@ Answers = dict[int, list[int]]  # of each length of prompt
 def answers(chunk: int, config: Path, flags: Sequence[str], lengths: Sequence[int], log: Path) -> Answers:
     """Of one server that reads at most `chunk` tokens a step; the same prompts for every size."""
     base = json.loads(config.read_text())
-    env = {name: value for name, value in ENV.items() if name != ROUTING}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(base))
-        server = Server(folder, [*DUMMY.split(), *flags, f"--max-num-batched-tokens={chunk}"], log_path=log, env=env)
+        server = Server(folder, [*DUMMY.split(), *flags, f"--max-num-batched-tokens={chunk}"], log_path=log, env=ENV)
         try:
             server.start(timeout=START_LIMIT)
             load = Load(server.url, server.model, base["vocab_size"], seed=3)

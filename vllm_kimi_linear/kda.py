@@ -31,7 +31,7 @@ from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.cache.layout import kda_state_shapes
 from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.model import ModelSizes
-from vllm_kimi_linear.kda_in_proj import KdaInputProjection
+from vllm_kimi_linear.in_proj import InputProjection
 
 
 def _load_heads(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
@@ -83,7 +83,13 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.width = divide(width, self.tp_size)
         heads = divide(model_sizes.kda_heads, self.tp_size)
 
-        self.in_proj = KdaInputProjection(model_sizes, quant_config, f"{prefix}.in_proj")
+        # q | k | v | beta | f_a | g_a, in the order of `weights.KDA_IN_PROJ`; every rank needs f_a and g_a whole.
+        self.in_proj = InputProjection(
+            model_sizes.hidden_size,
+            {"split": [width, width, width, model_sizes.kda_heads], "whole": [head_dim, head_dim]},
+            quant_config,
+            f"{prefix}.in_proj",
+        )
         # f_b and g_b, one behind the other, so that one batched GEMM serves both.
         self.gates_b = nn.Parameter(torch.empty(2, self.width, head_dim), requires_grad=False)
         self.gates_b.weight_loader = _load_gate
@@ -113,6 +119,15 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         out = torch.empty_like(output_gate)
         torch.ops.vllm.kimi_delta_attention(qkv, g, beta, output_gate, out, self.prefix)
         return self.o_proj(out)[0]
+
+    def decode(self, projected: torch.Tensor) -> torch.Tensor:
+        """What `in_proj` gives for a step that `DecodeStep` takes -> the input of `o_proj`, [T, P]."""
+        from decode_kernels import interface as kernels
+
+        metadata = get_forward_context().attn_metadata[self.prefix]
+        return kernels.kda_decode(
+            projected, self.gates_b, self.kernel_params, self.state, metadata.decode_state_indices[:, 0]
+        )
 
     def _gates(self, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """low [T, 2D], f_a(x) | g_a(x) -> g and output_gate, [T, P] each."""

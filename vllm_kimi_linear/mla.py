@@ -6,10 +6,11 @@ from vllm.config import VllmConfig
 from vllm.distributed import divide, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
 from vllm_kimi_linear.config.model import LATENT_NORM_EPS, ModelSizes
+from vllm_kimi_linear.in_proj import InputProjection
 
 
 class KimiLatentAttention(nn.Module):
@@ -27,19 +28,12 @@ class KimiLatentAttention(nn.Module):
         self.latent_dim, self.shared_dim, self.value_dim = g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim
         self.key_dim = g.qk_nope_head_dim + g.qk_rope_head_dim
 
-        self.q_proj = ColumnParallelLinear(
+        # q | kv_a, in the order of `weights.MLA_IN_PROJ`; every rank needs kv_a whole.
+        self.in_proj = InputProjection(
             g.hidden_size,
-            g.attention_heads * self.key_dim,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.q_proj",
-        )
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
-            g.hidden_size,
-            self.latent_dim + self.shared_dim,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.kv_a_proj_with_mqa",
+            {"split": [g.attention_heads * self.key_dim], "whole": [self.latent_dim + self.shared_dim]},
+            quant_config,
+            f"{prefix}.in_proj",
         )
         self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
         self.kv_b_proj = ColumnParallelLinear(
@@ -78,12 +72,17 @@ class KimiLatentAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, hidden_size] after the input norm -> [T, hidden_size]."""
-        query = self.q_proj(hidden_states)[0].view(-1, self.num_heads, self.key_dim)
-        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states)[0].split([self.latent_dim, self.shared_dim], dim=-1)
-        out = self.attn(
-            query,
+        projected, _ = self.in_proj(hidden_states)
+        return self.o_proj(self.decode(projected))[0]
+
+    def decode(self, projected: torch.Tensor) -> torch.Tensor:
+        """What `in_proj` gives -> the input of `o_proj`, [T, heads * value_dim]."""
+        query, latent, shared_key, *_ = projected.split(
+            [self.num_heads * self.key_dim, self.latent_dim, self.shared_dim, *self.in_proj.local_sizes[2:]], dim=-1
+        )
+        return self.attn(
+            query.reshape(-1, self.num_heads, self.key_dim),
             self.kv_a_layernorm(latent),
             shared_key.unsqueeze(1),
-            output_shape=(hidden_states.shape[0], self.num_heads * self.value_dim),
+            output_shape=(len(projected), self.num_heads * self.value_dim),
         )
-        return self.o_proj(out)[0]

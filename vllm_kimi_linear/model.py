@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
@@ -23,6 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_kimi_linear import validation, weights
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.decode_step import DecodeStep
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
@@ -55,6 +57,18 @@ class KimiDecoderLayer(nn.Module):
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward(hidden_states), residual
 
+    def decode(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of a step that `DecodeStep` takes."""
+        from decode_kernels import interface as kernels
+
+        mixer, norm = self.self_attn, self.input_layernorm
+        projected, residual = kernels.norm_linear(
+            hidden_states, residual, norm.weight, mixer.in_proj.weight, norm.variance_epsilon
+        )
+        mixed = kernels.linear(mixer.decode(projected), mixer.o_proj.weight)
+        feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
+        return feed_forward.decode(all_reduce(mixed), residual, self.post_attention_layernorm)
+
 
 class KimiLinearModel(nn.Module):
     """Embedding, the layers of this pipeline stage, final norm."""
@@ -72,6 +86,9 @@ class KimiLinearModel(nn.Module):
             lambda prefix: KimiDecoderLayer(sizes, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
+        own = range(self.start_layer, self.end_layer)
+        kda_layers = [f"{prefix}.layers.{index}.self_attn" for index in own if sizes.layer_types[index] == "kda"]
+        self.decode_step = DecodeStep(vllm_config, sizes, next(iter(kda_layers), None))
         self.norm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], sizes.hidden_size
@@ -92,8 +109,10 @@ class KimiLinearModel(nn.Module):
             hidden_states = inputs_embeds
         else:
             hidden_states = self.embed_tokens(input_ids)
+        decodes = self.decode_step.takes(len(hidden_states))
         for index in range(self.start_layer, self.end_layer):
-            hidden_states, residual = self.layers[index](hidden_states, residual)
+            layer = self.layers[index].decode if decodes else self.layers[index]
+            hidden_states, residual = layer(hidden_states, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         return self.norm(hidden_states, residual)[0]

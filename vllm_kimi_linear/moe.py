@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
@@ -47,6 +49,17 @@ class GatedMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_up_proj(x)[0]))[0]
 
+    def decode(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` behind the residual's addition and `norm`, in a step that `DecodeStep` takes; and the residual."""
+        from decode_kernels import interface as kernels
+
+        gate_up, residual = kernels.norm_linear(
+            hidden_states, residual, norm.weight, self.gate_up_proj.weight, norm.variance_epsilon
+        )
+        return all_reduce(kernels.linear(self.activation(gate_up), self.down_proj.weight)), residual
+
 
 class MixtureOfExperts(nn.Module):
     """Sigmoid routing in fp32: the top k of score + bias, weighted by the scores alone (docs/kda.md section 9)."""
@@ -63,6 +76,7 @@ class MixtureOfExperts(nn.Module):
             force_fp32_compute=True,
             prefix=f"{prefix}.gate",
         )
+        self.top_k, self.renormalize, self.scale = g.experts_per_token, g.renormalize, g.routed_scaling_factor
         self.gate.e_score_correction_bias = nn.Parameter(
             torch.empty(g.num_experts, dtype=torch.float32), requires_grad=False
         )
@@ -96,8 +110,35 @@ class MixtureOfExperts(nn.Module):
 
             use_onednn_experts(self.experts)
         use_tables(self.experts)
+        self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
         expert_warmup.register_warmup(self, get_current_vllm_config())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x)
         return self.experts(hidden_states=x, router_logits=router_logits)
+
+    def decode(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `GatedMlp.decode`."""
+        from decode_kernels import interface as kernels
+
+        shared, routed = self.shared_experts, self.experts.routed_experts
+        normed, residual, ids, weights, shared_acts = kernels.router(
+            hidden_states,
+            residual,
+            norm.weight,
+            norm.variance_epsilon,
+            self.gate.weight,
+            self.gate.e_score_correction_bias,
+            shared and shared.gate_up_proj.weight,
+            self.routed,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
+        acts = kernels.experts_up(normed, routed.w13_weight, ids)
+        out = kernels.experts_down(
+            acts, routed.w2_weight, ids, weights, shared_acts, shared and shared.down_proj.weight
+        )
+        return all_reduce(out), residual

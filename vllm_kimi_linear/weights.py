@@ -12,8 +12,9 @@ from vllm.logger import init_logger
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
 
-# Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
-IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
+# Parts of a mixer's input projection, of the gates' second factors and of the packed convolution, as they lie there.
+MLA_IN_PROJ = ("q_proj", "kv_a_proj_with_mqa")
+KDA_IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
 GATES_B = ("f_b_proj", "g_b_proj")
 CONV = ("q_conv1d", "k_conv1d", "v_conv1d")
 GATE_UP = ("gate_proj", "up_proj")
@@ -61,7 +62,7 @@ def other_names(table: dict[str, Target]) -> dict[str, str]:
 
 
 def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
-    """Parameter and loader arguments of one tensor; in a KDA layer the projections are packed."""
+    """Parameter and loader arguments of one tensor; the projections of a mixer's input are packed."""
     expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w[123])\.weight", name)
     if expert:
         parameter = f"{expert[1]}.routed_experts.{EXPERTS[expert[3]]}"
@@ -70,9 +71,10 @@ def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
     part = name.removesuffix(".weight").removeprefix(f"{stem}.")
     if part in GATE_UP:
         return f"{stem}.gate_up_proj.weight", (GATE_UP.index(part),)
+    in_proj = KDA_IN_PROJ if kda else MLA_IN_PROJ
+    if stem.endswith("self_attn") and part in in_proj:
+        return f"{stem}.in_proj.weight", (in_proj.index(part),)
     if kda and stem.endswith("self_attn"):
-        if part in IN_PROJ:
-            return f"{stem}.in_proj.weight", (IN_PROJ.index(part),)
         if part in GATES_B:
             return f"{stem}.gates_b", (GATES_B.index(part),)
         if part in CONV:

@@ -5,9 +5,8 @@
 serves the 48B's config (benchmarks/config_48b.json) with random weights once for each run of RUNS, sends the
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
-none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. vLLM simulates an even
-choice of experts: with the weights that its dummy loader makes up nearly all tokens would choose the same ones, for
-the logits come out near 1e-6 and the routers' biases near 1e-3.
+none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. The routers are real, with
+weights that spread tokens evenly (`even_routers.py`).
 """
 
 import argparse
@@ -17,11 +16,13 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from benchmarks import trace
 from benchmarks.common import CONFIG
+from benchmarks.h200.even_routers import SAMPLE, expected
 from benchmarks.h200.results import Results
 from benchmarks.h200.rows import Rows
 from benchmarks.h200.runs import DUMMY, ENV, FLAGS, LAYERS, RUNS, START_LIMIT, model_config
@@ -47,6 +48,7 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
         try:
             server.start(timeout=START_LIMIT)
             results.started(name, time.perf_counter() - begun, " ".join(flags) + " --profiler-config=..." * args.trace)
+            spread_routers(server.url, config)
             measured = Rows(Load(server.url, server.model, config["vocab_size"]), args.scale)
             measured.warm_up()
             for row in rows:
@@ -61,6 +63,16 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
                 trace.Recorder(measured.load, args.results / stem).all(args.scale)
         finally:
             server.stop()
+
+
+def spread_routers(url: str, config: dict[str, Any]) -> None:
+    """Raises RuntimeError where the tokens of a step would choose fewer experts than chance has them choose."""
+    experts, top_k = config["num_experts"], config["num_experts_per_token"]
+    reply = httpx.post(f"{url}/collective_rpc", json={"method": "spread_routers", "args": [top_k]}, timeout=60)
+    reply.raise_for_status()
+    chosen = float(reply.json()["results"][0])
+    if chosen < 0.95 * (chance := expected(experts, top_k)):
+        raise RuntimeError(f"{SAMPLE} tokens choose {chosen:.0f} experts of a layer, by chance {chance:.0f}")
 
 
 def main() -> None:

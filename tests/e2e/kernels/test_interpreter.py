@@ -12,9 +12,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
 
 
-# The last two run on every backend; their `backend` is the one for GPUs there.
+# Two run on every backend; their `backend` is the one for GPUs there.
 @pytest.mark.parametrize("selected", ["not soak", pytest.param("soak", marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", ["test_cuda_interpreter", "test_prefill_checkpoints", "test_spec_decode"])
+@pytest.mark.parametrize(
+    "name", ["test_cuda_interpreter", "test_decode_step", "test_prefill_checkpoints", "test_spec_decode"]
+)
 def test_in_the_interpreter(name: str, selected: str) -> None:
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,5 +1,6 @@
 """The reference's answers that the tests of this folder compare a server's with."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,8 @@ from tests.support.prompts import Case, Stream, draw_cases, sizes
 
 @pytest.fixture(scope="session")
 def reference(demo_model: Path) -> HfReference:
-    # One thread: on few cores, threads of the reference and of a server that waits for each other cost more.
-    torch.set_num_threads(1)
+    # On few cores one thread: those of the reference and of a server that wait for each other cost more.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 8))
     return HfReference(demo_model)
 
 

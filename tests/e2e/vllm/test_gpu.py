@@ -31,6 +31,7 @@ FLAGS = (
 NGRAM = '--speculative-config={"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3}'
 WAYS = {
     "graphs": ("--enable-prefix-caching",),
+    "vLLM's layers": ("--enable-prefix-caching", '--additional-config={"decode_kernels": false}'),
     "eager, short of blocks": (
         "--enforce-eager",
         "--max-num-batched-tokens=64",
@@ -47,6 +48,13 @@ WAYS = {
     ),
     "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
     "two ranks": ("--tensor-parallel-size=2", "--enable-prefix-caching"),
+    "four ranks": ("--tensor-parallel-size=4", "--enable-prefix-caching"),
+    "two ranks, drafts, chunks of few blocks": (
+        "--tensor-parallel-size=2",
+        NGRAM,
+        "--enable-prefix-caching",
+        "--max-num-batched-tokens=768",
+    ),
 }
 TOKENS = 64
 GROWING = (180,) * 24  # one block of 192 tokens each, until their answers need another: more than a short cache has
@@ -107,9 +115,12 @@ def judge(reference: HfReference) -> Judge:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_model: Path) -> Completions:
-    if request.param == "two ranks" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    return Completions(servers(demo_model, *FLAGS, *WAYS[request.param]))
+    flags = WAYS[request.param]
+    sizes = [flag.partition("=")[2] for flag in flags if flag.startswith("--tensor-parallel-size=")]
+    ranks = int(sizes[0]) if sizes else 1
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    return Completions(servers(demo_model, *FLAGS, *flags))
 
 
 def differing(ours: list[Answer], others: list[Answer]) -> int:

@@ -1,0 +1,1 @@
+"""The operations on NVIDIA GPUs, in Triton; bfloat16."""

@@ -1,0 +1,70 @@
+"""Vectors and rows of matrices whose length is no power of two: a HEAD that is one, and a masked TAIL."""
+
+import triton
+import triton.language as tl
+
+
+def split(length: int) -> tuple[int, int]:
+    """HEAD, the largest power of two within `length`, and TAIL, the smallest that holds the rest (at least 16).
+
+    A length that is a power of two is all HEAD but for a TAIL of 16, which is masked off.
+    """
+    head = 1 << (length.bit_length() - 1)
+    return head, max(16, triton.next_power_of_2(length - head))
+
+
+@triton.jit
+def load_rows(matrix, row, rows, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Rows `row` [BN] of a matrix [rows, K]: ([BN, HEAD], [BN, TAIL]). Rows at and beyond `rows` are zeros."""
+    start = matrix + row[:, None] * K
+    inside = row[:, None] < rows
+    at = HEAD + tl.arange(0, TAIL)[None, :]
+    head = tl.load(start + tl.arange(0, HEAD)[None, :], mask=inside, other=0.0)
+    tail = tl.load(start + at, mask=inside & (at < K), other=0.0)
+    return head, tail
+
+
+@triton.jit
+def load_vector(vector, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """[K] as fp32: ([HEAD], [TAIL])."""
+    at = HEAD + tl.arange(0, TAIL)
+    head = tl.load(vector + tl.arange(0, HEAD))
+    tail = tl.load(vector + at, mask=at < K, other=0.0)
+    return head.to(tl.float32), tail.to(tl.float32)
+
+
+@triton.jit
+def store_vector(vector, head, tail, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    at = HEAD + tl.arange(0, TAIL)
+    tl.store(vector + tl.arange(0, HEAD), head.to(vector.dtype.element_ty))
+    tl.store(vector + at, tail.to(vector.dtype.element_ty), mask=at < K)
+
+
+@triton.jit
+def dot_rows(row_head, row_tail, head, tail):
+    """The products of rows [BN, K] with a vector [K]: [BN], summed in fp32."""
+    first = tl.sum(row_head.to(tl.float32) * head[None, :], axis=1)
+    return first + tl.sum(row_tail.to(tl.float32) * tail[None, :], axis=1)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def add_and_norm(
+    x, residual, weight_head, weight_tail, eps,
+    K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """s = x + residual and RMSNorm(s) * weight of a token, both rounded to the dtype of x: s, then the norm, in parts.
+
+    Without ADD, s is x.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    head, tail = load_vector(x, K, HEAD, TAIL)
+    if ADD:
+        more_head, more_tail = load_vector(residual, K, HEAD, TAIL)
+        head, tail = rounded(head + more_head, DTYPE), rounded(tail + more_tail, DTYPE)
+    scale = tl.rsqrt((tl.sum(head * head) + tl.sum(tail * tail)) / K + eps)
+    return head, tail, rounded(head * scale * weight_head, DTYPE), rounded(tail * scale * weight_tail, DTYPE)

@@ -1,0 +1,76 @@
+"""The operations in plain torch: fp32 within, and rounded to the dtype of the activations where the kernels round."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kda_kernels import reference
+from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState
+
+
+def _add_and_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
+    return normed.to(x.dtype), total
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() @ weight.float().T).to(x.dtype)
+
+
+def norm_linear(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    normed, total = _add_and_norm(x, residual, norm_weight, eps)
+    return linear(normed, weight), total
+
+
+def router(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor, shared: Tensor | None,
+    *, top_k: int, renormalize: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    normed, total = _add_and_norm(x, residual, norm_weight, eps)
+    score = torch.sigmoid(normed.float() @ gate.float().T)
+    ids = torch.sort(score + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = score.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    out = x.new_empty(len(x), 0) if shared is None else _silu_and_mul(normed.float() @ shared.float().T).to(x.dtype)
+    return normed, total, ids.int(), weights * scale, out
+
+
+def experts_up(x: Tensor, up_weight: Tensor, ids: Tensor) -> Tensor:
+    slots = ids.flatten().long()
+    rows = x.repeat_interleave(ids.shape[1], 0).float()
+    return _silu_and_mul(torch.einsum("sk,snk->sn", rows, up_weight[slots].float())).to(x.dtype)
+
+
+def experts_down(
+    acts: Tensor, down_weight: Tensor, ids: Tensor, weights: Tensor, shared_acts: Tensor, shared_weight: Tensor | None
+) -> Tensor:
+    each = torch.einsum("sk,snk->sn", acts.float(), down_weight[ids.flatten().long()].float())
+    y = (each.unflatten(0, ids.shape) * weights[..., None]).sum(1)
+    if shared_weight is not None:
+        y = y + shared_acts.float() @ shared_weight.float().T
+    return y.to(acts.dtype)
+
+
+def kda_decode(
+    projected: Tensor, gates_b: Tensor, params: KdaParams, state: KdaState, state_indices: Tensor
+) -> Tensor:
+    heads, dim = params.heads, params.head_dim
+    qkv, beta, f, g, *_ = projected.split([3 * heads * dim, heads, dim, dim, _rest(projected, params)], dim=1)
+    out = projected.new_empty(len(projected), heads * dim)
+    inputs = KdaInputs(qkv, linear(f, gates_b[0]), beta, linear(g, gates_b[1]))
+    reference.decode(DecodeArgs(inputs, params, state, state_indices, out))
+    return out
+
+
+def _rest(projected: Tensor, params: KdaParams) -> int:
+    return projected.shape[1] - 3 * params.heads * params.head_dim - params.heads - 2 * params.head_dim
+
+
+def _silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up

@@ -1,0 +1,62 @@
+"""Steps of a few tokens, one for each sequence, in few launches: when they take the kernels of `decode_kernels`.
+
+Whether a model can is decided once, whether a step does by its tokens; a CUDA graph is captured for one or the other.
+"""
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
+from vllm_kimi_linear.config.model import ModelSizes
+
+MAX_TOKENS = 8
+
+logger = init_logger("vllm.kimi_linear")
+
+
+def why_not(vllm_config: VllmConfig, sizes: ModelSizes) -> str | None:
+    """Why the layers of this configuration do not take these kernels, or None if they do."""
+    parallel = vllm_config.parallel_config
+    if not current_platform.is_cuda():
+        return "they are for NVIDIA GPUs"
+    if not vllm_config.additional_config.get("decode_kernels", True):
+        return "turned off by --additional-config '{\"decode_kernels\": false}'"
+    if vllm_config.model_config.dtype != torch.bfloat16:
+        return f"they take bfloat16, not {vllm_config.model_config.dtype}"
+    if vllm_config.quant_config is not None:
+        return "they do not take quantised weights"
+    if vllm_config.lora_config is not None:
+        return "they do not take LoRA"
+    if vllm_config.num_speculative_tokens:
+        return "they do not take drafted tokens"
+    if parallel.enable_expert_parallel or parallel.data_parallel_size > 1:
+        return "they do not take expert or data parallelism"
+    if sizes.expert_groups != 1:
+        return f"they take experts of one group, not {sizes.expert_groups}"
+    if not sizes.kda_layers:
+        return "the model has no KDA layer"
+    return None
+
+
+class DecodeStep:
+    """Of one pipeline stage: `kda_layer` is the name of one of its KDA layers, whose metadata tells a step's kind."""
+
+    def __init__(self, vllm_config: VllmConfig, sizes: ModelSizes, kda_layer: str | None) -> None:
+        reason = why_not(vllm_config, sizes) if kda_layer else "this pipeline stage has no KDA layer"
+        self.kda_layer = kda_layer if reason is None else None
+        if reason is None:
+            logger.info_once("Kimi Linear: decode steps of up to %d tokens take few launches", MAX_TOKENS)
+        else:
+            logger.info_once("Kimi Linear: decode steps take vLLM's layers: %s", reason)
+
+    def takes(self, tokens: int) -> bool:
+        """Whether this step of so many tokens, those that pad a graph included, only decodes, and few of them."""
+        if self.kda_layer is None or tokens > MAX_TOKENS:
+            return False
+        metadata = (get_forward_context().attn_metadata or {}).get(self.kda_layer)
+        if not isinstance(metadata, KdaMetadata):
+            return False
+        return metadata.prefill is None and metadata.reordering is None and metadata.num_decode_tokens == tokens

@@ -1,0 +1,53 @@
+"""The input projection of a mixer: all that is multiplied with the layer's input, in one product."""
+
+from typing import TypedDict
+
+import torch
+from torch import nn
+from vllm.distributed import divide, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+
+ROW_MULTIPLE = 8  # elements
+
+
+class Parts(TypedDict):
+    """Output sizes: first the parts whose heads the tensor-parallel ranks share, then those that each needs whole."""
+
+    split: list[int]
+    whole: list[int]
+
+
+class InputProjection(MergedColumnParallelLinear):
+    """x -> its parts, side by side, in one GEMM.
+
+    The weights of what each rank needs whole are repeated once a rank before they are split. Where the parts leave a
+    row that does not end on 16 bytes (4 heads), zeros are appended: GEMMs and kernels then read whole vectors.
+    """
+
+    def __init__(self, hidden_size: int, parts: Parts, quant_config: QuantizationConfig | None, prefix: str) -> None:
+        ranks = get_tensor_model_parallel_world_size()
+        sizes = [*parts["split"], *(size * ranks for size in parts["whole"])]
+        self.whole = range(len(parts["split"]), len(sizes))
+        padding = -sum(sizes) // ranks % ROW_MULTIPLE
+        if padding:
+            sizes.append(padding * ranks)
+        super().__init__(hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
+        self.local_sizes = [divide(size, ranks) for size in sizes]
+        if padding and quant_config is None:
+            self.weight.data[-padding:].zero_()
+
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
+    ) -> None:
+        super().weight_loader(param, self._for_ranks(loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def weight_loader_v2(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
+    ) -> None:
+        super().weight_loader_v2(param, self._for_ranks(loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def _for_ranks(self, weight: torch.Tensor, shard: int | None) -> torch.Tensor:
+        if shard in self.whole and weight.dim() > 0:
+            return weight.repeat(self.tp_size, *[1] * (weight.dim() - 1))
+        return weight
