@@ -1,4 +1,4 @@
-"""Tiles for the experts on GPUs for which vLLM has none, made by `benchmarks/expert_tiles.py`.
+"""Tiles for the experts on GPUs for which vLLM has none, made by `kernels/bench/expert_tiles.py`.
 
 A table is read in steps through experts that were handed to `use_tables` alone. A folder that the user names takes its
 place.

@@ -1,6 +1,8 @@
 """Problems of the sizes that are timed: random rows at trained scale, views as the model makes them."""
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,16 @@ class Case:
     has_initial_state: Tensor
     out: Tensor
 
-    def decode(self, backend, state_indices: Tensor) -> None:
+    def decode(self, backend: ModuleType, state_indices: Tensor) -> None:
         backend.decode(DecodeArgs(self.inputs, self.params, self.state, state_indices, self.out))
 
-    def prefill(self, backend) -> None:
+    def prefill(self, backend: ModuleType) -> None:
         table = (self.cu_seqlens, self.state_indices, self.has_initial_state)
         backend.prefill(PrefillArgs(self.inputs, self.params, self.state, *table, self.out))
 
-    def spec_decode(self, backend, cu_seqlens: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor) -> None:
+    def spec_decode(
+        self, backend: ModuleType, cu_seqlens: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor
+    ) -> None:
         table = (cu_seqlens, state_indices, num_accepted_tokens)
         backend.spec_decode(SpecDecodeArgs(self.inputs, self.params, self.state, *table, self.out))
 
@@ -42,10 +46,10 @@ def make(
     seed: int = 0,
 ) -> Case:
     """bf16 rows; q|k|v, beta and the two low-rank halves are views of one buffer, as the model's GEMM leaves them."""
-    make = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     rows, width, sequences = sum(lengths), heads * dim, len(lengths)
     states = states or sequences + 1
-    options = {"device": device, "generator": make}
+    options: Any = {"device": device, "generator": generator}
     bf16 = torch.bfloat16
     packed = torch.empty(rows, 3 * width + heads + 2 * dim, dtype=bf16, device=device)
     for begin in range(0, rows, 65536):

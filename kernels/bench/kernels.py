@@ -1,7 +1,7 @@
 """Time the GPU kernels beside vLLM's and fla-core's and write docs/benchmarks/kernels.md.
 
-    python kernels/bench/peers.py SITE_PACKAGES .gpu/peers      once, where vLLM 0.32.0 is installed
-    PYTHONPATH=kernels python kernels/bench/kernels.py --out docs/benchmarks/kernels.md
+    PYTHONPATH=kernels python -m bench.peers SITE_PACKAGES .gpu/peers      once, where vLLM 0.32.0 is installed
+    PYTHONPATH=kernels python -m bench.kernels --out docs/benchmarks/kernels.md
 
 Every time is the median of replays of a CUDA graph; decode and verify rotate over slots whose states exceed the L2
 cache. The file is written anew after each row, so that a run cut short leaves what it has measured.
@@ -9,35 +9,42 @@ cache. The file is written anew after each row, so that a run cut short leaves w
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import peers
-import timing
-
+from bench import cases, peers, timing
 from kda_kernels import cuda, reference
 
 CACHE = 200e6  # bytes of state to rotate over, several times the L2 cache
-COMMAND = "PYTHONPATH=kernels python kernels/bench/kernels.py --out docs/benchmarks/kernels.md"
+COMMAND = "PYTHONPATH=kernels python -m bench.kernels --out docs/benchmarks/kernels.md"
 DIM = 128
 Row = list[str]
 
 
-def measure(make: Callable[[], Callable[[int], object]], calls: int = 1, replays: int = 5) -> float | None:
-    """Median seconds of what `make` returns, or None, with the reason on the screen, if it cannot run."""
+def measure(run: Callable[[int], object], calls: int = 1, replays: int = 5) -> float | None:
+    """Median seconds of `run`, or None, with the reason on the screen, if it cannot run."""
     try:
-        return timing.graph_time(make(), calls, replays)
+        return timing.graph_time(run, calls, replays)
     except Exception as error:  # a peer's limits are its own: the table says "-"
         print("cannot run:", str(error)[:300], flush=True)
         return None
     finally:
         torch.cuda.empty_cache()
+
+
+def decodes(decode: Callable[[Tensor], object], tables: list[Tensor]) -> Callable[[int], object]:
+    """The i-th call decodes with the i-th table of state indices."""
+    return lambda i: decode(tables[i])
+
+
+def each(call: Callable[[], object]) -> Callable[[int], object]:
+    """The same whichever call it is."""
+    return lambda _: call()
 
 
 def number(x: float) -> str:
@@ -58,7 +65,7 @@ def moves(seconds: float, moved: float, bandwidth: float) -> Row:
 MOVES = "us | MB | us of a copy | GB/s | of copy"
 
 
-def rotation(rows: int, heads: int, dtype: torch.dtype, steps: int = 1) -> tuple[cases.Case, list[torch.Tensor]]:
+def rotation(rows: int, heads: int, dtype: torch.dtype, steps: int = 1) -> tuple[cases.Case, list[Tensor]]:
     """Rows of one token and the slot tables of several calls, no state in two of them while it is in the cache."""
     calls = int(min(max(2, CACHE / (rows * steps * heads * DIM * DIM * dtype.itemsize)), 256))
     case = cases.make([1] * rows * steps, heads, states=rows * steps * calls + 1, state_dtype=dtype)
@@ -76,14 +83,13 @@ def decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     shapes += [(b, 32, d) for d in (f32, bf16) for b in (64, 128, 256, 512)]
     for rows, heads, dtype in shapes:
         case, tables = rotation(rows, heads, dtype)
-        run = lambda i, c=case, t=tables: c.decode(cuda, t[i])  # noqa: E731
-        ours = timing.graph_time(run, len(tables))
+        ours = timing.graph_time(decodes(partial(case.decode, cuda), tables), len(tables))
         chain = peers.VllmChain(case)
-        theirs = measure(lambda c=chain, t=tables: lambda i: c.decode(t[i]), len(tables), 20)
+        theirs = measure(decodes(chain.decode, tables), len(tables), 20)
         moved = 2 * rows * heads * DIM * DIM * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
         yield [f"{rows}", f"{heads}", name, *moves(ours, moved, bandwidth), *times(ours, theirs)]
-        del case, chain, run
+        del case, chain
 
 
 def spec_decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
@@ -99,20 +105,23 @@ def spec_decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
         num_accepted_tokens = torch.randint(1, steps + 1, (rows,), device="cuda", dtype=torch.int32)
         wide = [table.view(rows, steps) for table in tables]
 
-        def ours(i: int, c=case, b=bounds, a=num_accepted_tokens, t=wide) -> None:
-            c.spec_decode(cuda, b, t[i], a)
-
+        ours = partial(_spec_decode, case, bounds, wide, num_accepted_tokens)
         single, state_indices = rotation(rows, heads, dtype)
-
-        def plain(i: int, c=single, t=state_indices) -> None:
-            for _ in range(steps):
-                c.decode(cuda, t[i])
-
+        plain = partial(_decode_steps, single, state_indices, steps)
         seconds, theirs = timing.graph_time(ours, len(wide)), timing.graph_time(plain, len(state_indices))
         moved = (1 + steps) * rows * heads * DIM * DIM * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
         yield [f"{rows}", f"{heads}", name, *moves(seconds, moved, bandwidth), *times(seconds, theirs)]
         del case, single, ours, plain
+
+
+def _spec_decode(case: cases.Case, bounds: Tensor, tables: list[Tensor], num_accepted_tokens: Tensor, i: int) -> None:
+    case.spec_decode(cuda, bounds, tables[i], num_accepted_tokens)
+
+
+def _decode_steps(case: cases.Case, tables: list[Tensor], steps: int, i: int) -> None:
+    for _ in range(steps):
+        case.decode(cuda, tables[i])
 
 
 def prefill(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
@@ -123,11 +132,11 @@ def prefill(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     shapes = [([8192], 32), ([512] * 16, 32), ([32768], 32), ([131072], 32), ([2048] * 64, 32)]
     for lengths, heads in [*shapes, ([131072], 8), ([131072], 4)]:
         case = cases.make(lengths, heads)
-        ours = timing.graph_time(lambda _, c=case: c.prefill(cuda), 1, 5)
+        ours = timing.graph_time(each(partial(case.prefill, cuda)), 1, 5)
         peer_times: Row = []
         for chain in (peers.VllmChain, peers.FlaChain):
             peer = chain(case)
-            peer_times += times(ours, measure(lambda p=peer: lambda _: p.prefill()))
+            peer_times += times(ours, measure(each(peer.prefill)))
             del peer
         moved = sum(lengths) * heads * DIM * 12
         yield [f"{len(lengths)} x {lengths[0]}", f"{heads}", *moves(ours, moved, bandwidth), *peer_times]
@@ -158,8 +167,8 @@ def mixed(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     seconds = timing.graph_time(ours, 1)
     moved = prompt * heads * DIM * 12 + 2 * rows * heads * DIM * DIM * 4
     row = [f"{rows} + 1 x {prompt}", f"{heads}", *moves(seconds, moved, bandwidth)]
-    row += times(seconds, measure(lambda: lambda _: chain.prefill()))
-    yield [*row, *times(seconds, measure(lambda: apart))]
+    row += times(seconds, measure(each(chain.prefill)))
+    yield [*row, *times(seconds, measure(apart))]
 
 
 def errors(_: float) -> Iterator[tuple[str, str] | Row]:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = {
     "kda_kernels": ROOT / "kernels",
+    "bench": ROOT / "kernels",
     "vllm_kimi_linear": ROOT,
     "kimi_server": ROOT / "server",
     "kimi_demo": ROOT / "examples",
@@ -18,6 +19,7 @@ PACKAGES = {
 # Of ours, what each may import. The command `kimi-linear` starts the demo, which is imported when it is asked for.
 ALLOWED = {
     "kda_kernels": set[str](),
+    "bench": {"kda_kernels"},
     "vllm_kimi_linear": {"kda_kernels"},
     "kimi_server": {"kda_kernels", "vllm_kimi_linear"},
     "kimi_demo": {"kda_kernels", "vllm_kimi_linear", "kimi_server"},

@@ -1,6 +1,6 @@
 """Time one KDA layer's operator on the CPU: ours, our torch reference, transformers. One run, medians.
 
-    python benchmarks/kda_cpu.py [--heads 32] [--dim 128] [--dtype bfloat16] [--repeats 7]
+    PYTHONPATH=kernels python -m bench.cpu [--heads 32] [--dim 128] [--dtype bfloat16] [--repeats 7]
 
 Microseconds per token and layer, from the projections to the input of the output projection. transformers'
 functions cover the recurrence alone (their convolution, gates and norm are not timed). Decode reads and writes
