@@ -1,4 +1,4 @@
-"""The NoPE MLA mixer, thin over vLLM's own attention layer (docs/kda.md section 9)."""
+"""NoPE MLA, thin over vLLM's own attention layer (docs/kda.md section 9)."""
 
 import torch
 from torch import nn

@@ -29,13 +29,13 @@ from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
 
 
 class KimiDecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
 
     def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         index = int(prefix.rsplit(".", 1)[1])
-        mixer = KimiDeltaAttention if sizes.layer_types[index] == "kda" else KimiLatentAttention
-        self.self_attn = mixer(sizes, vllm_config, f"{prefix}.self_attn")
+        attention = KimiDeltaAttention if sizes.layer_types[index] == "kda" else KimiLatentAttention
+        self.self_attn = attention(sizes, vllm_config, f"{prefix}.self_attn")
         if sizes.layer_moe[index]:
             self.block_sparse_moe = MixtureOfExperts(sizes, vllm_config.quant_config, f"{prefix}.block_sparse_moe")
         else:
@@ -138,7 +138,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Token ids [T] -> final hidden states [T, hidden_size]. Positions are unused: neither mixer has any."""
+        """Token ids [T] -> final hidden states [T, hidden_size]. Neither kind of attention uses positions."""
         return self.model(input_ids, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

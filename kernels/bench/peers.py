@@ -145,16 +145,16 @@ class VllmChain:
         self.core = torch.empty_like(case.out).view(1, -1, self.heads, self.dim)
         self.metadata = _conv_metadata(case.cu_seqlens)
 
-    def _finish(self, o: Tensor, rows: slice) -> Tensor:
-        core, params = self.core[:, rows], self.case.params
+    def _finish(self, o: Tensor, tokens: slice) -> Tensor:
+        core, params = self.core[:, tokens], self.case.params
         core[0] = o[0]
-        gate = self.case.inputs.output_gate[rows].unflatten(1, (self.heads, self.dim))
+        gate = self.case.inputs.output_gate[tokens].unflatten(1, (self.heads, self.dim))
         core.copy_(self.norm(core, gate, params.norm_weight, None, "sigmoid", eps=params.norm_eps))
         return core
 
-    def decode(self, state_indices: Tensor, rows: slice = slice(None)) -> Tensor:
+    def decode(self, state_indices: Tensor, tokens: slice = slice(None)) -> Tensor:
         inputs, params, state = self.case.inputs, self.case.params, self.case.state
-        qkv = inputs.qkv[rows]
+        qkv = inputs.qkv[tokens]
         mixed = self.conv.causal_conv1d_update(
             qkv,
             state.conv.transpose(-1, -2),
@@ -167,15 +167,15 @@ class VllmChain:
         )
         o, _ = self.kda.fused_recurrent_kda_packed_decode(
             mixed_qkv=mixed,
-            raw_g=inputs.g[rows].unflatten(1, (self.heads, self.dim))[None],
-            raw_beta=inputs.beta[rows][None],
+            raw_g=inputs.g[tokens].unflatten(1, (self.heads, self.dim))[None],
+            raw_beta=inputs.beta[tokens][None],
             A_log=params.A_log,
             dt_bias=params.dt_bias,
             lower_bound=None,
             initial_state=state.recurrent,
             state_indices=state_indices,
         )
-        return self._finish(o, rows)
+        return self._finish(o, tokens)
 
     def prefill(self) -> Tensor:
         case, (heads, dim) = self.case, (self.heads, self.dim)

@@ -158,12 +158,13 @@ def prefill(args: PrefillArgs) -> None:
     state, out, dtype = args.state, args.out, _compute_dtype(args.state)
     checkpoints = [] if args.checkpoints is None else _checkpoints(args.checkpoints)
     bounds, indices = args.cu_seqlens.tolist(), args.state_indices.tolist()
-    for (start, end), index, resumed in zip(pairwise(bounds), indices, args.has_initial_state.tolist(), strict=True):
+    initial = args.has_initial_state.tolist()
+    for (start, end), index, has_initial_state in zip(pairwise(bounds), indices, initial, strict=True):
         if index <= 0:
             out[start:end] = 0
             continue
         conv, recurrent = state.conv[index].to(dtype), state.recurrent[index].to(dtype)
-        if not resumed:
+        if not has_initial_state:
             conv, recurrent = torch.zeros_like(conv), torch.zeros_like(recurrent)
         stops = {offset for offset, _ in checkpoints if start < offset < end}
         for begin, stop in pairwise([start, *sorted(stops), end]):

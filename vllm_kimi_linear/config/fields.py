@@ -214,17 +214,17 @@ def _kda_fields(linear: Mapping[str, Any], used: bool) -> dict[str, int]:
         return {"kda_heads": 0, "kda_head_dim": 0, "conv_kernel_size": 0}
     try:
         heads, dim = _positive(linear, "num_heads"), _positive(linear, "head_dim")
-        taps = _positive(linear, "short_conv_kernel_size")
+        kernel_size = _positive(linear, "short_conv_kernel_size")
     except ConfigError as error:
         raise ConfigError(f"linear_attn_config.{error}") from None
     for name, value, choices in (
         ("head_dim", dim, KDA_HEAD_DIMS),
-        ("short_conv_kernel_size", taps, CONV_KERNEL_SIZES),
+        ("short_conv_kernel_size", kernel_size, CONV_KERNEL_SIZES),
     ):
         if value not in choices:
             known = ", ".join(map(str, choices))
             raise ConfigError(f"linear_attn_config.{name} is {value}; the kernels take one of {known}")
-    return {"kda_heads": heads, "kda_head_dim": dim, "conv_kernel_size": taps}
+    return {"kda_heads": heads, "kda_head_dim": dim, "conv_kernel_size": kernel_size}
 
 
 def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Matrix products on processors for which oneDNN has none in the weights' dtype.
 
 oneDNN multiplies bfloat16 on x86 from AVX-512 on, and on some processors with AVX2 alone. On the others vLLM leaves
-linear layers to torch, whose bfloat16 product of many rows takes nine times as long as an fp32 one. Here rows and
+linear layers to torch, whose bfloat16 product of many tokens takes nine times as long as an fp32 one. Here inputs and
 pieces of the weights are widened on the way, so that no second copy of the weights is held.
 """
 
@@ -17,8 +17,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
-# Up to so many rows torch's own product costs less than widening the weights.
-FEW_ROWS = 2
+# Up to so many tokens torch's own product costs less than widening the weights.
+FEW_TOKENS = 2
 PIECE = 1 << 20  # elements of a weight widened at a time: 4 MiB
 
 
@@ -36,7 +36,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N], all of one dtype -> x weight^T + bias, [T, N]; sums are in fp32."""
-    if has_onednn(weight.dtype) or len(x) <= FEW_ROWS:
+    if has_onednn(weight.dtype) or len(x) <= FEW_TOKENS:
         return torch_linear(x, weight, bias)
     wide = x.float()
     out = x.new_empty(len(x), len(weight))

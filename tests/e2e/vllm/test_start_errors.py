@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "null full_attn_layers": (linear(full_attn_layers=None), {}, "full_attn_layers", "missing"),
     "no KDA head_dim": (linear(head_dim=REMOVED), {}, "linear_attn_config.head_dim", "missing"),
     "KDA head_dim": (linear(head_dim=48), {}, "linear_attn_config.head_dim", "48"),
-    "convolution taps": (linear(short_conv_kernel_size=9), {}, "short_conv_kernel_size", "9"),
+    "convolution kernel size": (linear(short_conv_kernel_size=9), {}, "short_conv_kernel_size", "9"),
     "bounded gate": (linear(gate_lower_bound=-5.0), {}, "linear_attn_config.gate_lower_bound", "-5.0"),
     "heads over TP 3": ({}, {"tensor_parallel_size": 3}, "num_heads", "--tensor-parallel-size 3"),
     "heads over TP 8": ({}, {"tensor_parallel_size": 8}, "num_heads", "--tensor-parallel-size 8"),

@@ -170,8 +170,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "K3 full-rank gate": (changed(linear={"use_full_rank_gate": True}), "use_full_rank_gate is True; .* remove it"),
     "head dim": (changed(linear={"head_dim": 96}), "linear_attn_config.head_dim is 96; .* 16, 32, 64, 128"),
     "big head dim": (changed(linear={"head_dim": 256}), "linear_attn_config.head_dim is 256"),
-    "taps": (changed(linear={"short_conv_kernel_size": 8}), "short_conv_kernel_size is 8; .* one of 2, 3, 4"),
-    "no taps": (
+    "convolution kernel size": (
+        changed(linear={"short_conv_kernel_size": 8}),
+        "short_conv_kernel_size is 8; .* one of 2, 3, 4",
+    ),
+    "no convolution kernel size": (
         changed(linear={"short_conv_kernel_size": ...}),
         "linear_attn_config.short_conv_kernel_size is missing",
     ),
