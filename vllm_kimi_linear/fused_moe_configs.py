@@ -20,7 +20,7 @@ _ours: WeakSet[nn.Module] = WeakSet()
 
 
 def use_tables(experts: nn.Module) -> None:
-    """Look for tables of ours in steps through these experts."""
+    """Look for tables of ours in steps through these experts, which have a `layer_name`."""
     _ours.add(experts)
 
 
@@ -51,7 +51,7 @@ def _in_a_step_of_ours() -> bool:
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
     layers = get_forward_context().no_compile_layers if is_forward_context_available() else {}
-    return any(layer in _ours for layer in layers.values())
+    return any(layers.get(experts.layer_name) is experts for experts in _ours)  # asked often: the first one tells
 
 
 PATCH = Patch(
