@@ -58,7 +58,6 @@ PATCH = Patch(
     symptom="On an H200 the experts of this model run with tiles for no GPU in particular.",
     cause="vLLM looks for tables by GPU and sizes in a folder of its own and in VLLM_TUNED_CONFIG_FOLDER, which holds "
     "for every model and for other kernels of the process.",
-    upstream="Not reported yet.",
     remove_when="vLLM ships the tables in `fused_moe_tables/`, or a layer can name its own.",
     device="cuda",
     speed=True,

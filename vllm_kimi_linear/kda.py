@@ -66,12 +66,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
     With drafted tokens it has one block more for each, of the same make.
     """
 
-    def __init__(
-        self,
-        model_sizes: ModelSizes,
-        vllm_config: VllmConfig,
-        prefix: str,
-    ) -> None:
+    def __init__(self, model_sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.model_sizes = model_sizes
         self.model_config = vllm_config.model_config
@@ -129,36 +124,17 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         first, tokens = metadata.num_decode_tokens, metadata.num_tokens
         out[tokens:].zero_()  # tokens that pad a CUDA graph go on through the other layers
         if metadata.reordering is not None:
-            inputs, mixed, out = _tokens(inputs, metadata.reordering.tokens), out, torch.empty_like(out[:tokens])
-        params, state = self.kernel_params, self.state
-        if metadata.spec_decode is not None and first:
-            interface.spec_decode(
-                SpecDecodeArgs(
-                    _tokens(inputs, slice(first)),
-                    params,
-                    state,
-                    metadata.spec_decode.cu_seqlens,
-                    metadata.decode_state_indices,
-                    metadata.spec_decode.num_accepted_tokens,
-                    out[:first],
-                )
-            )
+            inputs, mixed, out = inputs[metadata.reordering.tokens], out, torch.empty_like(out[:tokens])
+        layer, spec, prefill = (self.kernel_params, self.state), metadata.spec_decode, metadata.prefill
+        if spec is not None and first:
+            table = (spec.cu_seqlens, metadata.decode_state_indices, spec.num_accepted_tokens)
+            interface.spec_decode(SpecDecodeArgs(inputs[:first], *layer, *table, out[:first]))
         elif first:
-            state_indices = metadata.decode_state_indices[:, 0]
-            interface.decode(DecodeArgs(_tokens(inputs, slice(first)), params, state, state_indices, out[:first]))
-        if metadata.prefill is not None:
-            interface.prefill(
-                PrefillArgs(
-                    _tokens(inputs, slice(first, tokens)),
-                    params,
-                    state,
-                    metadata.prefill.cu_seqlens,
-                    metadata.prefill_state_indices,
-                    metadata.prefill.has_initial_state,
-                    out[first:tokens],
-                    metadata.prefill_checkpoints,
-                )
-            )
+            interface.decode(DecodeArgs(inputs[:first], *layer, metadata.decode_state_indices[:, 0], out[:first]))
+        if prefill is not None:
+            table = (prefill.cu_seqlens, metadata.prefill_state_indices, prefill.has_initial_state)
+            ours = slice(first, tokens)
+            interface.prefill(PrefillArgs(inputs[ours], *layer, *table, out[ours], metadata.prefill_checkpoints))
         if metadata.reordering is not None:
             mixed[metadata.reordering.tokens] = out
 
@@ -169,17 +145,13 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         """
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
+        layer = self.kernel_params, state
         null = torch.zeros(1, dtype=torch.int32, device=out.device)
         for most, keeps in ((len(out), False), (SEGMENTED_TOKENS, True), (CHUNK_SIZE, False), (CHUNK_SIZE, True)):
             tokens = slice(min(most, len(out)))
             cu_seqlens = torch.tensor([0, tokens.stop], dtype=torch.int32, device=out.device)
             checkpoints = PrefillCheckpoints(cu_seqlens[1:], null) if keeps else None
-            some, has_initial_state = _tokens(inputs, tokens), null > 0
-            interface.prefill(
-                PrefillArgs(
-                    some, self.kernel_params, state, cu_seqlens, null, has_initial_state, out[tokens], checkpoints
-                )
-            )
+            interface.prefill(PrefillArgs(inputs[tokens], *layer, cu_seqlens, null, null > 0, out[tokens], checkpoints))
 
     @cached_property
     def kernel_params(self) -> KdaParams:
@@ -214,10 +186,6 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return state_dtypes(self.model_config, self.cache_config)
 
 
-def _tokens(inputs: KdaInputs, tokens: slice | torch.Tensor) -> KdaInputs:
-    return KdaInputs(inputs.qkv[tokens], inputs.g[tokens], inputs.beta[tokens], inputs.output_gate[tokens])
-
-
 @eager_break_during_capture
 def _kimi_delta_attention(
     qkv: torch.Tensor,
@@ -240,20 +208,9 @@ def _kimi_delta_attention(
         layer.warm_up(inputs, out)
 
 
-def _kimi_delta_attention_fake(
-    qkv: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    output_gate: torch.Tensor,
-    out: torch.Tensor,
-    layer_name: str,
-) -> None:
-    return
-
-
 direct_register_custom_op(
     op_name="kimi_delta_attention",
     op_func=_kimi_delta_attention,
     mutates_args=["out"],
-    fake_impl=_kimi_delta_attention_fake,
+    fake_impl=lambda *_, **__: None,
 )

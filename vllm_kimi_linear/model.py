@@ -107,18 +107,13 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
-        self.lm_head = (
-            ParallelLMHead(
-                self.sizes.vocab_size,
-                self.sizes.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
-            if get_pp_group().is_last_rank
-            else PPMissingLayer()
-        )
-        if self.sizes.tied_embeddings and get_pp_group().is_last_rank:
-            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.lm_head = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            prefix, quant_config = maybe_prefix(prefix, "lm_head"), vllm_config.quant_config
+            vocab, hidden = self.sizes.vocab_size, self.sizes.hidden_size
+            self.lm_head = ParallelLMHead(vocab, hidden, quant_config=quant_config, prefix=prefix)
+            if self.sizes.tied_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cpu():

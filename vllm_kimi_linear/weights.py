@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.log import logger
 
 # Parts of KdaInputProjection, of the gates' second factors and of the packed convolution, in the order they lie there.
 IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
@@ -24,8 +24,6 @@ EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
 SPARE = re.compile(r".*\.rotary_emb\.inv_freq")
 # Tensors of a model as transformers holds it while it runs, some stacked; it saves them in the original layout.
 RUNNING = re.compile(r".*\.(forget_gate\..*|conv1d\.weight|experts\.(gate_up|down)_proj)")
-
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
 class WeightError(ValueError):

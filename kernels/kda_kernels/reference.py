@@ -4,7 +4,6 @@ All functions take any floating-point dtype and compute in fp32, or in fp64 if t
 Shapes: T tokens, H heads, K key channels, V value channels; states are V-first, [..., V, K].
 """
 
-from dataclasses import fields
 from itertools import pairwise
 
 import torch
@@ -169,7 +168,7 @@ def prefill(args: PrefillArgs) -> None:
         stops = {offset for offset, _ in checkpoints if start < offset < end}
         for begin, stop in pairwise([start, *sorted(stops), end]):
             tokens = slice(begin, stop)
-            conv, recurrent = _run(_tokens(args.inputs, tokens), args.params, conv, recurrent, out[tokens])
+            conv, recurrent = _run(args.inputs[tokens], args.params, conv, recurrent, out[tokens])
             targets = [target for offset, target in checkpoints if offset == stop and start < stop]
             for target in [*targets, *([index] if stop == end else [])]:
                 state.conv[target] = conv.to(state.conv.dtype)
@@ -191,7 +190,7 @@ def spec_decode(args: SpecDecodeArgs) -> None:
             if target != before:
                 state.conv[target], state.recurrent[target] = state.conv[before], state.recurrent[before]
             one, index = slice(token, token + 1), args.state_indices.new_tensor([target])
-            decode(DecodeArgs(_tokens(args.inputs, one), args.params, state, index, out[one]))
+            decode(DecodeArgs(args.inputs[one], args.params, state, index, out[one]))
             before = target
 
 
@@ -199,10 +198,6 @@ def _checkpoints(checkpoints: PrefillCheckpoints) -> list[tuple[int, int]]:
     """(offset, state index) of those that are to be stored."""
     pairs = zip(checkpoints.checkpoint_offsets.tolist(), checkpoints.state_indices.tolist(), strict=True)
     return [(offset, index) for offset, index in pairs if index > 0]
-
-
-def _tokens(inputs: KdaInputs, tokens: slice) -> KdaInputs:
-    return KdaInputs(*(getattr(inputs, field.name)[tokens] for field in fields(inputs)))
 
 
 def _run(inputs: KdaInputs, params: KdaParams, conv: Tensor, recurrent: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

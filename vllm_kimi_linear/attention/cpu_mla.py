@@ -46,19 +46,11 @@ class CpuLatentBackend(MLACommonBackend):
     def get_name() -> str:
         return "KIMI_CPU_MLA"
 
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return [576]
-
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
         # Any multiple: were the runner to split blocks for us, its `_zero_block_ids` would clear, by manager
         # block number, kernel blocks that belong to other requests.
         return [MultipleOf(KERNEL_BLOCK)]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or block_size % KERNEL_BLOCK == 0
 
     @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
@@ -71,8 +63,6 @@ class CpuLatentBackend(MLACommonBackend):
 
 class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
     """The two attention paths; vLLM's MLAAttention absorbs W_UK and W_UV around the decode path."""
-
-    can_return_lse_for_decode: bool = False
 
     def __init__(
         self,
@@ -102,7 +92,6 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         self.key_dim: int = mla_args["qk_head_dim"]
         self.value_dim: int = mla_args["v_head_dim"]
         self.kv_b_proj = mla_args["kv_b_proj"]
-        self.supports_quant_query_input = False
         self.dcp_world_size = 1
 
     @cached_property

@@ -177,9 +177,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             decode_state_indices=self.state_indices,
             prefill_state_indices=self.state_indices[:0, 0],
             prefill_checkpoints=None,
-            spec_decode=self._spec_decode(common, num_accepted_tokens, reordering, count)
-            if self.draft_tokens
-            else None,
+            spec_decode=self._spec_decode(common, num_accepted_tokens, reordering, count),
             prefill=prefills,
             reordering=reordering,
         )
@@ -207,7 +205,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         num_accepted_tokens: torch.Tensor | None,
         reordering: Reordering | None,
         count: int,
-    ) -> SpecDecode:
+    ) -> SpecDecode | None:
+        if not self.draft_tokens:
+            return None
         cu_seqlens = common.query_start_loc
         if num_accepted_tokens is None:
             num_accepted_tokens = torch.ones_like(self.num_accepted_tokens)

@@ -4,6 +4,7 @@ Standard library only. Bytes are those of one tensor-parallel rank; `layers` (0-
 a pipeline stage.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil, floor, prod
@@ -95,11 +96,7 @@ class CacheLayout:
 
 def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
     """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
-    low = 0
-    while low < limit:
-        middle = (low + limit + 1) // 2
-        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, limit + 1), True, key=lambda context: not holds(context))
 
 
 def cache_layout(

@@ -91,6 +91,12 @@ def _show(value: Any) -> str:
     return "missing" if value is None else repr(value)
 
 
+def _only(config: Mapping[str, Any], name: str, value: Any, remedy: str, default: Any = None) -> None:
+    found = config.get(name, default)
+    if found != value or type(found) is not type(value):
+        raise ConfigError(f"{name} is {_show(found)}; {remedy}")
+
+
 def _list(config: Mapping[str, Any], name: str, kind: type, content: str) -> list[Any]:
     value = config.get(name)
     if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
@@ -129,8 +135,7 @@ def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
 
 def _check_fixed_fields(config: Mapping[str, Any]) -> None:
     """Fields of which one value is implemented."""
-    if config.get("model_type", "kimi_linear") != "kimi_linear":
-        raise ConfigError(f"model_type is {config['model_type']!r}; this implementation runs kimi_linear only")
+    _only(config, "model_type", "kimi_linear", "this implementation runs kimi_linear only", default="kimi_linear")
     names = config.get("architectures")
     if names is not None and names not in ([ARCHITECTURE], (ARCHITECTURE,)):
         raise ConfigError(f"architectures is {names!r}; it must be [{ARCHITECTURE!r}]")
@@ -144,13 +149,8 @@ def _check_fixed_fields(config: Mapping[str, Any]) -> None:
             f"quantization_config is of {method!r}; quantised checkpoints are not implemented for this model, "
             "serve the one in bfloat16"
         )
-    if config.get("hidden_act") != "silu":
-        raise ConfigError(f"hidden_act is {_show(config.get('hidden_act'))}; only 'silu' is implemented")
-    if config.get("mla_use_nope") is not True:
-        raise ConfigError(
-            f"mla_use_nope is {_show(config.get('mla_use_nope'))}; it must be true, "
-            "attention with rotary positions is not implemented"
-        )
+    _only(config, "hidden_act", "silu", "only 'silu' is implemented")
+    _only(config, "mla_use_nope", True, "it must be true, attention with rotary positions is not implemented")
     # rope_theta alone rotates nothing. A scaling rule may also change the softmax scale, so it is not harmless.
     rope = config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or (rope.get("rope_type") or rope.get("type") or "default") != "default":
@@ -195,17 +195,11 @@ def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     mla = _layer_list(config, f"{LINEAR}.full_attn_layers", layers)
     for number in range(1, layers + 1):
         if number in kda and number in mla:
-            raise ConfigError(
-                f"linear_attn_config has layer {number} in both kda_layers and full_attn_layers; keep it in one"
-            )
+            raise ConfigError(f"{LINEAR} has layer {number} in both kda_layers and full_attn_layers; keep it in one")
         if number not in kda and number not in mla:
-            raise ConfigError(
-                f"linear_attn_config has layer {number} in neither kda_layers nor full_attn_layers; add it to one"
-            )
+            raise ConfigError(f"{LINEAR} has layer {number} in neither kda_layers nor full_attn_layers; add it to one")
     if not mla:
-        raise ConfigError(
-            "linear_attn_config.full_attn_layers is []; give at least one MLA layer, the cache is paged by it"
-        )
+        raise ConfigError(f"{LINEAR}.full_attn_layers is []; give at least one MLA layer, the cache is paged by it")
     return tuple("kda" if number in kda else "mla" for number in range(1, layers + 1))
 
 
@@ -238,9 +232,7 @@ def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    activation = config.get("moe_router_activation_func", "sigmoid")
-    if activation != "sigmoid":
-        raise ConfigError(f"moe_router_activation_func is {activation!r}; only 'sigmoid' is implemented")
+    _only(config, "moe_router_activation_func", "sigmoid", "only 'sigmoid' is implemented", default="sigmoid")
     experts = _positive(config, "num_experts")
     groups = _whole(config, "num_expert_group", 1, default=1)
     kept = _whole(config, "topk_group", 1, default=1)

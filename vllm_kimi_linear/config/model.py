@@ -91,23 +91,16 @@ def check_cpu(model_sizes: ModelSizes) -> None:
             raise ConfigError(f"{name} is {found}; the CPU's MLA kernel holds only {needed}, serve this model on a GPU")
 
 
-def check_cache_dtypes(
-    kv_cache_dtype: str,
-    mamba_cache_dtype: str,
-    mamba_ssm_cache_dtype: str,
-    device: str,
-    model_dtype: str = "auto",
-) -> None:
+def check_cache_dtypes(kv_cache_dtype: str, mamba_cache_dtype: str, mamba_ssm_cache_dtype: str, device: str) -> None:
     """Raises ConfigError for a cache dtype that would be ignored or that no kernel here reads.
 
-    The names are the values of vLLM's flags; `device` is "cpu" or "cuda"; `model_dtype`, where known, is also
-    accepted by name. `mamba_cache_dtype` is the convolution state's, `mamba_ssm_cache_dtype` the recurrent one's.
+    The names are the values of vLLM's flags; `device` is "cpu" or "cuda". `mamba_cache_dtype` is the convolution
+    state's, `mamba_ssm_cache_dtype` the recurrent one's.
     """
-    same = {"auto", model_dtype}
     state = {"auto", "float32"} | ({"bfloat16"} if device == "cuda" else set())
     allowed = {
-        "kv-cache-dtype": (kv_cache_dtype, same),
-        "mamba-cache-dtype": (mamba_cache_dtype, same),
+        "kv-cache-dtype": (kv_cache_dtype, {"auto"}),
+        "mamba-cache-dtype": (mamba_cache_dtype, {"auto"}),
         "mamba-ssm-cache-dtype": (mamba_ssm_cache_dtype, state),
     }
     for flag, (value, choices) in allowed.items():

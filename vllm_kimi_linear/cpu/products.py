@@ -6,16 +6,16 @@ pieces of the weights are widened on the way, so that no second copy of the weig
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear as torch_linear
 from vllm import _custom_ops
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
+from vllm_kimi_linear.log import logger
 
 # Up to so many tokens torch's own product costs less than widening the weights.
 FEW_TOKENS = 2
@@ -47,28 +47,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-class PlainLinearMethod(UnquantizedLinearMethod):
-    """A linear layer that keeps its weight as it is and multiplies by `linear`."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = linear
-
-
-class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """The same of an embedding, or of the output matrix."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = linear
-
-
-PLAIN = {UnquantizedLinearMethod: PlainLinearMethod, UnquantizedEmbeddingMethod: PlainEmbeddingMethod}
-
-
 def use_plain_products(model: nn.Module) -> None:
     """Let layers of `model` that oneDNN cannot multiply run on `linear`. Call it before the weights are processed."""
     for module in model.modules():
-        plain = PLAIN.get(type(getattr(module, "quant_method", None)))
-        if plain is not None and not has_onednn(module.weight.dtype):
-            module.quant_method = plain()
+        method: Any = getattr(module, "quant_method", None)
+        if type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            continue
+        if not has_onednn(module.weight.dtype):
+            method.process_weights_after_loading = _keep_weight
             name = str(module.weight.dtype).removeprefix("torch.")
             logger.info_once("oneDNN has no %s product on this processor: weights are widened to fp32 in pieces", name)
+
+
+def _keep_weight(layer: nn.Module) -> None:
+    """As vLLM's methods of this name, which pack the weight: keep it as it is, and multiply by `linear`."""
+    layer.cpu_linear = linear

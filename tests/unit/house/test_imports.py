@@ -85,9 +85,3 @@ def test_what_is_imported_from_us_is_there(folder: str) -> None:
                 place = PACKAGES.get(top, ROOT).joinpath(*parts)
                 found = top not in OURS or place.is_dir() or place.with_suffix(".py").exists()
                 assert found, f"{path.relative_to(ROOT)}: {name}"
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_file_has_one_noun(package: str) -> None:
-    long = {path.name: len(path.read_text().splitlines()) for path in (PACKAGES[package] / package).rglob("*.py")}
-    assert not {name: lines for name, lines in long.items() if lines > 300}

@@ -42,10 +42,10 @@ class Problem:
         return self.cu_seqlens.diff().tolist()
 
     def part(self, start: int, end: int, sequence: int, has_initial_state: bool) -> "Problem":
-        """Rows start to end, all of one sequence, as a problem that shares this one's state and output."""
+        """Tokens start to end, all of one sequence, as a problem that shares this one's state and output."""
         tokens, picked = slice(start, end), slice(sequence, sequence + 1)
         return Problem(
-            KdaInputs(*(getattr(self.inputs, f.name)[tokens] for f in fields(KdaInputs))),
+            self.inputs[tokens],
             self.params,
             self.state,
             torch.tensor([0, end - start], dtype=torch.int32),

@@ -191,7 +191,7 @@ def test_spec_decode_gives_the_bits_of_decode(dtype, state_dtype, heads, dim, se
         here = state_indices[:, step].contiguous()
         for state in (single.state.conv, single.state.recurrent):
             state[here.long()] = state[before]
-        inputs = KdaInputs(*(getattr(single.inputs, f.name)[step::steps] for f in fields(KdaInputs)))
+        inputs = single.inputs[step::steps]
         cuda.decode(DecodeArgs(inputs, single.params, single.state, here, single.out[step::steps]))
         before = here.long()
     assert torch.equal(problem.out, single.out)

@@ -64,7 +64,7 @@ def step_by_step(spec, backend):
                 state = getattr(problem.state, name)
                 state[state_index] = state[before].clone()
             before, tokens = state_index, slice(row, row + 1)
-            inputs = KdaInputs(*(getattr(problem.inputs, f.name)[tokens] for f in fields(KdaInputs)))
+            inputs = problem.inputs[tokens]
             table = torch.tensor([state_index], dtype=torch.int32, device=problem.out.device)
             backend.decode(DecodeArgs(inputs, problem.params, problem.state, table, problem.out[tokens]))
 

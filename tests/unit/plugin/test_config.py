@@ -254,7 +254,6 @@ def test_latents_that_the_cpu_kernel_cannot_hold(field: str, value: int, needed:
     [
         ("auto", "auto", "auto", "cpu"),
         ("auto", "auto", "float32", "cpu"),
-        ("bfloat16", "bfloat16", "auto", "cpu", "bfloat16"),
         ("auto", "auto", "float32", "cuda"),
         ("auto", "auto", "bfloat16", "cuda"),
     ],
@@ -268,7 +267,7 @@ def test_cache_dtypes_accepted(dtypes: tuple[str, ...]):
     [
         (("fp8", "auto", "auto", "cpu"), "--kv-cache-dtype is fp8; on cpu this model takes auto"),
         (("fp8", "auto", "auto", "cuda"), "--kv-cache-dtype is fp8; on cuda"),
-        (("bfloat16", "auto", "auto", "cpu", "float32"), "--kv-cache-dtype is bfloat16; .* auto or float32"),
+        (("bfloat16", "auto", "auto", "cpu"), "--kv-cache-dtype is bfloat16; on cpu this model takes auto"),
         (("auto", "float16", "auto", "cpu"), "--mamba-cache-dtype is float16; on cpu this model takes auto"),
         (("auto", "auto", "bfloat16", "cpu"), "--mamba-ssm-cache-dtype is bfloat16; .* auto or float32"),
         (("auto", "auto", "float16", "cuda"), "--mamba-ssm-cache-dtype is float16; .* auto or bfloat16 or float32"),
