@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from kda_kernels import interface
-from vllm_kimi_linear import __version__
+from vllm_kimi_linear import ARCHITECTURE, __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
@@ -45,6 +45,20 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
             if cache.enable_prefix_caching:
                 check_block_size(cache.block_size, device)
+
+
+class OtherImplementationConfig(VerifyAndUpdateConfig):
+    """Stops the start of this model by an implementation of Transformers'; other models pass."""
+
+    # What vLLM calls the implementation that --model-impl=transformers chooses, without experts and with them.
+    ARCHITECTURES = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if ARCHITECTURE in model_config.architectures:
+            raise ConfigError(
+                f"--model-impl is {model_config.model_impl}; this model has an implementation of its own, leave it out"
+            )
 
 
 def check_tokenizer(model: ModelConfig) -> None:

@@ -24,8 +24,8 @@ REFUSED_FLAGS = """
     enable_eplb enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint gdn_prefill_backend kda_decode_backend kda_prefill_backend kv_cache_dtype
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend mamba_block_size mamba_cache_dtype
-    mamba_cache_philox_rounds offload_group_size prefill_context_parallel_size prefix_cache_retention_interval
-    prefix_match_unit quantization runner ubatch_size use_replayssm
+    mamba_cache_philox_rounds model_impl offload_group_size prefill_context_parallel_size
+    prefix_cache_retention_interval prefix_match_unit quantization runner ubatch_size use_replayssm
 """
 
 # Run by another file of the tests, which names it.

@@ -197,6 +197,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "True",
     ),
     "another KDA prefill": ({}, {"kda_prefill_backend": "triton"}, "--kda-prefill-backend", "triton"),
+    "another implementation": ({}, {"model_impl": "transformers"}, "--model-impl", "transformers"),
+    "another implementation, without experts": (
+        {"num_experts": 0},
+        {"model_impl": "transformers"},
+        "--model-impl",
+        "transformers",
+    ),
     "another KDA decode": ({}, {"kda_decode_backend": "triton"}, "--kda-decode-backend", "triton"),
 }
 ACCEPTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
