@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDERS = ("vllm_kimi_linear", "kernels", "server", "examples/kimi_demo")
+FOLDERS = ("vllm_kimi_linear", "kernels", "server", "examples", "deploy", "benchmarks", "tests")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
