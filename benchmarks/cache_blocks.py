@@ -155,10 +155,10 @@ def bytes_table() -> list[str]:
         "",
         "## Bytes, by arithmetic (`cache/layout.py`, `cache/policy.py`)",
         "",
-        "bf16, a rank. Waste: what a decoding sequence of 4,096 tokens holds beyond its state and latents. Snapshots:",
-        "the states that a prompt leaves in the prefix cache, all evictable; beside them the latents of its tokens.",
+        "bf16, a rank. Waste: what a decoding sequence of 4,096 tokens holds beyond its state and latents.",
+        "Checkpoints: the states that a prompt leaves in the prefix cache, all evictable; beside them its latents.",
         "",
-        "| ranks | state | block | waste at 4K | snapshots of 4K | of 100K | of 1M | latents of 4K | of 100K | of 1M |",
+        "| ranks | state | block | waste | checkpoints of 4K | of 100K | of 1M | latents of 4K | of 100K | of 1M |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     config = json.loads(CONFIG.read_text())
@@ -177,9 +177,9 @@ def bytes_table() -> list[str]:
             needed = plan.kda_state_bytes_per_sequence + lengths[0] * plan.mla_bytes_per_token
             waste = plan.bytes_per_sequence(lengths[0]) / needed - 1
             kept = [len(kept_boundaries(length // plan.block_tokens)) for length in lengths]
-            snapshots = [f"{count}, {count * plan.checkpoint_bytes / GIB:.2f} GiB" for count in kept]
+            checkpoints = [f"{count}, {count * plan.checkpoint_bytes / GIB:.2f} GiB" for count in kept]
             latents = [f"{length * plan.mla_bytes_per_token / GIB:.2f} GiB" for length in lengths]
-            cells = [str(ranks), state, f"{plan.block_tokens} tokens", f"{waste:.1%}", *snapshots, *latents]
+            cells = [str(ranks), state, f"{plan.block_tokens} tokens", f"{waste:.1%}", *checkpoints, *latents]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

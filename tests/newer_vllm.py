@@ -34,6 +34,7 @@ TESTS = (
     "e2e/plugin/test_scheduled_states.py",
     "unit/plugin/test_kda_step.py",
     "unit/plugin/test_config.py",
+    "unit/plugin/test_config_kinds.py",
     "unit/plugin/test_weights.py",
 )
 

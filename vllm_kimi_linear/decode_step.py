@@ -6,15 +6,13 @@ Whether a model can is decided once, whether a step does by its tokens; a CUDA g
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.log import logger
 
 MAX_TOKENS = 8
-
-logger = init_logger("vllm.kimi_linear")
 
 
 def why_not(vllm_config: VllmConfig, sizes: ModelSizes) -> str | None:

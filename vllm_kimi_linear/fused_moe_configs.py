@@ -1,4 +1,4 @@
-"""Tiles for the experts on GPUs for which vLLM has none, made by `benchmarks/expert_tiles.py`.
+"""Tiles for the experts on GPUs for which vLLM has none, made by `kernels/bench/expert_tiles.py`.
 
 A table is read in steps through experts that were handed to `use_tables` alone. A folder that the user names takes its
 place.
@@ -20,7 +20,7 @@ _ours: WeakSet[nn.Module] = WeakSet()
 
 
 def use_tables(experts: nn.Module) -> None:
-    """Look for tables of ours in steps through these experts."""
+    """Look for tables of ours in steps through these experts, which have a `layer_name`."""
     _ours.add(experts)
 
 
@@ -51,14 +51,13 @@ def _in_a_step_of_ours() -> bool:
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
     layers = get_forward_context().no_compile_layers if is_forward_context_available() else {}
-    return any(layer in _ours for layer in layers.values())
+    return any(layers.get(experts.layer_name) is experts for experts in _ours)  # asked often: the first one tells
 
 
 PATCH = Patch(
     symptom="On an H200 the experts of this model run with tiles for no GPU in particular.",
     cause="vLLM looks for tables by GPU and sizes in a folder of its own and in VLLM_TUNED_CONFIG_FOLDER, which holds "
     "for every model and for other kernels of the process.",
-    upstream="Not reported yet.",
     remove_when="vLLM ships the tables in `fused_moe_tables/`, or a layer can name its own.",
     device="cuda",
     speed=True,

@@ -1,4 +1,4 @@
-"""The KDA mixer: projections -> convolution, gates, recurrence, gated norm (one kernel) -> output projection."""
+"""Kimi Delta Attention: projections -> convolution, gates, recurrence, gated norm (one kernel) -> output projection."""
 
 from functools import cached_property
 
@@ -41,7 +41,7 @@ def _load_heads(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
 
 
 def _load_conv(param: nn.Parameter, loaded_weight: torch.Tensor, shard: int) -> None:
-    """Load this rank's channels of q_, k_ or v_conv1d.weight [P, 1, taps] into the packed [3P, taps]."""
+    """Load this rank's channels of q_, k_ or v_conv1d.weight [P, 1, W] into the packed [3P, W]."""
     rows = param.shape[0] // 3
     part = loaded_weight.squeeze(1).narrow(0, get_tensor_model_parallel_rank() * rows, rows)
     param.data.narrow(0, shard * rows, rows).copy_(part)
@@ -61,17 +61,12 @@ def state_dtypes(model: ModelConfig, cache: CacheConfig) -> tuple[torch.dtype, t
 class KimiDeltaAttention(nn.Module, MambaBase):
     """One KDA layer of one tensor-parallel rank (docs/kda.md sections 1 to 5).
 
-    Its state lives in vLLM's paged cache, one block a sequence: the last taps-1 projections
-    [taps-1, 3P] in the activation dtype, then the recurrent state [H, V, K] in fp32 or as asked.
+    Its state lives in vLLM's paged cache, one block a sequence: the last W-1 projections
+    [W-1, 3P] in the activation dtype, then the recurrent state [H, V, K] in fp32 or as asked.
     With drafted tokens it has one block more for each, of the same make.
     """
 
-    def __init__(
-        self,
-        model_sizes: ModelSizes,
-        vllm_config: VllmConfig,
-        prefix: str,
-    ) -> None:
+    def __init__(self, model_sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.model_sizes = model_sizes
         self.model_config = vllm_config.model_config
@@ -140,61 +135,38 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return g, output_gate
 
     def run(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:
-        """Run the kernels on the rows of one step; `out` [T, P] is written, the state updated in place."""
+        """Run the kernels on the tokens of one step; `out` [T, P] is written, the state updated in place."""
         first, tokens = metadata.num_decode_tokens, metadata.num_tokens
-        out[tokens:].zero_()  # rows that pad a CUDA graph go on through the other layers
+        out[tokens:].zero_()  # tokens that pad a CUDA graph go on through the other layers
         if metadata.reordering is not None:
-            inputs, mixed, out = _rows(inputs, metadata.reordering.rows), out, torch.empty_like(out[:tokens])
-        params, state = self.kernel_params, self.state
-        if metadata.spec_decode is not None and first:
-            interface.spec_decode(
-                SpecDecodeArgs(
-                    _rows(inputs, slice(first)),
-                    params,
-                    state,
-                    metadata.spec_decode.cu_seqlens,
-                    metadata.decode_state_indices,
-                    metadata.spec_decode.num_accepted_tokens,
-                    out[:first],
-                )
-            )
+            inputs, mixed, out = inputs[metadata.reordering.tokens], out, torch.empty_like(out[:tokens])
+        layer, spec, prefill = (self.kernel_params, self.state), metadata.spec_decode, metadata.prefill
+        if spec is not None and first:
+            table = (spec.cu_seqlens, metadata.decode_state_indices, spec.num_accepted_tokens)
+            interface.spec_decode(SpecDecodeArgs(inputs[:first], *layer, *table, out[:first]))
         elif first:
-            state_indices = metadata.decode_state_indices[:, 0]
-            interface.decode(DecodeArgs(_rows(inputs, slice(first)), params, state, state_indices, out[:first]))
-        if metadata.prefill is not None:
-            interface.prefill(
-                PrefillArgs(
-                    _rows(inputs, slice(first, tokens)),
-                    params,
-                    state,
-                    metadata.prefill.cu_seqlens,
-                    metadata.prefill_state_indices,
-                    metadata.prefill.has_initial_state,
-                    out[first:tokens],
-                    metadata.prefill_checkpoints,
-                )
-            )
+            interface.decode(DecodeArgs(inputs[:first], *layer, metadata.decode_state_indices[:, 0], out[:first]))
+        if prefill is not None:
+            table = (prefill.cu_seqlens, metadata.prefill_state_indices, prefill.has_initial_state)
+            ours = slice(first, tokens)
+            interface.prefill(PrefillArgs(inputs[ours], *layer, *table, out[ours], metadata.prefill_checkpoints))
         if metadata.reordering is not None:
-            mixed[metadata.reordering.rows] = out
+            mixed[metadata.reordering.tokens] = out
 
     def warm_up(self, inputs: KdaInputs, out: torch.Tensor) -> None:
-        """Prefills on the null state: of all rows, for the memory of a real one; of a few, to compile what it calls.
+        """Prefills on the null state: of all tokens, for the memory of a real one; of a few, to compile what it calls.
 
         Kernels differ for sequences long enough to be split, and where states are kept at block boundaries.
         """
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
+        layer = self.kernel_params, state
         null = torch.zeros(1, dtype=torch.int32, device=out.device)
         for most, keeps in ((len(out), False), (SEGMENTED_TOKENS, True), (CHUNK_SIZE, False), (CHUNK_SIZE, True)):
-            rows = slice(min(most, len(out)))
-            cu_seqlens = torch.tensor([0, rows.stop], dtype=torch.int32, device=out.device)
+            tokens = slice(min(most, len(out)))
+            cu_seqlens = torch.tensor([0, tokens.stop], dtype=torch.int32, device=out.device)
             checkpoints = PrefillCheckpoints(cu_seqlens[1:], null) if keeps else None
-            some, has_initial_state = _rows(inputs, rows), null > 0
-            interface.prefill(
-                PrefillArgs(
-                    some, self.kernel_params, state, cu_seqlens, null, has_initial_state, out[rows], checkpoints
-                )
-            )
+            interface.prefill(PrefillArgs(inputs[tokens], *layer, cu_seqlens, null, null > 0, out[tokens], checkpoints))
 
     @cached_property
     def kernel_params(self) -> KdaParams:
@@ -229,10 +201,6 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         return state_dtypes(self.model_config, self.cache_config)
 
 
-def _rows(inputs: KdaInputs, rows: slice | torch.Tensor) -> KdaInputs:
-    return KdaInputs(inputs.qkv[rows], inputs.g[rows], inputs.beta[rows], inputs.output_gate[rows])
-
-
 @eager_break_during_capture
 def _kimi_delta_attention(
     qkv: torch.Tensor,
@@ -255,20 +223,9 @@ def _kimi_delta_attention(
         layer.warm_up(inputs, out)
 
 
-def _kimi_delta_attention_fake(
-    qkv: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    output_gate: torch.Tensor,
-    out: torch.Tensor,
-    layer_name: str,
-) -> None:
-    return
-
-
 direct_register_custom_op(
     op_name="kimi_delta_attention",
     op_func=_kimi_delta_attention,
     mutates_args=["out"],
-    fake_impl=_kimi_delta_attention_fake,
+    fake_impl=lambda *_, **__: None,
 )

@@ -1,4 +1,6 @@
-"""The NoPE MLA mixer, thin over vLLM's own attention layer (docs/kda.md section 9)."""
+"""NoPE MLA, thin over vLLM's own attention layer (docs/kda.md section 9)."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ class KimiLatentAttention(nn.Module):
     def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         g = sizes
-        quant_config = vllm_config.quant_config
+        plain: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         self.num_heads = divide(g.attention_heads, get_tensor_model_parallel_world_size())
         self.latent_dim, self.shared_dim, self.value_dim = g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim
         self.key_dim = g.qk_nope_head_dim + g.qk_rope_head_dim
@@ -32,23 +34,18 @@ class KimiLatentAttention(nn.Module):
         self.in_proj = InputProjection(
             g.hidden_size,
             {"split": [g.attention_heads * self.key_dim], "whole": [self.latent_dim + self.shared_dim]},
-            quant_config,
+            vllm_config.quant_config,
             f"{prefix}.in_proj",
         )
         self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
         self.kv_b_proj = ColumnParallelLinear(
             self.latent_dim,
             g.attention_heads * (g.qk_nope_head_dim + self.value_dim),
-            bias=False,
-            quant_config=quant_config,
             prefix=f"{prefix}.kv_b_proj",
+            **plain,
         )
         self.o_proj = RowParallelLinear(
-            g.attention_heads * self.value_dim,
-            g.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
+            g.attention_heads * self.value_dim, g.hidden_size, prefix=f"{prefix}.o_proj", **plain
         )
         backend = None
         if current_platform.is_cpu():
@@ -65,7 +62,7 @@ class KimiLatentAttention(nn.Module):
             kv_lora_rank=self.latent_dim,
             kv_b_proj=self.kv_b_proj,
             cache_config=vllm_config.cache_config,
-            quant_config=quant_config,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
             attn_backend=backend,
         )

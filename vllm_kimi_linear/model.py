@@ -31,13 +31,13 @@ from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
 
 
 class KimiDecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the residual travels beside the hidden states."""
 
     def __init__(self, sizes: ModelSizes, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         index = int(prefix.rsplit(".", 1)[1])
-        mixer = KimiDeltaAttention if sizes.layer_types[index] == "kda" else KimiLatentAttention
-        self.self_attn = mixer(sizes, vllm_config, f"{prefix}.self_attn")
+        attention = KimiDeltaAttention if sizes.layer_types[index] == "kda" else KimiLatentAttention
+        self.self_attn = attention(sizes, vllm_config, f"{prefix}.self_attn")
         if sizes.layer_moe[index]:
             self.block_sparse_moe = MixtureOfExperts(sizes, vllm_config.quant_config, f"{prefix}.block_sparse_moe")
         else:
@@ -126,18 +126,13 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
-        self.lm_head = (
-            ParallelLMHead(
-                self.sizes.vocab_size,
-                self.sizes.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
-            if get_pp_group().is_last_rank
-            else PPMissingLayer()
-        )
-        if self.sizes.tied_embeddings and get_pp_group().is_last_rank:
-            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.lm_head = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            prefix, quant_config = maybe_prefix(prefix, "lm_head"), vllm_config.quant_config
+            vocab, hidden = self.sizes.vocab_size, self.sizes.hidden_size
+            self.lm_head = ParallelLMHead(vocab, hidden, quant_config=quant_config, prefix=prefix)
+            if self.sizes.tied_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if current_platform.is_cpu():
@@ -157,7 +152,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Token ids [T] -> final hidden states [T, hidden_size]. Positions are unused: neither mixer has any."""
+        """Token ids [T] -> final hidden states [T, hidden_size]. Neither kind of attention uses positions."""
         return self.model(input_ids, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

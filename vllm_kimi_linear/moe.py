@@ -1,5 +1,7 @@
 """The two feed-forward blocks, thin over vLLM's layers: a gated MLP and a mixture of experts with a shared one."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
@@ -29,20 +31,12 @@ class GatedMlp(nn.Module):
         reduce_results: bool = True,
     ) -> None:
         super().__init__()
+        plain: dict[str, Any] = {"bias": False, "quant_config": quant_config}
         self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
-            [intermediate_size] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
+            hidden_size, [intermediate_size] * 2, prefix=f"{prefix}.gate_up_proj", **plain
         )
         self.down_proj = RowParallelLinear(
-            intermediate_size,
-            hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.down_proj",
+            intermediate_size, hidden_size, reduce_results=reduce_results, prefix=f"{prefix}.down_proj", **plain
         )
         self.activation = SiluAndMul()
 

@@ -13,13 +13,15 @@ from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.hf import CheckedConfig
 from vllm_kimi_linear.patches import all as patches
 from vllm_kimi_linear.supported import versions
-from vllm_kimi_linear.validation import KimiLinearForCausalLMConfig, report_install
+from vllm_kimi_linear.validation import KimiLinearForCausalLMConfig, OtherImplementationConfig, report_install
 
 
 def register() -> None:
     """Idempotent."""
     report_install()
     MODELS_CONFIG_MAP[ARCHITECTURE] = KimiLinearForCausalLMConfig
+    for other in OtherImplementationConfig.ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(other, OtherImplementationConfig)
     _CONFIG_REGISTRY["kimi_linear"] = CheckedConfig
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_kimi_linear.model:{ARCHITECTURE}")
     register_backend(

@@ -7,21 +7,19 @@ read: the earliest place where the model's config, the parallelism and the cache
 import torch
 import transformers
 from vllm.config import ModelConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from kda_kernels import interface
-from vllm_kimi_linear import __version__
+from vllm_kimi_linear import ARCHITECTURE, __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
 from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.log import logger
 from vllm_kimi_linear.patches.patch import serve_ours
 from vllm_kimi_linear.supported import install_check, versions
-
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
 class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
@@ -30,20 +28,15 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         sizes = configured.model_sizes(vllm_config)
-        cache = vllm_config.cache_config
+        cache, device = vllm_config.cache_config, current_platform.device_type
         if not versions.is_known():
             cache.enable_prefix_caching = False
             logger.warning_once("Kimi Linear: %s.", versions.unsupported())
         else:
             serve_ours()
-        if current_platform.is_cpu():
+        if device == "cpu":
             check_cpu(sizes)
-        check_cache_dtypes(
-            cache.cache_dtype,
-            cache.mamba_cache_dtype,
-            cache.mamba_ssm_cache_dtype,
-            current_platform.device_type,
-        )
+        check_cache_dtypes(cache.cache_dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype, device)
         check_flags(vllm_config, states=bool(sizes.kda_layers))
         check_tokenizer(vllm_config.model_config)
         if sizes.kda_layers:
@@ -51,7 +44,21 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
             cache.block_size = configured.cache_layout(vllm_config, 0).block_tokens
             cache.user_specified_block_size = True
             if cache.enable_prefix_caching:
-                check_block_size(cache.block_size, current_platform.device_type)
+                check_block_size(cache.block_size, device)
+
+
+class OtherImplementationConfig(VerifyAndUpdateConfig):
+    """Stops the start of this model by an implementation of Transformers'; other models pass."""
+
+    # What vLLM calls the implementation that --model-impl=transformers chooses, without experts and with them.
+    ARCHITECTURES = ("TransformersForCausalLM", "TransformersMoEForCausalLM")
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if ARCHITECTURE in model_config.architectures:
+            raise ConfigError(
+                f"--model-impl is {model_config.model_impl}; this model has an implementation of its own, leave it out"
+            )
 
 
 def check_tokenizer(model: ModelConfig) -> None:

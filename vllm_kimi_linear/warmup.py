@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 
-logger = init_logger("vllm.kimi_linear")
+from vllm_kimi_linear.log import logger
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.log import logger
 
 # Parts of a mixer's input projection, of the gates' second factors and of the packed convolution, as they lie there.
 MLA_IN_PROJ = ("q_proj", "kv_a_proj_with_mqa")
@@ -25,8 +25,6 @@ EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
 SPARE = re.compile(r".*\.rotary_emb\.inv_freq")
 # Tensors of a model as transformers holds it while it runs, some stacked; it saves them in the original layout.
 RUNNING = re.compile(r".*\.(forget_gate\..*|conv1d\.weight|experts\.(gate_up|down)_proj)")
-
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
 class WeightError(ValueError):

@@ -83,10 +83,10 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList([Norm(HIDDEN), Norm(HIDDEN)])
-        self.mixer, self.mlp = DeltaAttention(HIDDEN, HEADS, DIM), Mlp(HIDDEN, 4 * HIDDEN)
+        self.attention, self.mlp = DeltaAttention(HIDDEN, HEADS, DIM), Mlp(HIDDEN, 4 * HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norms[0](x))
+        x = x + self.attention(self.norms[0](x))
         return x + self.mlp(self.norms[1](x))
 
 

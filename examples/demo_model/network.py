@@ -28,19 +28,19 @@ class Norm(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Section 2: each channel's causal filter of four taps, then SiLU. [B, T, C] -> [B, T, C]."""
+    """Section 2: each channel's causal convolution of four tokens, then SiLU. [B, T, C] -> [B, T, C]."""
 
-    TAPS = 4
+    KERNEL_SIZE = 4
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        weight = torch.zeros(channels, 1, self.TAPS).uniform_(-0.5, 0.5)
+        weight = torch.zeros(channels, 1, self.KERNEL_SIZE).uniform_(-0.5, 0.5)
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.pad(x, (0, 0, self.TAPS - 1, 0))
-        taps = self.weight[:, 0].to(x.dtype).unbind(1)
-        shifted = (rows[:, tap : tap + x.shape[1]] * weight for tap, weight in enumerate(taps))
+        padded = F.pad(x, (0, 0, self.KERNEL_SIZE - 1, 0))
+        weights = self.weight[:, 0].to(x.dtype).unbind(1)
+        shifted = (padded[:, i : i + x.shape[1]] * weight for i, weight in enumerate(weights))
         return F.silu(sum(shifted, start=torch.zeros((), dtype=x.dtype, device=x.device)))
 
 
@@ -71,21 +71,21 @@ class DeltaAttention(nn.Module):
                 (self.v_conv1d, self.v_proj),
             )
         )
-        forget = self.f_b_proj(self.f_a_proj(x)).view(shape)
-        gate = self.g_b_proj(self.g_a_proj(x)).view(shape)
-        out = recurrence(q, k, v, forget, self.b_proj(x), self.A_log.view(-1), self.dt_bias)
-        return self.o_proj((self.o_norm(out).float() * gate.float().sigmoid()).to(x.dtype).flatten(2))
+        raw_g = self.f_b_proj(self.f_a_proj(x)).view(shape)
+        output_gate = self.g_b_proj(self.g_a_proj(x)).view(shape)
+        out = recurrence(q, k, v, raw_g, self.b_proj(x), self.A_log.view(-1), self.dt_bias)
+        return self.o_proj((self.o_norm(out).float() * output_gate.float().sigmoid()).to(x.dtype).flatten(2))
 
 
-def recurrence(q: Tensor, k: Tensor, v: Tensor, forget: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """q, k, v, forget [B, T, H, D], beta [B, T, H] before its sigmoid -> o [B, T, H, D] of section 4."""
+def recurrence(q: Tensor, k: Tensor, v: Tensor, raw_g: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """q, k, v, raw_g [B, T, H, D], beta [B, T, H] before its sigmoid -> o [B, T, H, D] of section 4."""
     beta = beta.float().sigmoid()
     if q.is_cuda:
         out, _ = _chunk_kda()(
             q,
             k,
             v,
-            forget,
+            raw_g,
             beta.to(q.dtype),
             A_log=a_log,
             dt_bias=dt_bias,
@@ -96,7 +96,7 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, forget: Tensor, beta: Tensor, a_
     from kda_kernels import reference
 
     batch, _, heads, dim = q.shape
-    g = reference.kda_gate(forget.float(), a_log, dt_bias)
+    g = reference.kda_gate(raw_g.float(), a_log, dt_bias)
     q, k = reference.l2norm(q.float()) * dim**-0.5, reference.l2norm(k.float())
     # Heads of all sequences side by side, as the reference takes one sequence.
     q, k, v32, g, beta = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v.float(), g, beta))

@@ -1,6 +1,8 @@
-"""Problems of the sizes that are timed: random rows at trained scale, views as the model makes them."""
+"""Problems of the sizes that are timed: random inputs at trained scale, views as the model makes them."""
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,16 @@ class Case:
     has_initial_state: Tensor
     out: Tensor
 
-    def decode(self, backend, state_indices: Tensor) -> None:
+    def decode(self, backend: ModuleType, state_indices: Tensor) -> None:
         backend.decode(DecodeArgs(self.inputs, self.params, self.state, state_indices, self.out))
 
-    def prefill(self, backend) -> None:
+    def prefill(self, backend: ModuleType) -> None:
         table = (self.cu_seqlens, self.state_indices, self.has_initial_state)
         backend.prefill(PrefillArgs(self.inputs, self.params, self.state, *table, self.out))
 
-    def spec_decode(self, backend, cu_seqlens: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor) -> None:
+    def spec_decode(
+        self, backend: ModuleType, cu_seqlens: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor
+    ) -> None:
         table = (cu_seqlens, state_indices, num_accepted_tokens)
         backend.spec_decode(SpecDecodeArgs(self.inputs, self.params, self.state, *table, self.out))
 
@@ -41,19 +45,19 @@ def make(
     device: str = "cuda",
     seed: int = 0,
 ) -> Case:
-    """bf16 rows; q|k|v, beta and the two low-rank halves are views of one buffer, as the model's GEMM leaves them."""
-    make = torch.Generator(device).manual_seed(seed)
-    rows, width, sequences = sum(lengths), heads * dim, len(lengths)
+    """bf16 inputs; q|k|v, beta and the two low-rank halves are views of one buffer, as the model's GEMM leaves them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens, width, sequences = sum(lengths), heads * dim, len(lengths)
     states = states or sequences + 1
-    options = {"device": device, "generator": make}
+    options: Any = {"device": device, "generator": generator}
     bf16 = torch.bfloat16
-    packed = torch.empty(rows, 3 * width + heads + 2 * dim, dtype=bf16, device=device)
-    for begin in range(0, rows, 65536):
+    packed = torch.empty(tokens, 3 * width + heads + 2 * dim, dtype=bf16, device=device)
+    for begin in range(0, tokens, 65536):
         part = packed[begin : begin + 65536]
         part.copy_(torch.randn(part.shape, **options))
-    g, output_gate = (torch.empty(rows, width, dtype=bf16, device=device) for _ in range(2))
+    g, output_gate = (torch.empty(tokens, width, dtype=bf16, device=device) for _ in range(2))
     for tensor in (g, output_gate):
-        for begin in range(0, rows, 65536):
+        for begin in range(0, tokens, 65536):
             tensor[begin : begin + 65536].copy_(torch.randn(tensor[begin : begin + 65536].shape, **options))
     params = KdaParams(
         conv_weight=torch.randn(3 * width, conv_kernel_size, **options) * 0.5,
@@ -66,7 +70,7 @@ def make(
         torch.randn(states, conv_kernel_size - 1, 3 * width, **options).to(bf16),
         torch.empty(states, heads, dim, dim, dtype=state_dtype, device=device),
     )
-    state.recurrent.copy_(torch.randn(heads, dim, dim, **options))  # the same in all slots: random, and quick
+    state.recurrent.copy_(torch.randn(heads, dim, dim, **options))  # the same for all sequences: random, and quick
     return Case(
         KdaInputs(packed[:, : 3 * width], g, packed[:, 3 * width : 3 * width + heads], output_gate),
         params,
@@ -74,5 +78,5 @@ def make(
         torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32),
         torch.randperm(states - 1, **options)[:sequences].add(1).to(torch.int32),
         torch.full((sequences,), has_initial_state, device=device),
-        torch.empty(rows, width, dtype=bf16, device=device),
+        torch.empty(tokens, width, dtype=bf16, device=device),
     )

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel, compiled for sm_90. Needs no GPU.
 
-PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchmarks/compiled.md
+PYTHONPATH=kernels python -m bench.compiled --out docs/benchmarks/compiled.md
 """
 
 import argparse
@@ -8,7 +8,9 @@ import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,22 +18,56 @@ from triton.compiler import ASTSource
 
 from kda_kernels.constants import CHUNK_SIZE
 
+Flags = dict[str, Any]  # options of a launch, or constants of a kernel
 MODULES = ("decode", "spec_decode", "prefill", "conv_gate", "chunk_intra", "chunk_delta_h", "chunk_o", "index")
-COMMAND = "PYTHONPATH=kernels python kernels/bench/compiled.py --out docs/benchmarks/compiled.md"
+COMMAND = "PYTHONPATH=kernels python -m bench.compiled --out docs/benchmarks/compiled.md"
 # Dtypes of pointers by argument name; every argument not named here is an int32 or, if capital, a constant.
-ACTIVATIONS = ("qkv", "g", "beta", "output_gate", "conv_state", "norm_weight", "out")
-TABLES = ("state_indices", "cu_seqlens", "chunk_seq_idx", "chunk_offsets", "segment_seq_idx", "segment_offsets")
-TABLES += ("num_accepted_tokens", "checkpoint_offsets", "checkpoint_state_indices")
-FLOATS = ("conv_weight", "A_log", "dt_bias", "recurrent_state", "decay", "u_scale", "v_scales", "beta_out", "g_cumsum")
-FLOATS += ("h_scale", "initial_states", "transitions")
-OPERANDS = ("w", "u", "qg", "kg", "Aqk", "h", "q", "k", "v")
-POINTERS = {"*bf16": ACTIVATIONS, "*i32": TABLES, "*fp32": FLOATS, "*fp16": OPERANDS, "*i1": ("has_initial_state",)}
+ACTIVATIONS = ["qkv", "g", "beta", "output_gate", "conv_state", "norm_weight", "out"]
+TABLES = [
+    "state_indices",
+    "cu_seqlens",
+    "chunk_seq_idx",
+    "chunk_offsets",
+    "segment_seq_idx",
+    "segment_offsets",
+    "num_accepted_tokens",
+    "checkpoint_offsets",
+    "checkpoint_state_indices",
+]
+FLOATS = [
+    "conv_weight",
+    "A_log",
+    "dt_bias",
+    "recurrent_state",
+    "decay",
+    "u_scale",
+    "v_scales",
+    "beta_out",
+    "g_cumsum",
+    "h_scale",
+    "initial_states",
+    "transitions",
+]
+OPERANDS = ["w", "u", "qg", "kg", "Aqk", "h", "q", "k", "v"]
+POINTERS = {"*bf16": ACTIVATIONS, "*i32": TABLES, "*fp32": FLOATS, "*fp16": OPERANDS, "*i1": ["has_initial_state"]}
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"norm_eps": "fp32"}
-UNALIGNED = ("begin", "end", "length", "heads", "chunks", "num_sequences", "beta_stride", "num_tokens", "max_query_len")
-UNALIGNED += ("num_checkpoints", "sequences", "least")
+UNALIGNED = [
+    "begin",
+    "end",
+    "length",
+    "heads",
+    "chunks",
+    "num_sequences",
+    "beta_stride",
+    "num_tokens",
+    "max_query_len",
+    "num_checkpoints",
+    "sequences",
+    "least",
+]
 
 
-def report(kernel, types: dict[str, str], options: dict[str, int | bool], constants: dict[str, int | bool]):
+def report(kernel: Any, types: dict[str, str], options: Flags, constants: Flags) -> list[str]:
     """[registers, bytes of stack (spills), shared bytes, HGMMA instructions] of one compiled variant."""
     options = dict(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
@@ -51,11 +87,12 @@ def report(kernel, types: dict[str, str], options: dict[str, int | bool], consta
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return [registers, stack, str(compiled.metadata.shared), str(code.count("HGMMA"))]
+    used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert used, usage
+    return [*used.groups(), str(compiled.metadata.shared), str(code.count("HGMMA"))]
 
 
-def variants(dim: int):
+def variants(dim: int) -> Iterator[tuple[str, Any, dict[str, str], Flags, Flags]]:
     """(name, kernel, argument types, launch options, constants) of what runs for bf16 inputs and a convolution of 4."""
     decode, spec_decode, prefill, conv_gate, chunk_intra, chunk_delta_h, chunk_o, index = (
         importlib.import_module(f"kda_kernels.cuda.{name}") for name in MODULES

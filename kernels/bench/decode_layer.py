@@ -1,17 +1,16 @@
 """A decode step's layer in few launches: every kernel alone and the layer as a chain, beside the bytes they read.
 
-PYTHONPATH=kernels python kernels/bench/decode_layer.py [--ranks 4] [--tokens 1 2 4] [--tune]
+PYTHONPATH=kernels python -m bench.decode_layer [--ranks 4] [--tokens 1 2 4] [--tune]
 """
 
 import argparse
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from timing import copy_bandwidth, graph_time
 from torch import Tensor
 
+from bench.timing import copy_bandwidth, graph_time
 from decode_kernels import interface
 from kda_kernels.interface import KdaParams, KdaState
 
@@ -60,9 +59,9 @@ class Layer:
         return interface.linear(self.out, self.o_proj, **tile)
 
     def router(self, **tile: int) -> tuple[Tensor, ...]:
-        choice = partial(interface.router, top_k=TOP_K, renormalize=True, scale=2.4)
         norm = (self.x, self.residual, self.norm, EPS)
-        return choice(*norm, self.gate, self.bias, self.shared_up, self.done, **tile)
+        weights = (self.gate, self.bias, self.shared_up, self.done)
+        return interface.router(*norm, *weights, top_k=TOP_K, renormalize=True, scale=2.4, **tile)
 
     def experts_up(self, **tile: int) -> Tensor:
         return interface.experts_up(self.x, self.up, self.ids, **tile)

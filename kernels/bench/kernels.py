@@ -1,43 +1,50 @@
 """Time the GPU kernels beside vLLM's and fla-core's and write docs/benchmarks/kernels.md.
 
-    python kernels/bench/peers.py SITE_PACKAGES .gpu/peers      once, where vLLM 0.32.0 is installed
-    PYTHONPATH=kernels python kernels/bench/kernels.py --out docs/benchmarks/kernels.md
+    PYTHONPATH=kernels python -m bench.peers SITE_PACKAGES .gpu/peers      once, where vLLM 0.32.0 is installed
+    PYTHONPATH=kernels python -m bench.kernels --out docs/benchmarks/kernels.md
 
-Every time is the median of replays of a CUDA graph; decode and verify rotate over slots whose states exceed the L2
-cache. The file is written anew after each row, so that a run cut short leaves what it has measured.
+Every time is the median of replays of a CUDA graph; decode and spec_decode rotate over states that exceed the
+L2 cache. The file is written anew after each row, so that a run cut short leaves what it has measured.
 """
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cases
-import peers
-import timing
-
+from bench import cases, peers, timing
 from kda_kernels import cuda, reference
 
 CACHE = 200e6  # bytes of state to rotate over, several times the L2 cache
-COMMAND = "PYTHONPATH=kernels python kernels/bench/kernels.py --out docs/benchmarks/kernels.md"
+COMMAND = "PYTHONPATH=kernels python -m bench.kernels --out docs/benchmarks/kernels.md"
 DIM = 128
 Row = list[str]
 
 
-def measure(make: Callable[[], Callable[[int], object]], calls: int = 1, replays: int = 5) -> float | None:
-    """Median seconds of what `make` returns, or None, with the reason on the screen, if it cannot run."""
+def measure(run: Callable[[int], object], calls: int = 1, replays: int = 5) -> float | None:
+    """Median seconds of `run`, or None, with the reason on the screen, if it cannot run."""
     try:
-        return timing.graph_time(make(), calls, replays)
+        return timing.graph_time(run, calls, replays)
     except Exception as error:  # a peer's limits are its own: the table says "-"
         print("cannot run:", str(error)[:300], flush=True)
         return None
     finally:
         torch.cuda.empty_cache()
+
+
+def decodes(decode: Callable[[Tensor], object], tables: list[Tensor]) -> Callable[[int], object]:
+    """The i-th call decodes with the i-th table of state indices."""
+    return lambda i: decode(tables[i])
+
+
+def each(call: Callable[[], object]) -> Callable[[int], object]:
+    """The same whichever call it is."""
+    return lambda _: call()
 
 
 def number(x: float) -> str:
@@ -58,76 +65,78 @@ def moves(seconds: float, moved: float, bandwidth: float) -> Row:
 MOVES = "us | MB | us of a copy | GB/s | of copy"
 
 
-def rotation(rows: int, heads: int, dtype: torch.dtype, steps: int = 1) -> tuple[cases.Case, list[torch.Tensor]]:
-    """Rows of one token and the slot tables of several calls, no state in two of them while it is in the cache."""
-    calls = int(min(max(2, CACHE / (rows * steps * heads * DIM * DIM * dtype.itemsize)), 256))
-    case = cases.make([1] * rows * steps, heads, states=rows * steps * calls + 1, state_dtype=dtype)
-    order = [torch.randperm(rows * steps * calls, device="cuda") for _ in range(calls)]
-    return case, [(o[: rows * steps] + 1).to(torch.int32) for o in order]
+def rotation(sequences: int, heads: int, dtype: torch.dtype, steps: int = 1) -> tuple[cases.Case, list[Tensor]]:
+    """Sequences of one token and the state indices of several calls, no state in two of them while it is cached."""
+    calls = int(min(max(2, CACHE / (sequences * steps * heads * DIM * DIM * dtype.itemsize)), 256))
+    case = cases.make([1] * sequences * steps, heads, states=sequences * steps * calls + 1, state_dtype=dtype)
+    order = [torch.randperm(sequences * steps * calls, device="cuda") for _ in range(calls)]
+    return case, [(o[: sequences * steps] + 1).to(torch.int32) for o in order]
 
 
 def decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     yield (
         "Decode, one launch\n\nMB counts the recurrent state, read and written.",
-        f"rows | heads | state | {MOVES} | vLLM us | times faster",
+        f"sequences | heads | state | {MOVES} | vLLM us | times faster",
     )
     f32, bf16 = torch.float32, torch.bfloat16
     shapes = [(b, h, f32) for h in (32, 16, 8, 4) for b in (1, 8, 32)]
     shapes += [(b, 32, d) for d in (f32, bf16) for b in (64, 128, 256, 512)]
-    for rows, heads, dtype in shapes:
-        case, tables = rotation(rows, heads, dtype)
-        run = lambda i, c=case, t=tables: c.decode(cuda, t[i])  # noqa: E731
-        ours = timing.graph_time(run, len(tables))
+    for sequences, heads, dtype in shapes:
+        case, tables = rotation(sequences, heads, dtype)
+        ours = timing.graph_time(decodes(partial(case.decode, cuda), tables), len(tables))
         chain = peers.VllmChain(case)
-        theirs = measure(lambda c=chain, t=tables: lambda i: c.decode(t[i]), len(tables), 20)
-        moved = 2 * rows * heads * DIM * DIM * dtype.itemsize
+        theirs = measure(decodes(chain.decode, tables), len(tables), 20)
+        moved = 2 * sequences * heads * DIM * DIM * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
-        yield [f"{rows}", f"{heads}", name, *moves(ours, moved, bandwidth), *times(ours, theirs)]
-        del case, chain, run
+        yield [f"{sequences}", f"{heads}", name, *moves(ours, moved, bandwidth), *times(ours, theirs)]
+        del case, chain
 
 
 def spec_decode(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     steps = 4
     yield (
-        f"Verify, {steps} tokens a sequence in one launch\n\nMB counts one state read and {steps} written. Beside it "
-        f"our own decode, {steps} steps of it.",
+        f"Spec decode, {steps} tokens a sequence in one launch\n\nMB counts one state read and {steps} written. "
+        f"Beside it our own decode, {steps} steps of it.",
         f"sequences | heads | state | {MOVES} | decode us | times faster",
     )
-    for rows, heads, dtype in [(b, 32, torch.float32) for b in (1, 8, 32, 128)] + [(32, 32, torch.bfloat16)]:
-        case, tables = rotation(rows, heads, dtype, steps)
-        bounds = torch.arange(0, rows * steps + 1, steps, device="cuda", dtype=torch.int32)
-        num_accepted_tokens = torch.randint(1, steps + 1, (rows,), device="cuda", dtype=torch.int32)
-        wide = [table.view(rows, steps) for table in tables]
+    for sequences, heads, dtype in [(b, 32, torch.float32) for b in (1, 8, 32, 128)] + [(32, 32, torch.bfloat16)]:
+        case, tables = rotation(sequences, heads, dtype, steps)
+        bounds = torch.arange(0, sequences * steps + 1, steps, device="cuda", dtype=torch.int32)
+        num_accepted_tokens = torch.randint(1, steps + 1, (sequences,), device="cuda", dtype=torch.int32)
+        wide = [table.view(sequences, steps) for table in tables]
 
-        def ours(i: int, c=case, b=bounds, a=num_accepted_tokens, t=wide) -> None:
-            c.spec_decode(cuda, b, t[i], a)
-
-        single, state_indices = rotation(rows, heads, dtype)
-
-        def plain(i: int, c=single, t=state_indices) -> None:
-            for _ in range(steps):
-                c.decode(cuda, t[i])
-
+        ours = partial(_spec_decode, case, bounds, wide, num_accepted_tokens)
+        single, state_indices = rotation(sequences, heads, dtype)
+        plain = partial(_decode_steps, single, state_indices, steps)
         seconds, theirs = timing.graph_time(ours, len(wide)), timing.graph_time(plain, len(state_indices))
-        moved = (1 + steps) * rows * heads * DIM * DIM * dtype.itemsize
+        moved = (1 + steps) * sequences * heads * DIM * DIM * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
-        yield [f"{rows}", f"{heads}", name, *moves(seconds, moved, bandwidth), *times(seconds, theirs)]
+        yield [f"{sequences}", f"{heads}", name, *moves(seconds, moved, bandwidth), *times(seconds, theirs)]
         del case, single, ours, plain
+
+
+def _spec_decode(case: cases.Case, bounds: Tensor, tables: list[Tensor], num_accepted_tokens: Tensor, i: int) -> None:
+    case.spec_decode(cuda, bounds, tables[i], num_accepted_tokens)
+
+
+def _decode_steps(case: cases.Case, tables: list[Tensor], steps: int, i: int) -> None:
+    for _ in range(steps):
+        case.decode(cuda, tables[i])
 
 
 def prefill(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     yield (
-        "Prefill\n\nMB: q, k, v, forget, gate and out, each once.",
+        "Prefill\n\nMB: q, k, v, g, output gate and out, each once.",
         f"sequences | heads | {MOVES} | vLLM us | times faster | fla us | times faster",
     )
     shapes = [([8192], 32), ([512] * 16, 32), ([32768], 32), ([131072], 32), ([2048] * 64, 32)]
     for lengths, heads in [*shapes, ([131072], 8), ([131072], 4)]:
         case = cases.make(lengths, heads)
-        ours = timing.graph_time(lambda _, c=case: c.prefill(cuda), 1, 5)
+        ours = timing.graph_time(each(partial(case.prefill, cuda)), 1, 5)
         peer_times: Row = []
         for chain in (peers.VllmChain, peers.FlaChain):
             peer = chain(case)
-            peer_times += times(ours, measure(lambda p=peer: lambda _: p.prefill()))
+            peer_times += times(ours, measure(each(peer.prefill)))
             del peer
         moved = sum(lengths) * heads * DIM * 12
         yield [f"{len(lengths)} x {lengths[0]}", f"{heads}", *moves(ours, moved, bandwidth), *peer_times]
@@ -137,13 +146,13 @@ def prefill(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
 
 def mixed(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
     yield (
-        "Mixed step: decode rows and a prompt\n\nOurs in two calls, decode and prefill; vLLM's chain takes all rows "
-        "through its prefill, or, as the second pair of columns, the two apart. MB: as above, together.",
-        f"rows | heads | {MOVES} | vLLM us | times faster | vLLM apart us | times faster",
+        "Mixed step: sequences that decode and a prompt\n\nOurs in two calls, decode and prefill; vLLM's chain takes "
+        "all tokens through its prefill, or, as the second pair of columns, the two apart. MB: as above, together.",
+        f"sequences | heads | {MOVES} | vLLM us | times faster | vLLM apart us | times faster",
     )
-    rows, prompt, heads = 127, 2048, 32
-    few, long = cases.make([1] * rows, heads, has_initial_state=True), cases.make([prompt], heads)
-    together = cases.make([1] * rows + [prompt], heads, has_initial_state=True)
+    sequences, prompt, heads = 127, 2048, 32
+    few, long = cases.make([1] * sequences, heads, has_initial_state=True), cases.make([prompt], heads)
+    together = cases.make([1] * sequences + [prompt], heads, has_initial_state=True)
 
     def ours(_: int) -> None:
         few.decode(cuda, few.state_indices)
@@ -156,10 +165,10 @@ def mixed(bandwidth: float) -> Iterator[tuple[str, str] | Row]:
         second.prefill()
 
     seconds = timing.graph_time(ours, 1)
-    moved = prompt * heads * DIM * 12 + 2 * rows * heads * DIM * DIM * 4
-    row = [f"{rows} + 1 x {prompt}", f"{heads}", *moves(seconds, moved, bandwidth)]
-    row += times(seconds, measure(lambda: lambda _: chain.prefill()))
-    yield [*row, *times(seconds, measure(lambda: apart))]
+    moved = prompt * heads * DIM * 12 + 2 * sequences * heads * DIM * DIM * 4
+    row = [f"{sequences} + 1 x {prompt}", f"{heads}", *moves(seconds, moved, bandwidth)]
+    row += times(seconds, measure(each(chain.prefill)))
+    yield [*row, *times(seconds, measure(apart))]
 
 
 def errors(_: float) -> Iterator[tuple[str, str] | Row]:
@@ -214,7 +223,7 @@ def main() -> None:
     {COMMAND} --sections {" ".join(arguments.sections)}
 
 {torch.cuda.get_device_name(0)}, torch {torch.__version__}, Triton {triton.__version__}; a device-to-device copy moved
-{bandwidth / 1e12:.2f} TB/s (read + written) in this run. bf16 rows, head size {DIM}, 4 taps, fp32 state unless named.
+{bandwidth / 1e12:.2f} TB/s (read + written) in this run. bf16 inputs, head size {DIM}, W = 4, fp32 state unless named.
 Peers, in the same run: vLLM 0.32.0's kernels chained as its KDA layer chains them, and fla-core 0.6.0, each free to
 choose among its configurations. Times are medians of CUDA-graph replays; - was not run. Registers, spills and shared
 memory: [compiled.md](compiled.md).

@@ -1,7 +1,7 @@
 """The kernels of vLLM 0.32.0 and of fla-core 0.6.0, chained as their layers chain them.
 
-vLLM need not be installed. `python kernels/bench/peers.py SITE DEST` copies the Python files of its kernels out of
-an installed vLLM; what they import from the rest of vLLM is stood in for here.
+vLLM need not be installed. `PYTHONPATH=kernels python -m bench.peers SITE DEST` copies the Python files of its
+kernels out of an installed vLLM; what they import from the rest of vLLM is stood in for here.
 """
 
 import contextlib
@@ -10,16 +10,40 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench import cases
 
 VLLM_FILES = (
     "vllm/third_party/flash_linear_attention/ops/*.py",
     "vllm/models/kimi_k3/nvidia/ops/third_party/kda/*.py",
     "vllm/model_executor/layers/mamba/ops/causal_conv1d.py",
     "vllm/model_executor/layers/mamba/ops/gather_initial_states.py",
+)
+# Packages of which nothing but what lies in them is wanted.
+EMPTY = (
+    "vllm",
+    "vllm.utils",
+    "vllm.third_party",
+    "vllm.third_party.flash_linear_attention",
+    "vllm.third_party.flash_linear_attention.ops",
+    "vllm.model_executor",
+    "vllm.model_executor.layers",
+    "vllm.model_executor.layers.mamba",
+    "vllm.model_executor.layers.mamba.ops",
+    "vllm.models",
+    "vllm.models.kimi_k3",
+    "vllm.models.kimi_k3.nvidia",
+    "vllm.models.kimi_k3.nvidia.ops",
+    "vllm.models.kimi_k3.nvidia.ops.third_party",
+    "vllm.v1",
+    "vllm.v1.attention",
+    "vllm.v1.attention.backends",
 )
 PLACE = Path(__file__).parents[2] / ".gpu" / "peers"
 PIECES = 4
@@ -49,24 +73,18 @@ def stand_in(place: Path = PLACE) -> None:
         sys.modules[name] = made
 
     class Platform:
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Callable[..., bool]:
             return lambda *_: name in ("is_cuda", "is_cuda_alike", "has_device_capability", "is_arch_support_pdl")
 
     class CustomOp(torch.nn.Module):
         @staticmethod
-        def register(*_, **__):
+        def register(*_: Any, **__: Any) -> Callable[[type], type]:
             return lambda cls: cls
 
     def cdiv(a: int, b: int) -> int:
         return -(a // -b)
 
-    empty = ("vllm", "vllm.utils", "vllm.third_party", "vllm.third_party.flash_linear_attention")
-    empty += ("vllm.third_party.flash_linear_attention.ops", "vllm.model_executor", "vllm.model_executor.layers")
-    empty += ("vllm.model_executor.layers.mamba", "vllm.model_executor.layers.mamba.ops", "vllm.models")
-    empty += ("vllm.models.kimi_k3", "vllm.models.kimi_k3.nvidia", "vllm.models.kimi_k3.nvidia.ops")
-    empty += ("vllm.models.kimi_k3.nvidia.ops.third_party", "vllm.v1", "vllm.v1.attention")
-    empty += ("vllm.v1.attention.backends",)
-    for name in empty:
+    for name in EMPTY:
         module(name)
     module("vllm.triton_utils", triton=triton, tl=tl, tldevice=tldevice, LOG2E=1.4426950408889634)
     module("vllm.platforms", current_platform=Platform())
@@ -96,7 +114,8 @@ def tune(piece: int | None = None) -> None:
 def compile_all(heads: list[int]) -> None:
     """Compile what the peers will choose from, in as many processes as there are cores, into Triton's cache."""
     jobs = [(name, str(h), str(piece)) for h in heads for name in ("vllm", "fla") for piece in range(PIECES)]
-    run = [subprocess.Popen([sys.executable, __file__, "compile", *job], stderr=subprocess.PIPE) for job in jobs]
+    command = [sys.executable, "-m", "bench.peers", "compile"]
+    run = [subprocess.Popen([*command, *job], stderr=subprocess.PIPE) for job in jobs]
     for job, process in zip(jobs, run, strict=True):
         error = process.communicate()[1].decode()
         if process.returncode:
@@ -104,8 +123,6 @@ def compile_all(heads: list[int]) -> None:
 
 
 def _compile(name: str, heads: int, piece: int) -> None:
-    import cases
-
     tune(piece)
     stand_in()
     case = cases.make([2048], heads)
@@ -116,7 +133,7 @@ def _compile(name: str, heads: int, piece: int) -> None:
 class VllmChain:
     """vLLM 0.32.0's KDA layer between its projections and o_proj, for one case."""
 
-    def __init__(self, case) -> None:
+    def __init__(self, case: cases.Case) -> None:
         from vllm.model_executor.layers.mamba.ops import causal_conv1d
         from vllm.model_executor.layers.mamba.ops.gather_initial_states import gather_initial_states
         from vllm.models.kimi_k3.nvidia.ops.third_party import kda
@@ -128,16 +145,16 @@ class VllmChain:
         self.core = torch.empty_like(case.out).view(1, -1, self.heads, self.dim)
         self.metadata = _conv_metadata(case.cu_seqlens)
 
-    def _finish(self, o: Tensor, rows: slice) -> Tensor:
-        core, params = self.core[:, rows], self.case.params
+    def _finish(self, o: Tensor, tokens: slice) -> Tensor:
+        core, params = self.core[:, tokens], self.case.params
         core[0] = o[0]
-        gate = self.case.inputs.output_gate[rows].unflatten(1, (self.heads, self.dim))
+        gate = self.case.inputs.output_gate[tokens].unflatten(1, (self.heads, self.dim))
         core.copy_(self.norm(core, gate, params.norm_weight, None, "sigmoid", eps=params.norm_eps))
         return core
 
-    def decode(self, state_indices: Tensor, rows: slice = slice(None)) -> Tensor:
+    def decode(self, state_indices: Tensor, tokens: slice = slice(None)) -> Tensor:
         inputs, params, state = self.case.inputs, self.case.params, self.case.state
-        qkv = inputs.qkv[rows]
+        qkv = inputs.qkv[tokens]
         mixed = self.conv.causal_conv1d_update(
             qkv,
             state.conv.transpose(-1, -2),
@@ -150,15 +167,15 @@ class VllmChain:
         )
         o, _ = self.kda.fused_recurrent_kda_packed_decode(
             mixed_qkv=mixed,
-            raw_g=inputs.g[rows].unflatten(1, (self.heads, self.dim))[None],
-            raw_beta=inputs.beta[rows][None],
+            raw_g=inputs.g[tokens].unflatten(1, (self.heads, self.dim))[None],
+            raw_beta=inputs.beta[tokens][None],
             A_log=params.A_log,
             dt_bias=params.dt_bias,
             lower_bound=None,
             initial_state=state.recurrent,
             state_indices=state_indices,
         )
-        return self._finish(o, rows)
+        return self._finish(o, tokens)
 
     def prefill(self) -> Tensor:
         case, (heads, dim) = self.case, (self.heads, self.dim)
@@ -200,7 +217,7 @@ class VllmChain:
 class FlaChain:
     """fla-core 0.6.0: its convolution, chunk_kda and gated norm around gathered and scattered states."""
 
-    def __init__(self, case) -> None:
+    def __init__(self, case: cases.Case) -> None:
         from fla.modules.causal_conv1d import causal_conv1d
         from fla.modules.norm.fused_norm_gate import rms_norm_gated
         from fla.ops.kda import chunk_kda

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 
-def graph_time(run: Callable[[int], None], calls: int, replays: int = 20) -> float:
+def graph_time(run: Callable[[int], object], calls: int, replays: int = 20) -> float:
     """Median seconds of one run(i), over `replays` replays of a graph of run(0) .. run(calls-1)."""
     for i in range(min(calls, 3)):
         run(i)

@@ -56,9 +56,7 @@ def experts_down(
     return y.to(acts.dtype)
 
 
-def kda_decode(
-    projected: Tensor, gates_b: Tensor, params: KdaParams, state: KdaState, state_indices: Tensor
-) -> Tensor:
+def kda_decode(projected: Tensor, gates_b: Tensor, params: KdaParams, state: KdaState, state_indices: Tensor) -> Tensor:
     heads, dim = params.heads, params.head_dim
     qkv, beta, f, g, *_ = projected.split([3 * heads * dim, heads, dim, dim, _rest(projected, params)], dim=1)
     out = projected.new_empty(len(projected), heads * dim)

@@ -79,6 +79,9 @@ class KdaInputs:
     def __post_init__(self) -> None:
         checks.check_inputs(self)
 
+    def __getitem__(self, tokens: slice | Tensor) -> "KdaInputs":
+        return KdaInputs(self.qkv[tokens], self.g[tokens], self.beta[tokens], self.output_gate[tokens])
+
 
 @dataclass(frozen=True, eq=False)
 class KdaState:

@@ -4,7 +4,6 @@ All functions take any floating-point dtype and compute in fp32, or in fp64 if t
 Shapes: T tokens, H heads, K key channels, V value channels; states are V-first, [..., V, K].
 """
 
-from dataclasses import fields
 from itertools import pairwise
 
 import torch
@@ -158,17 +157,18 @@ def prefill(args: PrefillArgs) -> None:
     state, out, dtype = args.state, args.out, _compute_dtype(args.state)
     checkpoints = [] if args.checkpoints is None else _checkpoints(args.checkpoints)
     bounds, indices = args.cu_seqlens.tolist(), args.state_indices.tolist()
-    for (start, end), index, resumed in zip(pairwise(bounds), indices, args.has_initial_state.tolist(), strict=True):
+    initial = args.has_initial_state.tolist()
+    for (start, end), index, has_initial_state in zip(pairwise(bounds), indices, initial, strict=True):
         if index <= 0:
             out[start:end] = 0
             continue
         conv, recurrent = state.conv[index].to(dtype), state.recurrent[index].to(dtype)
-        if not resumed:
+        if not has_initial_state:
             conv, recurrent = torch.zeros_like(conv), torch.zeros_like(recurrent)
         stops = {offset for offset, _ in checkpoints if start < offset < end}
         for begin, stop in pairwise([start, *sorted(stops), end]):
             tokens = slice(begin, stop)
-            conv, recurrent = _run(_tokens(args.inputs, tokens), args.params, conv, recurrent, out[tokens])
+            conv, recurrent = _run(args.inputs[tokens], args.params, conv, recurrent, out[tokens])
             targets = [target for offset, target in checkpoints if offset == stop and start < stop]
             for target in [*targets, *([index] if stop == end else [])]:
                 state.conv[target] = conv.to(state.conv.dtype)
@@ -190,7 +190,7 @@ def spec_decode(args: SpecDecodeArgs) -> None:
             if target != before:
                 state.conv[target], state.recurrent[target] = state.conv[before], state.recurrent[before]
             one, index = slice(token, token + 1), args.state_indices.new_tensor([target])
-            decode(DecodeArgs(_tokens(args.inputs, one), args.params, state, index, out[one]))
+            decode(DecodeArgs(args.inputs[one], args.params, state, index, out[one]))
             before = target
 
 
@@ -198,10 +198,6 @@ def _checkpoints(checkpoints: PrefillCheckpoints) -> list[tuple[int, int]]:
     """(offset, state index) of those that are to be stored."""
     pairs = zip(checkpoints.checkpoint_offsets.tolist(), checkpoints.state_indices.tolist(), strict=True)
     return [(offset, index) for offset, index in pairs if index > 0]
-
-
-def _tokens(inputs: KdaInputs, tokens: slice) -> KdaInputs:
-    return KdaInputs(*(getattr(inputs, field.name)[tokens] for field in fields(inputs)))
 
 
 def _run(inputs: KdaInputs, params: KdaParams, conv: Tensor, recurrent: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

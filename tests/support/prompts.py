@@ -14,7 +14,7 @@ MARGIN = 2e-4
 ROUTER_GAP = 1e-5
 LOGPROB_TOLERANCE = 1e-4
 
-# Lengths around the taps of the convolution, the kernels' tiles and blocks, the cache's blocks and the token budget.
+# Lengths around the kernel size of the convolution, the kernels' tiles, the cache's blocks and the token budget.
 LENGTHS = (1, 2, 3, 4, 5, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 191, 256, 257, 511, 640, 1023, 1025, 1500, 2000)
 LONG_ANSWERS = {1: 300, 17: 300, 127: 300, 511: 300, 2000: 150}  # tokens asked for, by length of the prompt
 SHORT_ANSWERS = (24, 33, 48, 65)

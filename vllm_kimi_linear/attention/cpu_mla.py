@@ -1,9 +1,9 @@
 """Latent attention on the CPU: one backend for every x86 and Arm chip, fp32 or bf16.
 
 vLLM picks a CPU backend by the chip (AMX or not), computes the prefill over a cached context with a gather
-made for CUDA, and prepares workspaces for it. Here decode rows use vLLM's own kernel over the latent cache;
-prefill rows attend tile by tile and merge the tiles by their log-sum-exp, so that memory grows with the tile
-and not with queries x context. Many rows attend to expanded keys and values, few to the latents themselves.
+made for CUDA, and prepares workspaces for it. Here decode tokens use vLLM's own kernel over the latent cache;
+prefill tokens attend tile by tile and merge the tiles by their log-sum-exp, so that memory grows with the tile
+and not with queries x context. Many tokens attend to expanded keys and values, few to the latents themselves.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,10 +32,10 @@ from vllm_kimi_linear.attention.cpu_mla_metadata import (
 from vllm_kimi_linear.cache.layout import KERNEL_BLOCK
 
 CONTEXT_TILE = 1024  # cached tokens expanded at a time
-QUERY_TILE = 1024  # query rows attended at a time
-# Up to so many rows it costs less to bring the queries to the latents, 1152 products a row, head and cached token, than
-# to expand every cached token for each head, 512 * 256, and then take 384.
-FEW_ROWS = 128
+QUERY_TILE = 1024  # query tokens attended at a time
+# Up to so many tokens it costs less to bring the queries to the latents, 1152 products a token, head and cached token,
+# than to expand every cached token for each head, 512 * 256, and then take 384.
+FEW_TOKENS = 128
 
 
 class CpuLatentBackend(MLACommonBackend):
@@ -46,19 +46,11 @@ class CpuLatentBackend(MLACommonBackend):
     def get_name() -> str:
         return "KIMI_CPU_MLA"
 
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return [576]
-
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
         # Any multiple: were the runner to split blocks for us, its `_zero_block_ids` would clear, by manager
         # block number, kernel blocks that belong to other requests.
         return [MultipleOf(KERNEL_BLOCK)]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or block_size % KERNEL_BLOCK == 0
 
     @staticmethod
     def get_builder_cls() -> type[LatentMetadataBuilder]:
@@ -71,8 +63,6 @@ class CpuLatentBackend(MLACommonBackend):
 
 class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
     """The two attention paths; vLLM's MLAAttention absorbs W_UK and W_UV around the decode path."""
-
-    can_return_lse_for_decode: bool = False
 
     def __init__(
         self,
@@ -102,7 +92,6 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         self.key_dim: int = mla_args["qk_head_dim"]
         self.value_dim: int = mla_args["v_head_dim"]
         self.kv_b_proj = mla_args["kv_b_proj"]
-        self.supports_quant_query_input = False
         self.dcp_world_size = 1
 
     @cached_property
@@ -125,7 +114,7 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
     ) -> None:
-        """Write latents [T, 512] and shared keys [T, 1, 64] to the cache rows of `slot_mapping` [T]; -1 skips."""
+        """Write latents [T, 512] and shared keys [T, 1, 64] to the slots of `slot_mapping` [T]; -1 skips."""
         if kv_cache.numel() == 0:
             return
         slots = slot_mapping.flatten().long()
@@ -142,7 +131,7 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         attn_metadata: LatentMetadata,
         layer: AttentionLayer,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decode rows: absorbed queries [n, heads, 576] against the latent cache -> [n, heads, 512]."""
+        """Decode tokens: absorbed queries [n, heads, 576] against the latent cache -> [n, heads, 512]."""
         decode = attn_metadata.decode
         assert decode is not None
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q.contiguous()
@@ -162,17 +151,17 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
-        """Prefill rows: q [n, heads, 192], latents [n, 512], shared keys [n, 1, 64]; writes output [n, heads*128]."""
+        """Prefill tokens: q [n, heads, 192], latents [n, 512], shared keys [n, 1, 64]; writes output [n, heads*128]."""
         output = output.view(-1, self.num_heads, self.value_dim)
         for request in attn_metadata.prefill:
-            rows = slice(request.first_row, request.first_row + request.num_rows)
-            fresh = torch.cat([kv_c_normed[rows], k_pe[rows].flatten(1)], dim=-1)
-            few = request.num_rows <= min(FEW_ROWS, request.context_len)
+            tokens = slice(request.first_token, request.first_token + request.num_tokens)
+            fresh = torch.cat([kv_c_normed[tokens], k_pe[tokens].flatten(1)], dim=-1)
+            few = request.num_tokens <= min(FEW_TOKENS, request.context_len)
             attend = self._attend_few if few else self._attend
-            output[rows] = attend(q[rows], fresh, _context_tiles(kv_c_and_k_pe_cache, request))
+            output[tokens] = attend(q[tokens], fresh, _context_tiles(kv_c_and_k_pe_cache, request))
 
     def _attend(self, query: torch.Tensor, fresh: torch.Tensor, context: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Causal attention of one request's rows over its cached entries, by tiles, and over themselves.
+        """Causal attention of one request's tokens over its cached entries, by tiles, and over themselves.
 
         query [n, heads, 192], fresh [n, 576], tiles [up to CONTEXT_TILE, 576] -> [n, heads, 128] fp32.
         """
@@ -189,7 +178,7 @@ class CpuLatentImpl(MLAAttentionImpl[LatentMetadata]):
         return torch.cat([partial.out for partial in partials], dim=1).transpose(0, 1)[..., : self.value_dim]
 
     def _attend_few(self, query: torch.Tensor, fresh: torch.Tensor, context: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The same for few rows: scores and sums over latents, as in decoding."""
+        """The same for few tokens: scores and sums over latents, as in decoding."""
         to_keys, to_values = self.expansion
         nope, shared = query.transpose(0, 1).split([self.nope_dim, self.key_dim - self.nope_dim], dim=-1)
         absorbed = torch.cat([nope @ to_keys.mT, shared], dim=-1).transpose(0, 1)
@@ -232,7 +221,7 @@ def _context_tiles(cache: torch.Tensor, request: LatentPrefill) -> Iterator[torc
 
 
 class _Partial:
-    """Attention over the tiles seen so far, merged by log-sum-exp; every row attends to itself at least."""
+    """Attention over the tiles seen so far, merged by log-sum-exp; every token attends to itself at least."""
 
     out: torch.Tensor
     lse: torch.Tensor | None = None

@@ -12,36 +12,6 @@ from vllm_kimi_linear.cache.layout import KERNEL_BLOCK
 
 
 @dataclass(frozen=True)
-class RowSplit:
-    """Where the decode rows of a step end and its prefill requests begin.
-
-    Decode rows are single tokens that continue a sequence; a prompt of one token is a prefill, because
-    its state must start from zero. vLLM sorts a batch so that the decode rows come first
-    (`reorder_batch_to_split_decodes_and_prefills`), one row a request.
-    """
-
-    num_requests: int
-    num_tokens: int
-    num_decodes: int
-    query_start: torch.Tensor  # [num_requests + 1] int32, host
-    context_lens: torch.Tensor  # [num_requests] int32, host: tokens computed before this step
-
-    @property
-    def num_prefills(self) -> int:
-        return self.num_requests - self.num_decodes
-
-    @classmethod
-    def of(cls, common: CommonAttentionMetadata) -> "RowSplit":
-        query_start = common.query_start_loc_cpu
-        query_lens = query_start[1:] - query_start[:-1]
-        context_lens = context_lens_of(common)
-        is_decode = (query_lens == 1) & (context_lens > 0)
-        # Rows are sorted, so the first request that is no decode ends the decodes.
-        num_decodes = int(torch.cumprod(is_decode.int(), dim=0).sum())
-        return cls(common.num_reqs, common.num_actual_tokens, num_decodes, query_start, context_lens)
-
-
-@dataclass(frozen=True)
 class LatentDecode:
     block_table: torch.Tensor  # [num_decodes, blocks] int32, blocks of KERNEL_BLOCK tokens
     seq_lens: torch.Tensor  # [num_decodes] int32
@@ -49,10 +19,10 @@ class LatentDecode:
 
 @dataclass(frozen=True)
 class LatentPrefill:
-    """One prefill request of the step: its rows among the prefill rows and its cached context."""
+    """One prefill request of the step: its tokens among the prefill tokens and its cached context."""
 
-    first_row: int
-    num_rows: int
+    first_token: int
+    num_tokens: int
     context_len: int
     blocks: torch.Tensor  # [blocks] int64, manager blocks
 
@@ -90,6 +60,16 @@ def split_block_table(block_table: torch.Tensor, tokens: int, apart: int) -> tor
     return (block_table.unsqueeze(-1) * apart + pieces).flatten(1)
 
 
+def num_decodes(common: CommonAttentionMetadata, context_lens: torch.Tensor) -> int:
+    """How many requests, at the start of the batch, are of one token that continues a sequence.
+
+    A prompt of one token is a prefill, because its state must start from zero. vLLM sorts a batch so that decode tokens
+    come first (`reorder_batch_to_split_decodes_and_prefills`), so the first request that is no decode ends them.
+    """
+    is_decode = (common.query_start_loc_cpu.diff() == 1) & (context_lens > 0)
+    return int(is_decode.int().cumprod(0).sum())
+
+
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     kv_cache_spec: AttentionSpec
     reorder_batch_threshold: int = 1
@@ -107,35 +87,29 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> LatentMetadata:
-        common = common_attn_metadata
-        rows = RowSplit.of(common)
-        decodes = rows.num_decodes
+        common, contexts = common_attn_metadata, context_lens_of(common_attn_metadata)
+        decodes = num_decodes(common, contexts)
         decode = None
         if decodes:
             used = -(-int(common.seq_lens[:decodes].max()) // self.block_size)
             blocks = common.block_table_tensor[:decodes, :used]
-            decode = LatentDecode(
-                block_table=split_block_table(blocks, self.block_size, kernel_blocks_apart(self.layer.kv_cache)).to(
-                    torch.int32
-                ),
-                seq_lens=common.seq_lens[:decodes].to(torch.int32),
-            )
-        starts = rows.query_start.tolist()
-        contexts = rows.context_lens.tolist()
+            block_table = split_block_table(blocks, self.block_size, kernel_blocks_apart(self.layer.kv_cache))
+            decode = LatentDecode(block_table.to(torch.int32), common.seq_lens[:decodes].to(torch.int32))
+        starts = common.query_start_loc_cpu.tolist()
         prefill = tuple(
             LatentPrefill(
-                first_row=starts[i] - starts[decodes],
-                num_rows=starts[i + 1] - starts[i],
-                context_len=contexts[i],
-                blocks=common.block_table_tensor[i, : -(-contexts[i] // self.block_size)].long(),
+                first_token=starts[i] - starts[decodes],
+                num_tokens=starts[i + 1] - starts[i],
+                context_len=context,
+                blocks=common.block_table_tensor[i, : -(-context // self.block_size)].long(),
             )
-            for i in range(decodes, rows.num_requests)
+            for i, context in enumerate(contexts.tolist()[decodes:], decodes)
         )
         return LatentMetadata(
-            num_actual_tokens=rows.num_tokens,
+            num_actual_tokens=common.num_actual_tokens,
             num_decodes=decodes,
             num_decode_tokens=decodes,
-            num_prefills=rows.num_prefills,
+            num_prefills=common.num_reqs - decodes,
             decode=decode,
             prefill=prefill,
         )

@@ -1,6 +1,6 @@
-"""Per-batch metadata of the KDA layers: which rows decode, which prefill, and which state is whose.
+"""Per-batch metadata of the KDA layers: which tokens are decode, which prefill, and which state is whose.
 
-vLLM hands every step to us as rows of tokens, requests one after another, as a rule those that only decode first. The
+vLLM hands every step to us as tokens, requests one after another, as a rule those that only decode first. The
 split is made here, once a step; the layers only slice.
 
 A CUDA graph of a decode step replays with the addresses it was captured with: what such a step reads lies in
@@ -40,7 +40,7 @@ def context_lens_of(common: CommonAttentionMetadata) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SpecDecode:
-    """How the requests that decode verify drafted tokens, up to K rows each."""
+    """The requests that decode, with drafted tokens to be checked: up to K tokens each."""
 
     cu_seqlens: torch.Tensor  # [decodes + 1] int32
     num_accepted_tokens: torch.Tensor  # [decodes] int32: how many tokens of the last step stand, one or more
@@ -48,25 +48,25 @@ class SpecDecode:
 
 @dataclass(frozen=True)
 class Prefill:
-    cu_seqlens: torch.Tensor  # [prefills + 1] int32, counted from the first prefill row
+    cu_seqlens: torch.Tensor  # [prefills + 1] int32, counted from the first prefill token
     has_initial_state: torch.Tensor  # [prefills] bool: go on from the state at the index, else start from zero
-    checkpoints: tuple[StateCheckpoints, ...]  # of those requests that keep states, in the order of the rows
-    checkpoint_offsets: torch.Tensor  # [all their positions] int32: prefill rows before each
+    checkpoints: tuple[StateCheckpoints, ...]  # of those requests that keep states, in the order of the batch
+    checkpoint_offsets: torch.Tensor  # [all their positions] int32: prefill tokens before each
 
 
 @dataclass(frozen=True)
 class Reordering:
-    """The batch's requests and rows, those that continue a sequence first, where vLLM has mixed them."""
+    """The batch's requests and tokens, decode first, where vLLM has mixed them."""
 
     requests: torch.Tensor  # [num_requests] int64
-    rows: torch.Tensor  # [num_tokens] int64
+    tokens: torch.Tensor  # [num_tokens] int64
 
 
 @dataclass(frozen=True)
 class KdaMetadata:
     """One step as a KDA layer sees it: first the requests that decode, then the prefills.
 
-    A request that decodes has one row and one state; with --speculative-config up to K rows, and K states.
+    A request that decodes has one token and one state; with --speculative-config up to K tokens, and K states.
     """
 
     num_requests: int
@@ -130,10 +130,10 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
     ) -> KdaMetadata:
         """num_accepted_tokens: [requests] int32; num_decode_draft_tokens_cpu: [requests], -1 for a prefill."""
         lengths = common_attn_metadata.query_start_loc_cpu.diff()
-        continuing = (lengths == 1) & (context_lens_of(common_attn_metadata) > 0)
+        decodes = (lengths == 1) & (context_lens_of(common_attn_metadata) > 0)
         if num_decode_draft_tokens_cpu is not None:
-            continuing |= num_decode_draft_tokens_cpu >= 0
-        return self._build(common_attn_metadata, continuing.tolist(), num_accepted_tokens)
+            decodes |= num_decode_draft_tokens_cpu >= 0
+        return self._build(common_attn_metadata, decodes.tolist(), num_accepted_tokens)
 
     def update_block_table(
         self, metadata: KdaMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -143,7 +143,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         return self._with_state_indices(metadata, self._state_indices(blk_table, None))
 
     def _build(
-        self, common: CommonAttentionMetadata, continuing: list[bool], accepted: torch.Tensor | None
+        self, common: CommonAttentionMetadata, decodes: list[bool], num_accepted_tokens: torch.Tensor | None
     ) -> KdaMetadata:
         starts = common.query_start_loc_cpu.tolist()
         lengths = [end - start for start, end in pairwise(starts)]
@@ -156,12 +156,12 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             ]
             table, contexts = common.block_table_tensor.tolist(), context_lens_of(common).tolist()
             self.check.step(table, contexts, lengths[:requests], kept)
-        ranked = sorted(range(requests), key=lambda request: not continuing[request])
-        count = sum(continuing[:requests])
+        ranked = sorted(range(requests), key=lambda request: not decodes[request])
+        count = sum(decodes[:requests])
         reordering, prefills = None, None
         if ranked != list(range(requests)):
-            rows = chain.from_iterable(range(starts[request], starts[request + 1]) for request in ranked)
-            reordering = Reordering(self._to_device(ranked, torch.int64), self._to_device(list(rows), torch.int64))
+            moved = chain.from_iterable(range(starts[request], starts[request + 1]) for request in ranked)
+            reordering = Reordering(self._to_device(ranked, torch.int64), self._to_device(list(moved), torch.int64))
         if count < requests:
             contexts = context_lens_of(common).tolist()
             sizes = [(request, contexts[request], lengths[request]) for request in ranked[count:]]
@@ -177,7 +177,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             decode_state_indices=self.state_indices,
             prefill_state_indices=self.state_indices[:0, 0],
             prefill_checkpoints=None,
-            spec_decode=self._spec_decode(common, accepted, reordering, count) if self.draft_tokens else None,
+            spec_decode=self._spec_decode(common, num_accepted_tokens, reordering, count),
             prefill=prefills,
             reordering=reordering,
         )
@@ -186,12 +186,12 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
 
     def _prefill(self, sizes: list[tuple[int, int, int]], checkpoints: Sequence[StateCheckpoints | None]) -> Prefill:
         """`sizes`: (request, tokens before this step, tokens in it) of each."""
-        kept, offsets, row = [], [], 0
+        kept, offsets, before = [], [], 0
         for request, context, length in sizes:
             if request < len(checkpoints) and (found := checkpoints[request]):
                 kept.append(found)
-                offsets += [row + position - context for position in found.positions]
-            row += length
+                offsets += [before + position - context for position in found.positions]
+            before += length
         return Prefill(
             cu_seqlens=self._to_device([0, *accumulate(length for _, _, length in sizes)], torch.int32),
             has_initial_state=self._to_device([context > 0 for _, context, _ in sizes], torch.bool),
@@ -200,18 +200,24 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         )
 
     def _spec_decode(
-        self, common: CommonAttentionMetadata, accepted: torch.Tensor | None, reordering: Reordering | None, count: int
-    ) -> SpecDecode:
+        self,
+        common: CommonAttentionMetadata,
+        num_accepted_tokens: torch.Tensor | None,
+        reordering: Reordering | None,
+        count: int,
+    ) -> SpecDecode | None:
+        if not self.draft_tokens:
+            return None
         cu_seqlens = common.query_start_loc
-        if accepted is None:
-            accepted = torch.ones_like(self.num_accepted_tokens)
+        if num_accepted_tokens is None:
+            num_accepted_tokens = torch.ones_like(self.num_accepted_tokens)
         if reordering is not None:
             lengths = common.query_start_loc.diff()[reordering.requests]
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            accepted = accepted[reordering.requests]
+            num_accepted_tokens = num_accepted_tokens[reordering.requests]
         return SpecDecode(
             self.cu_seqlens[: count + 1].copy_(cu_seqlens[: count + 1]),
-            self.num_accepted_tokens[:count].copy_(accepted[:count]),
+            self.num_accepted_tokens[:count].copy_(num_accepted_tokens[:count]),
         )
 
     def _state_indices(self, block_table: torch.Tensor, seq_lens: torch.Tensor | None) -> torch.Tensor:
@@ -229,20 +235,20 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
             state_indices = state_indices[metadata.reordering.requests]
         as_they_lie = state_indices is getattr(self, "mamba_aligned_state_indices", None) and not self.draft_tokens
         if as_they_lie:  # in the runner's buffer, which stays in its place and is filled up with null states
-            continuing = state_indices[:count]
+            decoding = state_indices[:count]
         else:
-            continuing = self.state_indices[:count]
-            continuing[:requests].copy_(state_indices[: min(requests, count), : self.state_indices.shape[1]])
-            continuing[requests:].zero_()
+            decoding = self.state_indices[:count]
+            decoding[:requests].copy_(state_indices[: min(requests, count), : self.state_indices.shape[1]])
+            decoding[requests:].zero_()
         if prefills is None:
-            return replace(metadata, decode_state_indices=continuing)
+            return replace(metadata, decode_state_indices=decoding)
         kept_states = None
         if prefills.checkpoints:
             blocks = list(chain.from_iterable(found.blocks[self.group] for found in prefills.checkpoints))
             kept_states = PrefillCheckpoints(prefills.checkpoint_offsets, self._to_device(blocks, torch.int32))
         ours = state_indices[count:requests, 0].contiguous()
         return replace(
-            metadata, decode_state_indices=continuing, prefill_state_indices=ours, prefill_checkpoints=kept_states
+            metadata, decode_state_indices=decoding, prefill_state_indices=ours, prefill_checkpoints=kept_states
         )
 
     def _to_device(self, values: list[int] | list[bool], dtype: torch.dtype) -> torch.Tensor:

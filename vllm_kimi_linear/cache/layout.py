@@ -4,6 +4,7 @@ Standard library only. Bytes are those of one tensor-parallel rank; `layers` (0-
 a pipeline stage.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil, floor, prod
@@ -18,7 +19,7 @@ MIB, GIB = 1 << 20, 1 << 30
 def kda_state_shapes(model_sizes: ModelSizes, tensor_parallel: int = 1) -> tuple[Shape, Shape]:
     """Shapes of the two states of one KDA layer and sequence on one rank.
 
-    The convolution's is [conv_kernel_size - 1, 3P], oldest row first, channels q|k|v, in the activations' dtype; the
+    The convolution's is [conv_kernel_size - 1, 3P], oldest input first, channels q|k|v, in the activations' dtype; the
     recurrence's is [H, V, K], fp32 unless asked otherwise.
     """
     g, ranks = model_sizes, tensor_parallel
@@ -27,7 +28,7 @@ def kda_state_shapes(model_sizes: ModelSizes, tensor_parallel: int = 1) -> tuple
 
 
 KERNEL_BLOCK = 16  # tokens: attention kernels read blocks of so many, or of a multiple
-# Tokens of which a block is a multiple. On a GPU a prefill passes a state on, and can keep it, every 64 rows.
+# Tokens of which a block is a multiple. On a GPU a prefill passes a state on, and can keep it, every 64 tokens.
 BLOCK_MULTIPLE = {"cpu": KERNEL_BLOCK, "cuda": CHUNK_SIZE}
 USUAL_BLOCK = 256  # tokens: of about so many are the blocks that `cache_layout` chooses
 
@@ -95,11 +96,7 @@ class CacheLayout:
 
 def longest_context(limit: int, holds: Callable[[int], bool]) -> int:
     """The longest context up to `limit` tokens that `holds`, which holds for every shorter one; 0 if none does."""
-    low = 0
-    while low < limit:
-        middle = (low + limit + 1) // 2
-        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, limit + 1), True, key=lambda context: not holds(context))
 
 
 def cache_layout(

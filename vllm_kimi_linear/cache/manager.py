@@ -34,30 +34,14 @@ class KdaManager(MambaManager):
         if self.enable_caching and not isinstance(self.block_pool.metrics_collector, CheckpointCount):
             self.count = CheckpointCount(self.kv_cache_group_id, self.block_pool.metrics_collector)
             self.block_pool.metrics_collector = self.count
-        self.steady_until: dict[
-            str, int
-        ] = {}  # tokens up to which a request asks nothing of any group (see `note_steady`)
+        # Tokens up to which a request asks nothing of any group (see `note_steady`).
+        self.steady_until: dict[str, int] = {}
 
     def get_num_blocks_to_allocate(
-        self,
-        request_id: str,
-        num_tokens: int,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        total_computed_tokens: int,
-        num_local_computed_tokens: int,
-        num_tokens_main_model: int,
-        apply_admission_cap: bool = False,
-        prefill_end: int = 0,
+        self, request_id: str, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
     ) -> int:
-        needed = super().get_num_blocks_to_allocate(
-            request_id,
-            num_tokens,
-            new_computed_blocks,
-            total_computed_tokens,
-            num_local_computed_tokens,
-            num_tokens_main_model,
-            apply_admission_cap,
-            prefill_end,
+        needed: int = super().get_num_blocks_to_allocate(
+            request_id, *args, apply_admission_cap=apply_admission_cap, **kwargs
         )
         return needed if apply_admission_cap else needed + len(self.planned.get(request_id, ()))
 
@@ -102,11 +86,9 @@ class KdaManager(MambaManager):
         end_block: int,
         alignment_tokens: int | None,
         kv_cache_spec: KVCacheSpec,
-        use_eagle: bool,
-        retention_interval: int | None = None,
+        *_: Any,
         reachable_boundaries: Sequence[int] = (),
-        dcp_world_size: int = 1,
-        final_segment_end_block: int | None = None,
+        **__: Any,
     ) -> list[bool] | None:
         """Publish what was kept on purpose: also while an answer grows, whose every boundary has a state for a step."""
         assert isinstance(kv_cache_spec, KdaSpec)

@@ -56,7 +56,6 @@ PATCH = Patch(
     "sequences (`benchmarks/cache_blocks.py`).",
     cause="For every request `KVCacheCoordinator` asks each group's manager four times a step, though their answer "
     "changes when the request enters a block.",
-    upstream="Not reported yet.",
     remove_when="the coordinator asks once for groups of one kind.",
     speed=True,
     hooks=(

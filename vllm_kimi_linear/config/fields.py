@@ -3,8 +3,8 @@
 What cannot be run raises `ConfigError` with one sentence: the field, its value, the remedy.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.config.errors import ConfigError
@@ -13,6 +13,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 KDA_HEAD_DIMS = (16, 32, 64, 128)
 CONV_KERNEL_SIZES = (2, 3, 4)
 
+LINEAR = "linear_attn_config"
 LINEAR_KEYS = {"full_attn_layers", "kda_layers", "head_dim", "num_heads", "short_conv_kernel_size"}
 
 # Fields of related models and the values at which they do nothing here.
@@ -34,6 +35,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `ModelSizes` that config.json decides. Raises ConfigError at the first that cannot be run."""
     _check_fixed_fields(config)
+    config = {**config, **_linear_fields(config)}
     kinds = _layer_types(config)
     moe = _layer_moe(config, len(kinds))
     return {
@@ -42,12 +44,12 @@ def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_context": _max_context(config),
         "layer_types": kinds,
         "layer_moe": moe,
-        "intermediate_size": 0 if all(moe) else _positive(config, "intermediate_size"),
         "rms_norm_eps": _positive_number(config, "rms_norm_eps"),
         "tied_embeddings": _flag(config, "tie_word_embeddings", False),
-        **_kda_fields(config["linear_attn_config"], "kda" in kinds),
         **_mla_fields(config),
-        **(_moe_fields(config) if any(moe) else dict.fromkeys(_MOE_FIELDS, 0)),
+        **(_kda_fields(config) if "kda" in kinds else {}),
+        **({} if all(moe) else {"intermediate_size": _positive(config, "intermediate_size")}),
+        **(_moe_fields(config) if any(moe) else {}),
     }
 
 
@@ -59,30 +61,28 @@ def original_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
     given one, and it implements only NoPE and the sigmoid router, so that it has no field for either.
     """
     config = dict(fields)
-    if "layer_types" not in config or "mlp_layer_types" not in config:
+    if config.get("layer_types") is None or config.get("mlp_layer_types") is None:
         return config
-    kinds = config["layer_types"]
+    kinds, blocks = (_list(config, name, str, "each layer's kind") for name in ("layer_types", "mlp_layer_types"))
     config.setdefault("mla_use_nope", True)
-    config.setdefault(
-        "linear_attn_config",
-        {
-            "kda_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "linear_attention"],
-            "full_attn_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"],
-            "num_heads": config.get("linear_num_heads"),
-            "head_dim": config.get("linear_head_dim"),
-            "short_conv_kernel_size": config.get("linear_conv_kernel_dim"),
-        },
-    )
-    dense = [kind == "dense" for kind in config["mlp_layer_types"]]
+    linear = {
+        "kda_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "linear_attention"],
+        "full_attn_layers": [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"],
+        "num_heads": config.get("linear_num_heads"),
+        "head_dim": config.get("linear_head_dim"),
+        "short_conv_kernel_size": config.get("linear_conv_kernel_dim"),
+    }
+    config.setdefault(LINEAR, linear)
+    dense = [kind == "dense" for kind in blocks]
     first = dense.index(False) if False in dense else len(dense)
     if any(dense[first:]):
-        raise ConfigError(f"mlp_layer_types is {config['mlp_layer_types']!r}; dense layers must come first")
+        raise ConfigError(f"mlp_layer_types is {blocks!r}; dense layers must come first")
     config["first_k_dense_replace"] = first
     config["moe_layer_freq"] = 1
     return config
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     """Not True or False, which Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -91,11 +91,24 @@ def _show(value: Any) -> str:
     return "missing" if value is None else repr(value)
 
 
+def _only(config: Mapping[str, Any], name: str, value: Any, remedy: str, default: Any = None) -> None:
+    found = config.get(name, default)
+    if found != value or type(found) is not type(value):
+        raise ConfigError(f"{name} is {_show(found)}; {remedy}")
+
+
+def _list(config: Mapping[str, Any], name: str, kind: type, content: str) -> list[Any]:
+    value = config.get(name)
+    if not isinstance(value, list | tuple) or not all(type(item) is kind for item in value):
+        raise ConfigError(f"{name} is {_show(value)}; give the list of {content}")
+    return list(value)
+
+
 def _whole(config: Mapping[str, Any], name: str, least: int, default: int | None = None) -> int:
     value = config.get(name)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_int(value) or value < least:
         raise ConfigError(f"{name} is {_show(value)}; give a whole number from {least}")
     return value
 
@@ -106,7 +119,7 @@ def _positive(config: Mapping[str, Any], name: str) -> int:
 
 def _positive_number(config: Mapping[str, Any], name: str) -> float:
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if not (is_int(value) or isinstance(value, float)) or not 0 < value < float("inf"):
         raise ConfigError(f"{name} is {_show(value)}; give a number above 0")
     return float(value)
 
@@ -122,10 +135,9 @@ def _flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
 
 def _check_fixed_fields(config: Mapping[str, Any]) -> None:
     """Fields of which one value is implemented."""
-    if config.get("model_type", "kimi_linear") != "kimi_linear":
-        raise ConfigError(f"model_type is {config['model_type']!r}; this implementation runs kimi_linear only")
+    _only(config, "model_type", "kimi_linear", "this implementation runs kimi_linear only", default="kimi_linear")
     names = config.get("architectures")
-    if names is not None and list(names) != [ARCHITECTURE]:
+    if names is not None and names not in ([ARCHITECTURE], (ARCHITECTURE,)):
         raise ConfigError(f"architectures is {names!r}; it must be [{ARCHITECTURE!r}]")
     for name, values in NEUTRAL.items():
         if config.get(name) not in values:
@@ -137,16 +149,11 @@ def _check_fixed_fields(config: Mapping[str, Any]) -> None:
             f"quantization_config is of {method!r}; quantised checkpoints are not implemented for this model, "
             "serve the one in bfloat16"
         )
-    if config.get("hidden_act") != "silu":
-        raise ConfigError(f"hidden_act is {_show(config.get('hidden_act'))}; only 'silu' is implemented")
-    if config.get("mla_use_nope") is not True:
-        raise ConfigError(
-            f"mla_use_nope is {_show(config.get('mla_use_nope'))}; it must be true, "
-            "attention with rotary positions is not implemented"
-        )
+    _only(config, "hidden_act", "silu", "only 'silu' is implemented")
+    _only(config, "mla_use_nope", True, "it must be true, attention with rotary positions is not implemented")
     # rope_theta alone rotates nothing. A scaling rule may also change the softmax scale, so it is not harmless.
-    rope = config.get("rope_parameters")
-    if isinstance(rope, Mapping) and (rope.get("rope_type") or rope.get("type") or "default") != "default":
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or (rope.get("rope_type") or rope.get("type") or "default") != "default":
         raise ConfigError(f"rope_parameters is {rope!r}; this model has no rotary positions, leave it unset")
 
 
@@ -158,45 +165,41 @@ def _max_context(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _layer_list(linear: Mapping[str, Any], name: str, layers: int) -> list[int]:
-    at = f"linear_attn_config.{name}"
-    numbers = linear.get(name)
-    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or not all(map(is_int, numbers)):
-        raise ConfigError(f"{at} is {_show(numbers)}; give the list of layer numbers, counted from 1")
-    for number in numbers:
-        if not 1 <= number <= layers:
-            raise ConfigError(f"{at} has layer {number}; layers count from 1 to num_hidden_layers = {layers}")
-        if numbers.count(number) > 1:
-            raise ConfigError(f"{at} has layer {number} more than once; name each layer once")
-    return list(numbers)
-
-
-def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
-    layers = _positive(config, "num_hidden_layers")
-    linear = config.get("linear_attn_config")
+def _linear_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of linear_attn_config by the names that messages give them."""
+    linear = config.get(LINEAR)
     if not isinstance(linear, Mapping):
         raise ConfigError(
-            f"linear_attn_config is {_show(linear)}; give the checkpoint's own lists kda_layers and full_attn_layers, "
+            f"{LINEAR} is {_show(linear)}; give the checkpoint's own lists kda_layers and full_attn_layers, "
             "there is no default layout that fits"
         )
     for name in sorted(linear.keys() - LINEAR_KEYS):
         if linear[name] is not None and linear[name] is not False:
-            raise ConfigError(f"linear_attn_config.{name} is {linear[name]!r}; that is not implemented, remove it")
-    kda = _layer_list(linear, "kda_layers", layers)
-    mla = _layer_list(linear, "full_attn_layers", layers)
+            raise ConfigError(f"{LINEAR}.{name} is {linear[name]!r}; that is not implemented, remove it")
+    return {f"{LINEAR}.{name}": value for name, value in linear.items()}
+
+
+def _layer_list(config: Mapping[str, Any], name: str, layers: int) -> list[int]:
+    numbers = _list(config, name, int, "layer numbers, counted from 1")
+    for number in numbers:
+        if not 1 <= number <= layers:
+            raise ConfigError(f"{name} has layer {number}; layers count from 1 to num_hidden_layers = {layers}")
+        if numbers.count(number) > 1:
+            raise ConfigError(f"{name} has layer {number} more than once; name each layer once")
+    return numbers
+
+
+def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    layers = _positive(config, "num_hidden_layers")
+    kda = _layer_list(config, f"{LINEAR}.kda_layers", layers)
+    mla = _layer_list(config, f"{LINEAR}.full_attn_layers", layers)
     for number in range(1, layers + 1):
         if number in kda and number in mla:
-            raise ConfigError(
-                f"linear_attn_config has layer {number} in both kda_layers and full_attn_layers; keep it in one"
-            )
+            raise ConfigError(f"{LINEAR} has layer {number} in both kda_layers and full_attn_layers; keep it in one")
         if number not in kda and number not in mla:
-            raise ConfigError(
-                f"linear_attn_config has layer {number} in neither kda_layers nor full_attn_layers; add it to one"
-            )
+            raise ConfigError(f"{LINEAR} has layer {number} in neither kda_layers nor full_attn_layers; add it to one")
     if not mla:
-        raise ConfigError(
-            "linear_attn_config.full_attn_layers is []; give at least one MLA layer, the cache is paged by it"
-        )
+        raise ConfigError(f"{LINEAR}.full_attn_layers is []; give at least one MLA layer, the cache is paged by it")
     return tuple("kda" if number in kda else "mla" for number in range(1, layers + 1))
 
 
@@ -209,22 +212,14 @@ def _layer_moe(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     return tuple(i >= first and i % every == 0 for i in range(layers))
 
 
-def _kda_fields(linear: Mapping[str, Any], used: bool) -> dict[str, int]:
-    if not used:
-        return {"kda_heads": 0, "kda_head_dim": 0, "conv_kernel_size": 0}
-    try:
-        heads, dim = _positive(linear, "num_heads"), _positive(linear, "head_dim")
-        taps = _positive(linear, "short_conv_kernel_size")
-    except ConfigError as error:
-        raise ConfigError(f"linear_attn_config.{error}") from None
-    for name, value, choices in (
-        ("head_dim", dim, KDA_HEAD_DIMS),
-        ("short_conv_kernel_size", taps, CONV_KERNEL_SIZES),
-    ):
+def _kda_fields(config: Mapping[str, Any]) -> dict[str, int]:
+    for name, choices in (("head_dim", KDA_HEAD_DIMS), ("short_conv_kernel_size", CONV_KERNEL_SIZES)):
+        value = _positive(config, f"{LINEAR}.{name}")
         if value not in choices:
             known = ", ".join(map(str, choices))
-            raise ConfigError(f"linear_attn_config.{name} is {value}; the kernels take one of {known}")
-    return {"kda_heads": heads, "kda_head_dim": dim, "conv_kernel_size": taps}
+            raise ConfigError(f"{LINEAR}.{name} is {value}; the kernels take one of {known}")
+    names = {"kda_heads": "num_heads", "kda_head_dim": "head_dim", "conv_kernel_size": "short_conv_kernel_size"}
+    return {size: _positive(config, f"{LINEAR}.{name}") for size, name in names.items()}
 
 
 def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:
@@ -236,22 +231,8 @@ def _mla_fields(config: Mapping[str, Any]) -> dict[str, int]:
     return {"attention_heads": heads} | {name: _positive(config, name) for name in names}
 
 
-_MOE_FIELDS = (
-    "moe_intermediate_size",
-    "num_experts",
-    "experts_per_token",
-    "shared_experts",
-    "expert_groups",
-    "topk_groups",
-    "renormalize",
-    "routed_scaling_factor",
-)
-
-
 def _moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    activation = config.get("moe_router_activation_func", "sigmoid")
-    if activation != "sigmoid":
-        raise ConfigError(f"moe_router_activation_func is {activation!r}; only 'sigmoid' is implemented")
+    _only(config, "moe_router_activation_func", "sigmoid", "only 'sigmoid' is implemented", default="sigmoid")
     experts = _positive(config, "num_experts")
     groups = _whole(config, "num_expert_group", 1, default=1)
     kept = _whole(config, "topk_group", 1, default=1)

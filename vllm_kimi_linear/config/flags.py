@@ -30,6 +30,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     mamba, offload, scheduler = vllm_config.mamba_config, vllm_config.offload_config, vllm_config.scheduler_config
     unset = "it is not implemented for this model, leave it out"
     unread = "nothing reads it for this model, leave it out"
+    spaced = "states are kept at distances of the model's own, leave it out"
+    mixed = "this model keeps two kinds of state, leave it out"
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
@@ -42,12 +44,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
         ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
         ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
-        (
-            "prefix-cache-retention-interval",
-            cache.prefix_cache_retention_interval,
-            (0,),
-            "states are kept at distances of the model's own, leave it out",
-        ),
+        ("prefix-cache-retention-interval", cache.prefix_cache_retention_interval, (0,), spaced),
         ("enable-mamba-shared-prefix-checkpoint", cache.enable_mamba_shared_prefix_checkpoint, (False,), unread),
         ("use-replayssm", cache.use_replayssm, (False,), unread),
         ("mamba-backend", mamba.backend, (MambaBackendEnum.TRITON,), unread),
@@ -65,25 +62,17 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("enable-hc-sp", parallel.enable_hc_sp, (False,), unread),
         ("cpu-offload-gb", offload.uva.cpu_offload_gb, (0,), unset),
         ("offload-group-size", offload.prefetch.offload_group_size, (0,), unset),
-        (
-            "disable-hybrid-kv-cache-manager",
-            bool(scheduler.disable_hybrid_kv_cache_manager),
-            (False,),
-            "this model keeps two kinds of state, leave it out",
-        ),
+        ("disable-hybrid-kv-cache-manager", bool(scheduler.disable_hybrid_kv_cache_manager), (False,), mixed),
     ]
     if current_platform.is_cpu():
+        method = speculative and speculative.rejection_sample_method
+        remedy = "a CPU has only the standard one, leave it out"
         flags += [
             ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
-            (
-                "speculative-config rejection_sample_method",
-                speculative and speculative.rejection_sample_method,
-                (None, "standard"),
-                "a CPU has only the standard one, leave it out",
-            ),
+            ("speculative-config rejection_sample_method", method, (None, "standard"), remedy),
         ]
     if cache.enable_prefix_caching:
         remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"

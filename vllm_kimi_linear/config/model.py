@@ -24,25 +24,28 @@ class ModelSizes:
     max_context: int | None  # tokens, where the config says
     layer_types: tuple[str, ...]  # "kda" or "mla"
     layer_moe: tuple[bool, ...]  # experts, or one dense MLP
-    kda_heads: int  # 0 without KDA layers, like the next two
-    kda_head_dim: int  # K = V
-    conv_kernel_size: int
     attention_heads: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int  # of the part of the key that all heads share; never rotated
     v_head_dim: int
     kv_lora_rank: int
-    intermediate_size: int
-    moe_intermediate_size: int  # 0 without experts, like the rest of this group
-    num_experts: int
-    experts_per_token: int
-    shared_experts: int
-    expert_groups: int
-    topk_groups: int
-    renormalize: bool
-    routed_scaling_factor: float
     rms_norm_eps: float
     tied_embeddings: bool  # the output matrix is the embedding
+    # Without KDA layers.
+    kda_heads: int = 0
+    kda_head_dim: int = 0  # K = V
+    conv_kernel_size: int = 0
+    # Without a dense MLP.
+    intermediate_size: int = 0
+    # Without experts.
+    moe_intermediate_size: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    shared_experts: int = 0
+    expert_groups: int = 0
+    topk_groups: int = 0
+    renormalize: bool = False
+    routed_scaling_factor: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -88,23 +91,16 @@ def check_cpu(model_sizes: ModelSizes) -> None:
             raise ConfigError(f"{name} is {found}; the CPU's MLA kernel holds only {needed}, serve this model on a GPU")
 
 
-def check_cache_dtypes(
-    kv_cache_dtype: str,
-    mamba_cache_dtype: str,
-    mamba_ssm_cache_dtype: str,
-    device: str,
-    model_dtype: str = "auto",
-) -> None:
+def check_cache_dtypes(kv_cache_dtype: str, mamba_cache_dtype: str, mamba_ssm_cache_dtype: str, device: str) -> None:
     """Raises ConfigError for a cache dtype that would be ignored or that no kernel here reads.
 
-    The names are the values of vLLM's flags; `device` is "cpu" or "cuda"; `model_dtype`, where known, is also
-    accepted by name. `mamba_cache_dtype` is the convolution state's, `mamba_ssm_cache_dtype` the recurrent one's.
+    The names are the values of vLLM's flags; `device` is "cpu" or "cuda". `mamba_cache_dtype` is the convolution
+    state's, `mamba_ssm_cache_dtype` the recurrent one's.
     """
-    same = {"auto", model_dtype}
     state = {"auto", "float32"} | ({"bfloat16"} if device == "cuda" else set())
     allowed = {
-        "kv-cache-dtype": (kv_cache_dtype, same),
-        "mamba-cache-dtype": (mamba_cache_dtype, same),
+        "kv-cache-dtype": (kv_cache_dtype, {"auto"}),
+        "mamba-cache-dtype": (mamba_cache_dtype, {"auto"}),
         "mamba-ssm-cache-dtype": (mamba_ssm_cache_dtype, state),
     }
     for flag, (value, choices) in allowed.items():

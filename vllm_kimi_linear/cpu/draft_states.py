@@ -38,8 +38,8 @@ def keep_at_block_ends(
         num_computed_tokens_gpu,
         num_draft_tokens_gpu,
     )
-    rows = zip(*(column[:num_reqs].tolist() for column in columns), strict=True)
-    for request, (accepted, running, scheduled, computed, drafted) in enumerate(rows):
+    requests = zip(*(column[:num_reqs].tolist() for column in columns), strict=True)
+    for request, (accepted, running, scheduled, computed, drafted) in enumerate(requests):
         first = computed + scheduled - drafted  # tokens that the first state of the running column holds
         end = (first + accepted - 1) // context.block_size * context.block_size
         if end < first:
@@ -63,8 +63,8 @@ def move_to_new_block(
     if not context.is_initialized:
         return
     columns = (state_idx_gpu, src_col_gpu, token_bias_gpu)
-    rows = zip(*(column[:num_reqs].tolist() for column in columns), strict=True)
-    for request, (running, source, bias) in enumerate(rows):
+    requests = zip(*(column[:num_reqs].tolist() for column in columns), strict=True)
+    for request, (running, source, bias) in enumerate(requests):
         if source >= 0 and source != running:
             _copy(context, request, source + bias, running)
 

@@ -16,7 +16,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from vllm_kimi_linear.cpu.products import has_onednn
 
-# oneDNN compiles a product for each number of rows it meets; that many are kept for each expert.
+# oneDNN compiles a product for each number of tokens it meets; that many are kept for each expert.
 PRIMITIVES = 32
 
 
@@ -39,7 +39,7 @@ class PackedExpertsMethod(UnquantizedFusedMoEMethod):
 
 
 class OneDnnExperts(CPUUnquantizedExperts):
-    """Experts as w2(silu(w1 x) * w3 x), each a oneDNN product over the rows routed to it, summed in fp32."""
+    """Experts as w2(silu(w1 x) * w3 x), each a oneDNN product over the tokens routed to it, summed in fp32."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.gate_up = _pack(layer, "w13_weight")
@@ -74,14 +74,14 @@ class OneDnnExperts(CPUUnquantizedExperts):
         experts, counts = chosen[order].unique_consecutive(return_counts=True)
         first = 0
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            rows = slice(first, first + count)
+            routed = slice(first, first + count)
             first += count
             if expert < 0:  # another rank's
                 continue
-            gate_up = _custom_ops.onednn_mm(self.gate_up[expert], inputs[rows], None)
+            gate_up = _custom_ops.onednn_mm(self.gate_up[expert], inputs[routed], None)
             hidden = gate_up.new_empty(count, gate_up.shape[1] // 2)
             torch.ops._C.silu_and_mul(hidden, gate_up)
-            answers[rows] = _custom_ops.onednn_mm(self.down[expert], hidden, None)
+            answers[routed] = _custom_ops.onednn_mm(self.down[expert], hidden, None)
         # Back to the order of the tokens, and summed over their choices.
         place = order.argsort().view(tokens, choices)
         total = torch.zeros(output.shape, dtype=torch.float32)

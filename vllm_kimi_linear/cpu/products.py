@@ -1,24 +1,24 @@
 """Matrix products on processors for which oneDNN has none in the weights' dtype.
 
 oneDNN multiplies bfloat16 on x86 from AVX-512 on, and on some processors with AVX2 alone. On the others vLLM leaves
-linear layers to torch, whose bfloat16 product of many rows takes nine times as long as an fp32 one. Here rows and
+linear layers to torch, whose bfloat16 product of many tokens takes nine times as long as an fp32 one. Here inputs and
 pieces of the weights are widened on the way, so that no second copy of the weights is held.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear as torch_linear
 from vllm import _custom_ops
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
+from vllm_kimi_linear.log import logger
 
-# Up to so many rows torch's own product costs less than widening the weights.
-FEW_ROWS = 2
+# Up to so many tokens torch's own product costs less than widening the weights.
+FEW_TOKENS = 2
 PIECE = 1 << 20  # elements of a weight widened at a time: 4 MiB
 
 
@@ -36,7 +36,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N], all of one dtype -> x weight^T + bias, [T, N]; sums are in fp32."""
-    if has_onednn(weight.dtype) or len(x) <= FEW_ROWS:
+    if has_onednn(weight.dtype) or len(x) <= FEW_TOKENS:
         return torch_linear(x, weight, bias)
     wide = x.float()
     out = x.new_empty(len(x), len(weight))
@@ -47,28 +47,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-class PlainLinearMethod(UnquantizedLinearMethod):
-    """A linear layer that keeps its weight as it is and multiplies by `linear`."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = linear
-
-
-class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """The same of an embedding, or of the output matrix."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = linear
-
-
-PLAIN = {UnquantizedLinearMethod: PlainLinearMethod, UnquantizedEmbeddingMethod: PlainEmbeddingMethod}
-
-
 def use_plain_products(model: nn.Module) -> None:
     """Let layers of `model` that oneDNN cannot multiply run on `linear`. Call it before the weights are processed."""
     for module in model.modules():
-        plain = PLAIN.get(type(getattr(module, "quant_method", None)))
-        if plain is not None and not has_onednn(module.weight.dtype):
-            module.quant_method = plain()
+        method: Any = getattr(module, "quant_method", None)
+        if type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            continue
+        if not has_onednn(module.weight.dtype):
+            method.process_weights_after_loading = _keep_weight
             name = str(module.weight.dtype).removeprefix("torch.")
             logger.info_once("oneDNN has no %s product on this processor: weights are widened to fp32 in pieces", name)
+
+
+def _keep_weight(layer: nn.Module) -> None:
+    """As vLLM's methods of this name, which pack the weight: keep it as it is, and multiply by `linear`."""
+    layer.cpu_linear = linear

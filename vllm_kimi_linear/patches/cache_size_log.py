@@ -2,13 +2,10 @@
 
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.cache import configured
+from vllm_kimi_linear.log import logger
 from vllm_kimi_linear.patches.patch import Function, Hook, Patch
-
-logger = init_logger("vllm.kimi_linear")  # under "vllm", so that its handlers apply
 
 
 def log_sequences(original: Function) -> Function:

@@ -8,6 +8,7 @@ from vllm_kimi_linear.cache import manager as kda
 from vllm_kimi_linear.cache.metrics import CheckpointMetrics
 from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
+LOGGER = "vllm.v1.metrics.loggers:PrometheusStatLogger"
 FIELD = "kda_checkpoints"  # of SchedulerStats: name of a count -> its number; None in engines of other models
 
 
@@ -63,21 +64,12 @@ PATCH = Patch(
     cause="`SchedulerStats` has no field for what a plugin counts. `AsyncLLM` takes the presence of such a plugin for "
     "a wish to log, before it can say which models it is for; and vLLM withdraws only metrics named `vllm:...` from "
     "the registry before it registers them again.",
-    upstream="Not reported yet.",
     remove_when="a plugin can add to the scheduler's statistics, is asked whether it wants a model's, and can withdraw "
     "its metrics.",
     hooks=(
         Hook("vllm.v1.metrics.stats:SchedulerStats", "", add_field),
-        Hook(
-            "vllm.v1.core.sched.scheduler:Scheduler.make_stats",
-            "self ...",
-            count,
-        ),
-        Hook("vllm.v1.metrics.loggers:PrometheusStatLogger.__init__", "self vllm_config engine_indexes", start),
-        Hook(
-            "vllm.v1.metrics.loggers:PrometheusStatLogger.record",
-            "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
-            show,
-        ),
+        Hook("vllm.v1.core.sched.scheduler:Scheduler.make_stats", "self ...", count),
+        Hook(f"{LOGGER}.__init__", "self vllm_config engine_indexes", start),
+        Hook(f"{LOGGER}.record", "self scheduler_stats iteration_stats mm_cache_stats engine_idx", show),
     ),
 )

@@ -1,35 +1,15 @@
 """Let drafts be verified with prefix caching where no Triton kernel runs."""
 
-from typing import Any
-
-from vllm_kimi_linear.patches.patch import Function, Hook, Patch
+from vllm_kimi_linear.cpu import draft_states
+from vllm_kimi_linear.patches.patch import Hook, Patch
 
 CONTEXT = "vllm.v1.worker.mamba_utils:MambaSpecDecodeGPUContext"
-
-
-def keep_at_block_ends(original: Function) -> Function:
-    def run_fused_postprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_kimi_linear.cpu import draft_states
-
-        draft_states.keep_at_block_ends(self, *args, **kwargs)
-
-    return run_fused_postprocess
-
-
-def move_to_new_block(original: Function) -> Function:
-    def run_fused_precopy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_kimi_linear.cpu import draft_states
-
-        draft_states.move_to_new_block(self, *args, **kwargs)
-
-    return run_fused_precopy
 
 
 PATCH = Patch(
     symptom="With --speculative-config and prefix caching on a CPU the first step ends the engine: the kernels that "
     "copy states at block boundaries are not callable.",
     cause="`MambaSpecDecodeGPUContext` launches Triton kernels, for which vLLM has no CPU version.",
-    upstream="Not reported yet.",
     remove_when="`vllm.utils.cpu_triton_utils` has them.",
     device="cpu",
     scope="process",
@@ -38,12 +18,12 @@ PATCH = Patch(
             f"{CONTEXT}.run_fused_postprocess",
             "self num_reqs num_accepted_tokens_gpu mamba_state_idx_gpu num_scheduled_tokens_gpu "
             "num_computed_tokens_gpu num_draft_tokens_gpu",
-            keep_at_block_ends,
+            lambda original: draft_states.keep_at_block_ends,
         ),
         Hook(
             f"{CONTEXT}.run_fused_precopy",
             "self num_reqs state_idx_gpu src_col_gpu token_bias_gpu idx_mapping",
-            move_to_new_block,
+            lambda original: draft_states.move_to_new_block,
         ),
     ),
 )

@@ -21,7 +21,6 @@ PATCH = Patch(
     "`sync_and_gather_intermediate_tensors`.",
     cause="The model runner makes the buffers in its profiling run, which the CPU runner leaves out when nothing is "
     "compiled.",
-    upstream="Not reported yet.",
     remove_when="the CPU runner makes them itself.",
     device="cpu",
     scope="process",

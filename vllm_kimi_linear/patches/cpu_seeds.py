@@ -6,6 +6,8 @@ import numpy as np
 
 from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
+RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
+
 
 def draw_dropped_from_no_generator(original: Function) -> Function:
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -32,20 +34,11 @@ PATCH = Patch(
     "the engine on a CPU: `CPU Generator does not use offset`.",
     cause="The runner draws a token for every request of a step, also for one whose prompt goes on, drops that token "
     "and sets the request's generator back by the offset that a GPU's generator has and a CPU's has not.",
-    upstream="Not reported yet.",
     remove_when="the CPU runner sets the generator back by its state, or draws from none.",
     device="cpu",
     scope="process",
     hooks=(
-        Hook(
-            "vllm.v1.worker.cpu_model_runner:CPUModelRunner._sample",
-            "self ...",
-            draw_dropped_from_no_generator,
-        ),
-        Hook(
-            "vllm.v1.worker.cpu_model_runner:CPUModelRunner._bookkeeping_sync",
-            "self ...",
-            give_generators_back,
-        ),
+        Hook(f"{RUNNER}._sample", "self ...", draw_dropped_from_no_generator),
+        Hook(f"{RUNNER}._bookkeeping_sync", "self ...", give_generators_back),
     ),
 )

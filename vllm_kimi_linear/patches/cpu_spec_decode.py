@@ -54,7 +54,6 @@ PATCH = Patch(
     "before; `apply_top_k_only` takes the largest k of no rows in a step in which nothing was drafted; and the C++ "
     "kernel of `_rejection_random_sample_kernel_impl` looks up the probability of a placeholder (-1), which is another "
     "row's.",
-    upstream="Not reported yet.",
     remove_when="the first copies its result back, or keeps the dtype, the second returns early where there is no "
     "row, and the third refuses placeholders.",
     device="cpu",

@@ -38,7 +38,7 @@ class Patch:
 
     symptom: str
     cause: str
-    upstream: str
+    upstream: str = "Not reported yet."
     remove_when: str
     hooks: tuple[Hook, ...]
     scope: Literal["call", "process"] = "call"

@@ -60,7 +60,6 @@ PATCH = Patch(
     "drafts before, too.",
     cause="`SchedulerOutput` has no field for states inside a chunk but at vLLM's own one place "
     "(`MambaPrefillCheckpointMetadata`), and a worker's block table only grows.",
-    upstream="Not reported yet.",
     remove_when="a layer can say where in a chunk it keeps states (more than `num_prefill_checkpoint_blocks` = 1).",
     hooks=(
         Hook("vllm.v1.core.sched.scheduler:Scheduler.schedule", "self ...", send),

@@ -24,7 +24,6 @@ PATCH = Patch(
     "state that another request left in its block: the answer is wrong, and shows what the other was about.",
     cause="`Scheduler.schedule` pads a request that has one token left to compute with placeholders for drafts (-1), "
     "so that the step fits a CUDA graph of decodes. Drafts are verified from a request's state; this one has none yet.",
-    upstream="Not reported yet.",
     remove_when="a request without computed tokens is not padded.",
     hooks=(
         Hook(

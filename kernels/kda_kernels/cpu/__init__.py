@@ -78,7 +78,7 @@ def _run(
         conv_weight, norm_weight = conv_weight.float(), norm_weight.float()
     if params.conv_kernel_size > _MAX_KERNEL_SIZE:
         raise ValueError(
-            f"conv_weight has {params.conv_kernel_size} taps; the C kernels take up to {_MAX_KERNEL_SIZE}."
+            f"conv_weight has a kernel size of {params.conv_kernel_size}; the C kernels take up to {_MAX_KERNEL_SIZE}."
         )
     offsets, targets = None, None
     if checkpoints is not None:

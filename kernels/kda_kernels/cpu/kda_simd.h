@@ -240,7 +240,7 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
         return;
     }
     if (c->num_accepted_tokens && start == end) return;
-    const int resumed = c->has_initial_state ? c->has_initial_state[sequence] : 1, past = kernel_size - 1;
+    const int has_initial_state = c->has_initial_state ? c->has_initial_state[sequence] : 1, past = kernel_size - 1;
     int64_t state_index = state_indices[0];
     const int64_t source = c->num_accepted_tokens ? state_indices[c->num_accepted_tokens[sequence] - 1] : state_index;
     float *S = KDA(state_of)(c, state_index, head, dim);
@@ -254,13 +254,14 @@ INLINE void KDA(head)(const kda_call *c, int64_t sequence, int64_t head, int dim
     float decayed_k[BLOCK * MAX_DIM] __attribute__((aligned(64)));
     float beta[BLOCK], kq[BLOCK];
 
-    if (!resumed) __builtin_memset(S, 0, sizeof(float) * dim * dim);
+    if (!has_initial_state) __builtin_memset(S, 0, sizeof(float) * dim * dim);
     for (int part = 0; part < 3; part++) {
         const int64_t channel = part * width + first;
         for (int row = 0; row < past; row++)
             for (int i = 0; i < dim; i += WIDTH)
                 KDA(store)(window[part] + row * dim + i,
-                           resumed ? KDA(read)(conv, row * c->conv_token_stride + channel + i, bf16) : (vec){0});
+                           has_initial_state ? KDA(read)(conv, row * c->conv_token_stride + channel + i, bf16)
+                                             : (vec){0});
         KDA(transpose)(c->conv_weight, channel * kernel_size, c->conv_weight_bf16, weight[part], dim, kernel_size);
     }
     const vec rate = -KDA(exp)(KDA(splat)(c->A_log[head]));

@@ -55,9 +55,9 @@ def kda_conv_gate_kernel(
     tile = (chunk * heads + head) * BT
     if part == 3:
         tokens = base + tl.arange(0, BT)
-        strength = tl.load(beta + tokens.to(tl.int64) * beta_stride + head, mask=tokens < last, other=0.0)
-        strength = tl.where(tokens < last, sigmoid(strength.to(tl.float32)), 0.0)
-        tl.store(beta_out + tile + tl.arange(0, BT), strength)
+        b_beta = tl.load(beta + tokens.to(tl.int64) * beta_stride + head, mask=tokens < last, other=0.0)
+        b_beta = tl.where(tokens < last, sigmoid(b_beta.to(tl.float32)), 0.0)
+        tl.store(beta_out + tile + tl.arange(0, BT), b_beta)
         rate = tl.exp2(tl.load(A_log + head).to(tl.float32) * LOG2E) * LOG2E
         bias = tl.load(dt_bias + column).to(tl.float32)
         total = tl.zeros([D], tl.float32)

@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from tests.conftest import FLAGS
+from tests.support.replies import CHAT, GREEDY, PROMPT
 
 TABLE = Path(__file__).parents[3] / "docs" / "conformance.md"
 COMMAND = "pytest tests/e2e/conformance --write-table"
@@ -110,3 +111,21 @@ def http(base_url: str) -> Iterator[httpx.Client]:
 def answer(record_property: Callable[[str, Any], None]) -> Callable[[str], None]:
     """`answer(text)`: what the table shows beside the verdict."""
     return lambda text: record_property("answer", text.replace("|", "\\|"))
+
+
+@pytest.fixture
+def chat(client: openai.OpenAI, model: str) -> Callable:
+    """A chat completion, greedy and 24 tokens long unless told otherwise."""
+    return lambda **asked: client.chat.completions.create(**{"model": model, "messages": CHAT, **GREEDY, **asked})
+
+
+@pytest.fixture
+def complete(client: openai.OpenAI, model: str) -> Callable:
+    """A text completion, greedy and 24 tokens long unless told otherwise."""
+    return lambda **asked: client.completions.create(**{"model": model, "prompt": PROMPT, **GREEDY, **asked})
+
+
+@pytest.fixture(params=["chat", "completions"])
+def ask(request: pytest.FixtureRequest) -> Callable:
+    """Both endpoints, one after the other."""
+    return request.getfixturevalue("chat" if request.param == "chat" else "complete")

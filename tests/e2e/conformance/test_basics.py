@@ -1,52 +1,17 @@
 """Chat and completions: what is asked for comes, whole and streamed alike."""
 
 import math
-import time
 from collections.abc import Callable
 
-import httpx
 import openai
 import pytest
 
+from tests.support.replies import CHAT, GREEDY, PROMPT, streamed, text_of
+
 row = pytest.mark.conformance
 
-CHAT = [{"role": "user", "content": "Hello, who are you?"}]
-PROMPT = "Once upon a time there was a lighthouse"
 # Characters of two, three and four bytes that the demo tokenizer never saw, so each takes several tokens.
 UNICODE = "naïve \U0001f732\U0001f733 नमस्ते — ﷺ 今天"
-GREEDY = {"temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture
-def chat(client: openai.OpenAI, model: str) -> Callable:
-    """A chat completion, greedy and 24 tokens long unless told otherwise."""
-    return lambda **asked: client.chat.completions.create(**{"model": model, "messages": CHAT, **GREEDY, **asked})
-
-
-@pytest.fixture
-def complete(client: openai.OpenAI, model: str) -> Callable:
-    """A text completion, greedy and 24 tokens long unless told otherwise."""
-    return lambda **asked: client.completions.create(**{"model": model, "prompt": PROMPT, **GREEDY, **asked})
-
-
-def text_of(choice) -> str:
-    return choice.message.content if hasattr(choice, "message") else choice.text
-
-
-def streamed(chunks, index: int = 0) -> str:
-    """The text of choice `index` of a stream of either kind."""
-    parts = []
-    for chunk in chunks:
-        for choice in chunk.choices:
-            if choice.index == index:
-                parts.append((choice.delta.content if hasattr(choice, "delta") else choice.text) or "")
-    return "".join(parts)
-
-
-@pytest.fixture(params=["chat", "completions"])
-def ask(request: pytest.FixtureRequest) -> Callable:
-    """Both endpoints, one after the other."""
-    return request.getfixturevalue("chat" if request.param == "chat" else "complete")
 
 
 @row("models", "`models.list()`: the model, and how long its context is")
@@ -268,36 +233,3 @@ def test_unicode_free(ask: Callable) -> None:
         assert streamed(chunks) == whole
         broken += "\ufffd" in whole
     assert broken, "no text had a broken character: this test shows nothing"
-
-
-@row("disconnect", "the client leaves a stream, or a plain request: the sequence is freed")
-def test_disconnect(http: httpx.Client, model: str, ask: Callable) -> None:
-    def running() -> float:
-        lines = http.get(http.base_url.copy_with(path="/metrics")).text.splitlines()
-        values = [
-            float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
-        ]
-        if not values:
-            pytest.skip("this URL gives no vLLM metrics")
-        return sum(values)
-
-    def wait_for(state: Callable[[float], bool], what: str) -> None:
-        end = time.monotonic() + 60
-        while not state(running()):
-            assert time.monotonic() < end, what
-            time.sleep(0.1)
-
-    wait_for(lambda n: n == 0, "another request is still running")
-    endless = {"max_tokens": 6000, "extra_body": {"ignore_eos": True}}
-    stream = ask(**endless, stream=True)
-    for _ in range(3):
-        next(stream)
-    assert running() == 1
-    stream.close()
-    wait_for(lambda n: n == 0, "the sequence runs on after the client has left its stream")
-    with pytest.raises(openai.APITimeoutError):
-        ask(**endless, timeout=2)
-    wait_for(lambda n: n == 0, "the sequence runs on after the client has left its request")
-    assert text_of(ask().choices[0])

@@ -13,19 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from starlette.requests import Request
 
 from kimi_demo.server import Server
 from kimi_server.gateway.config.settings import ReplicaSettings
-from kimi_server.gateway.keys.cache_salt import cache_salt
 from kimi_server.gateway.request.parsed_request import parse_request, plain_prompt
 from kimi_server.gateway.request.prompt_size import TEMPLATE
 from kimi_server.gateway.routes import CLOSED, ROUTES, TOKENIZE
-from kimi_server.gateway.upstream.body import with_fields
 from kimi_server.gateway.upstream.replicas import Replica
 from kimi_server.gateway.upstream.token_counter import TokenCounter
 from tests.conftest import FLAGS
@@ -113,36 +109,6 @@ def test_the_list_of_routes_is_that_of_vllm(replicas: list[Server]) -> None:
     served = {(method.upper(), path) for path in paths for method in paths[path] if path.startswith("/v1/")}
     listed = {(route.method, route.path) for route in ROUTES}
     assert served - {("POST", path) for path in CLOSED} == listed
-
-
-def test_vllm_reads_the_headers_that_the_gateway_sets() -> None:
-    serving = pytest.importorskip("vllm.entrypoints.generate.base.serving").GenerateBaseServing
-    raw = Request({"type": "http", "headers": [(b"x-vllm-priority", b"1"), (b"x-data-parallel-rank", b"2")]})
-    assert serving._get_priority(SimpleNamespace(priority=-9), raw) == 1
-    assert serving._get_data_parallel_rank(raw) == 2
-
-
-def test_vllm_takes_the_salt_that_was_added() -> None:
-    """Of each kind of body that makes the engine read a prompt."""
-    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-    from vllm.entrypoints.generate.structured_decisions.protocol import StructuredDecisionRequest
-    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-
-    message = [{"role": "user", "content": "x"}]
-    salt = cache_salt(b"secret", "owner", "own")
-    for kind, body in (
-        (ChatCompletionRequest, {"messages": message}),
-        (BatchChatCompletionRequest, {"messages": [message]}),
-        (CompletionRequest, {"prompt": "x"}),
-        (ResponsesRequest, {"input": "x"}),
-        (AnthropicMessagesRequest, {"model": "m", "messages": message, "max_tokens": 1}),
-        (StructuredDecisionRequest, {"state": "x", "questions": {}}),
-    ):
-        own = json.dumps(body | {"cache_salt": "own"}).encode()
-        found = kind.model_validate(json.loads(with_fields(own, {"cache_salt": salt})))
-        assert found.cache_salt == salt, kind
 
 
 def test_what_a_replica_says_is_what_comes(gateway: GatewayProcess, replicas: list[Server]) -> None:

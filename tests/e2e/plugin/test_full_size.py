@@ -100,8 +100,8 @@ def published() -> dict[str, tuple[int, ...]]:
     for layer in range(27):
         at = f"model.layers.{layer}"
         tensors |= {f"{at}.{n}_layernorm.weight": (2304,) for n in ("input", "post_attention")}
-        mixer = mla if layer in (3, 7, 11, 15, 19, 23, 26) else kda
-        tensors |= {f"{at}.self_attn.{name}": shape for name, shape in mixer.items()}
+        attention = mla if layer in (3, 7, 11, 15, 19, 23, 26) else kda
+        tensors |= {f"{at}.self_attn.{name}": shape for name, shape in attention.items()}
         if layer == 0:
             tensors |= {f"{at}.{name}": shape for name, shape in dense.items()}
         else:

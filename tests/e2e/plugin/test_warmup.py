@@ -17,7 +17,7 @@ def start(folder: str) -> dict[str, Any]:
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
-    from vllm_kimi_linear import warmup
+    from vllm_kimi_linear import log
     from vllm_kimi_linear.moe import MixtureOfExperts
 
     args = EngineArgs(model=folder, dtype="float32", max_model_len=512, max_num_batched_tokens=100, max_num_seqs=8)
@@ -37,7 +37,7 @@ def start(folder: str) -> dict[str, Any]:
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, inputs, out, name=name: ran.append((name, len(out))))
     registry.warmup()
-    warmup.logger.warning_once = lambda text, *values: warnings.append(text % values)
+    log.logger.warning_once = lambda text, *values: warnings.append(text % values)
     for layer in layers.values():
         layer.experts = None
     registry.warmup()

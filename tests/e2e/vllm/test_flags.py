@@ -12,32 +12,32 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.vllm.test_start_errors import ELSEWHERE, REFUSED
+from tests.e2e.vllm.test_flag_errors import ELSEWHERE, REFUSED
 from tests.support.own_process import in_own_process
 
 ROOT = Path(__file__).parents[2]
 
-# Refused by a sentence that names the flag: the cases stand in test_start_errors.py.
+# Refused by a sentence that names the flag: the cases stand in test_flag_errors.py.
 REFUSED_FLAGS = """
     attention_backend block_size cpu_offload_gb data_parallel_size decode_context_parallel_size
     disable_chunked_mm_input disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep
     enable_eplb enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint gdn_prefill_backend kda_decode_backend kda_prefill_backend kv_cache_dtype
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend mamba_block_size mamba_cache_dtype
-    mamba_cache_philox_rounds offload_group_size prefill_context_parallel_size prefix_cache_retention_interval
-    prefix_match_unit quantization runner ubatch_size use_replayssm
+    mamba_cache_philox_rounds model_impl offload_group_size prefill_context_parallel_size
+    prefix_cache_retention_interval prefix_match_unit quantization runner ubatch_size use_replayssm
 """
 
 # Run by another file of the tests, which names it.
 TESTED = {
     "additional_config": "e2e/vllm/test_prefix_cache.py",
-    "attention_config": "e2e/vllm/test_start_errors.py",
+    "attention_config": "e2e/vllm/test_flag_errors.py",
     "disable_log_stats": "e2e/plugin/test_other_models.py",
     "distributed_executor_backend": "e2e/plugin/test_other_models.py",
     "dtype": "e2e/vllm/test_bfloat16.py",
     "enable_prefix_caching": "e2e/vllm/test_prefix_cache.py",
     "gpu_memory_utilization": "e2e/vllm/test_gpu.py",
-    "hf_overrides": "e2e/vllm/test_start_errors.py",
+    "hf_overrides": "e2e/vllm/test_config_errors.py",
     "kv_cache_memory_bytes": "conftest.py",
     "mamba_ssm_cache_dtype": "e2e/vllm/test_gpu.py",
     "max_model_len": "e2e/vllm/test_long_context.py",
@@ -47,7 +47,7 @@ TESTED = {
     "pipeline_parallel_size": "e2e/vllm/test_parallel.py",
     "speculative_config": "e2e/vllm/test_speculation.py",
     "tensor_parallel_size": "e2e/vllm/test_parallel.py",
-    "trust_remote_code": "e2e/vllm/test_start_errors.py",
+    "trust_remote_code": "e2e/vllm/test_flag_errors.py",
 }
 
 # Run here: name of the run -> flags. Those of SHORT always, the others in the soak.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chunks, expert_tiles
+from benchmarks import chunks
 from benchmarks.common import CONFIG
 from benchmarks.h200.results import Results, table, tpot_floor
 from benchmarks.h200.rows import Rows
@@ -84,14 +84,3 @@ def test_what_is_missing_or_failed_is_measured_again(tmp_path: Path):
     assert again.missing("ours", ["tpot 1 4K", "ttft 8K", "million"]) == ["ttft 8K", "million"]
     assert Results(tmp_path, 16, 1, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
     assert Results(tmp_path, 27, 2, None).missing("ours", ["tpot 1 4K"]) == ["tpot 1 4K"]
-
-
-def test_tiles_worth_trying_fit_a_hopper():
-    shape = expert_tiles.Shape(experts=256, width=1024, hidden=2304, chosen=8)
-    for tokens in expert_tiles.TOKENS:
-        tiles = list(expert_tiles.candidates(shape, tokens))
-        assert 10 < len(tiles) < 50
-        assert all(
-            (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * 2 * t["num_stages"] < 1 << 18 for t in tiles
-        )
-    assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)

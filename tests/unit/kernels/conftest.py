@@ -1,4 +1,4 @@
-"""Problems for the KDA kernels and an oracle that shares no code with them."""
+"""Problems for the KDA kernels and a reference that shares no code with them."""
 
 import copy
 import os
@@ -42,16 +42,16 @@ class Problem:
         return self.cu_seqlens.diff().tolist()
 
     def part(self, start: int, end: int, sequence: int, has_initial_state: bool) -> "Problem":
-        """Rows start to end, all of one sequence, as a problem that shares this one's state and output."""
-        rows, picked = slice(start, end), slice(sequence, sequence + 1)
+        """Tokens start to end, all of one sequence, as a problem that shares this one's state and output."""
+        tokens, picked = slice(start, end), slice(sequence, sequence + 1)
         return Problem(
-            KdaInputs(*(getattr(self.inputs, f.name)[rows] for f in fields(KdaInputs))),
+            self.inputs[tokens],
             self.params,
             self.state,
             torch.tensor([0, end - start], dtype=torch.int32),
             self.state_indices[picked],
             torch.tensor([has_initial_state]),
-            self.out[rows],
+            self.out[tokens],
         )
 
 
@@ -69,21 +69,21 @@ def make_problem(
     spare: int = 3,
     seed: int = 0,
 ) -> Problem:
-    """Random rows at trained scale: decays from 'forgets at once' to 'hardly ever', states out of order.
+    """Random inputs at trained scale: decays from 'forgets at once' to 'hardly ever', states out of order.
 
     strided: inputs and states are views with gaps, filled with NaN. States that are not read hold NaN too.
     spare: states of the cache beside one a sequence.
     """
     make = torch.Generator().manual_seed(seed)
-    rows, width, count = sum(lengths), heads * dim, len(lengths)
+    tokens, width, count = sum(lengths), heads * dim, len(lengths)
     gap = 24 if strided else 0
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=make)
 
     def rows_of(channels: int) -> Tensor:
-        store = torch.full((rows, channels + gap), torch.nan, dtype=dtype)
-        store[:, gap // 2 : gap // 2 + channels] = randn(rows, channels).to(dtype)
+        store = torch.full((tokens, channels + gap), torch.nan, dtype=dtype)
+        store[:, gap // 2 : gap // 2 + channels] = randn(tokens, channels).to(dtype)
         return store[:, gap // 2 : gap // 2 + channels]
 
     def paged(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -103,15 +103,15 @@ def make_problem(
     state = KdaState(paged(shapes[0], dtype), paged(shapes[1], torch.float32))
     if state_indices is None:
         state_indices = (torch.randperm(count + 2, generator=make)[:count] + 1).tolist()
-    resumed = [has_initial_state] * count if isinstance(has_initial_state, bool) else has_initial_state
-    for slot, go_on in zip(state_indices, resumed, strict=True):
-        if go_on and slot > 0:
-            state.conv[slot] = randn(*shapes[0]).to(dtype)
-            state.recurrent[slot] = randn(*shapes[1])
+    initial = [has_initial_state] * count if isinstance(has_initial_state, bool) else has_initial_state
+    for state_index, is_set in zip(state_indices, initial, strict=True):
+        if is_set and state_index > 0:
+            state.conv[state_index] = randn(*shapes[0]).to(dtype)
+            state.recurrent[state_index] = randn(*shapes[1])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    out = torch.full((rows, width + gap), torch.nan, dtype=dtype)[:, :width]
+    out = torch.full((tokens, width + gap), torch.nan, dtype=dtype)[:, :width]
     index_table = torch.tensor(state_indices, dtype=torch.int32)
-    return Problem(inputs, params, state, bounds, index_table, torch.tensor(resumed, dtype=torch.bool), out)
+    return Problem(inputs, params, state, bounds, index_table, torch.tensor(initial, dtype=torch.bool), out)
 
 
 def solve(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,12 +125,12 @@ def solve(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.zeros(qkv.shape[0], heads * dim, dtype=wide)
     conv, recurrent = problem.state.conv.to(wide), problem.state.recurrent.to(wide)
     bounds = problem.cu_seqlens.tolist()
-    for n, slot in enumerate(problem.state_indices.tolist()):
-        if slot <= 0:
+    for n, state_index in enumerate(problem.state_indices.tolist()):
+        if state_index <= 0:
             continue
-        go_on = bool(problem.has_initial_state[n])
-        past = list(conv[slot]) if go_on else [torch.zeros(qkv.shape[1], dtype=wide)] * (conv_kernel_size - 1)
-        S = recurrent[slot].mT.clone() if go_on else torch.zeros(heads, dim, dim, dtype=wide)
+        initial = bool(problem.has_initial_state[n])
+        past = list(conv[state_index]) if initial else [torch.zeros(qkv.shape[1], dtype=wide)] * (conv_kernel_size - 1)
+        S = recurrent[state_index].mT.clone() if initial else torch.zeros(heads, dim, dim, dtype=wide)
         for t in range(bounds[n], bounds[n + 1]):
             past.append(qkv[t])
             y = sum(weight[:, i] * past[len(past) - conv_kernel_size + i] for i in range(conv_kernel_size))
@@ -147,8 +147,8 @@ def solve(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
                 o = S[h].T @ q
                 o = o / (o.square().mean() + params.norm_eps).sqrt() * norm
                 out[t, h * dim :][:dim] = o / (1 + torch.exp(-output_gate[t, h * dim :][:dim]))
-        conv[slot] = torch.stack(past[len(past) - conv_kernel_size + 1 :])
-        recurrent[slot] = S.mT
+        conv[state_index] = torch.stack(past[len(past) - conv_kernel_size + 1 :])
+        recurrent[state_index] = S.mT
     return out, conv, recurrent
 
 

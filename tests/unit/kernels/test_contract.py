@@ -14,11 +14,11 @@ def check(problem, backend, solve, relative_error, call="prefill"):
     before = problem.clone()
     getattr(problem, call)(backend)
     tolerance = TOLERANCE[problem.out.dtype]
-    live = [slot for slot in problem.state_indices.tolist() if slot > 0]
+    live = [state_index for state_index in problem.state_indices.tolist() if state_index > 0]
     assert relative_error(problem.out, want_out) < tolerance
     assert torch.equal(problem.state.conv[live].double(), want_conv[live])
     assert relative_error(problem.state.recurrent[live], want_recurrent[live]) < 1e-5
-    others = [slot for slot in range(problem.state.conv.shape[0]) if slot not in live]
+    others = [state_index for state_index in range(problem.state.conv.shape[0]) if state_index not in live]
     for name in ("conv", "recurrent"):
         now, then = getattr(problem.state, name)[others], getattr(before.state, name)[others]
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
@@ -65,7 +65,7 @@ def test_views_with_gaps_and_bf16_params(call, dtype, backend, make_problem, sol
     problem = make_problem(lengths, strided=True, has_initial_state=True, dtype=dtype, param_dtype=torch.bfloat16)
     check(problem, backend, solve, relative_error, call)
     store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
-    assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the rows
+    assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the tokens
 
 
 def test_many_sequences_of_one_token(backend, make_problem, solve, relative_error):
@@ -99,9 +99,9 @@ def test_chunks_continue_one_another(sizes, backend, make_problem, relative_erro
         pieces.part(start, start + size, 0, has_initial_state=start > 0).prefill(backend)
         start += size
     assert relative_error(pieces.out, whole.out) < 1e-5
-    slot = int(whole.state_indices[0])
-    assert torch.equal(pieces.state.conv[slot], whole.state.conv[slot])
-    assert relative_error(pieces.state.recurrent[slot], whole.state.recurrent[slot]) < 1e-5
+    state_index = int(whole.state_indices[0])
+    assert torch.equal(pieces.state.conv[state_index], whole.state.conv[state_index])
+    assert relative_error(pieces.state.recurrent[state_index], whole.state.recurrent[state_index]) < 1e-5
 
 
 def test_nan_in_one_sequence_stays_there(backend, make_problem):

@@ -96,8 +96,8 @@ def test_every_instruction_set_is_right(dtype, dim, call, make_problem, solve, r
 def test_channels_do_not_depend_on_their_place(make_problem):
     """Equal inputs in every channel give equal decays, convolutions and outputs in every lane."""
     problem = make_problem([20], dim=64, heads=2)
-    for rows in (problem.inputs.qkv, problem.inputs.g, problem.inputs.output_gate, problem.inputs.beta):
-        rows.copy_(rows[:, :1].expand_as(rows))
+    for x in (problem.inputs.qkv, problem.inputs.g, problem.inputs.output_gate, problem.inputs.beta):
+        x.copy_(x[:, :1].expand_as(x))
     params = problem.params
     for weights in (params.A_log, params.dt_bias, params.norm_weight):
         weights.fill_(0.5)
@@ -143,5 +143,5 @@ def test_library_that_cannot_be_used_gives_the_reason(monkeypatch, tmp_path):
 
 
 def test_too_many_taps_are_refused(make_problem):
-    with pytest.raises(ValueError, match="conv_weight has 9 taps"):
+    with pytest.raises(ValueError, match="conv_weight has a kernel size of 9"):
         make_problem([3], conv_kernel_size=9).prefill(cpu)

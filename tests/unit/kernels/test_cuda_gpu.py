@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
 def on(device, value):
-    """A copy on the device that keeps strides and the gaps between rows."""
+    """A copy on the device that keeps strides and the gaps between tokens."""
     if isinstance(value, torch.Tensor):
         store = value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0).to(device)
         return store.as_strided(value.shape, value.stride(), value.storage_offset())
@@ -46,11 +46,11 @@ def check(problem, cuda, relative_error, call="prefill"):
     got = on_gpu(problem)
     getattr(got, call)(cuda)
     tolerance = TOLERANCE[problem.out.dtype]
-    live = [slot for slot in problem.state_indices.tolist() if slot > 0]
+    live = [state_index for state_index in problem.state_indices.tolist() if state_index > 0]
     assert relative_error(got.out.cpu(), want.out) < tolerance
     assert torch.equal(got.state.conv.cpu()[live].double(), want.state.conv[live])
     assert relative_error(got.state.recurrent.cpu()[live], want.state.recurrent[live]) < tolerance
-    others = [slot for slot in range(problem.state.conv.shape[0]) if slot not in live]
+    others = [state_index for state_index in range(problem.state.conv.shape[0]) if state_index not in live]
     torch.testing.assert_close(
         got.state.recurrent.cpu()[others], problem.state.recurrent[others], rtol=0, atol=0, equal_nan=True
     )
@@ -89,19 +89,25 @@ def test_segments_of_long_sequences(dtype, cuda, make_problem, relative_error):
     check(problem, cuda, relative_error)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
 @pytest.mark.parametrize("heads, dim", [(3, 128), (4, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode(dtype, heads, dim, rows, cuda, make_problem, relative_error):
-    state_indices = [0 if n % 7 == 3 else rows - n for n in range(rows)]
+def test_decode(dtype, heads, dim, tokens, cuda, make_problem, relative_error):
+    state_indices = [0 if n % 7 == 3 else tokens - n for n in range(tokens)]
     problem = make_problem(
-        [1] * rows, heads=heads, dim=dim, dtype=dtype, state_indices=state_indices, has_initial_state=True, strided=True
+        [1] * tokens,
+        heads=heads,
+        dim=dim,
+        dtype=dtype,
+        state_indices=state_indices,
+        has_initial_state=True,
+        strided=True,
     )
     check(problem, cuda, relative_error, "decode")
 
 
 def test_decode_in_a_graph(cuda, make_problem):
-    """A replay gives what calls give, also for slots changed after the capture."""
+    """A replay gives what calls give, also for state indices changed after the capture."""
     problem = on_gpu(make_problem([1] * 4, dim=128, dtype=torch.bfloat16, has_initial_state=True))
     problem.decode(cuda)  # compiled before the capture
     eager = copy.deepcopy(problem)
@@ -139,16 +145,18 @@ def test_checkpoints(state_dtype, dtype, part, cuda, make_problem, relative_erro
     want, got = in_fp64(problem).prefill(reference, checkpoints), on_gpu(problem).prefill(cuda, on_gpu(checkpoints))
     tolerance = 5e-3 if state_dtype == torch.bfloat16 else TOLERANCE[dtype]
     assert relative_error(got.out.cpu(), want.out) < tolerance
-    for slot in range(17):
-        if slot in (0, 12, 16):
-            assert got.state.recurrent[slot].isnan().all() and got.state.conv[slot].isnan().all()
+    for state_index in range(17):
+        if state_index in (0, 12, 16):
+            assert got.state.recurrent[state_index].isnan().all() and got.state.conv[state_index].isnan().all()
             continue
-        assert torch.equal(got.state.conv[slot].cpu().double(), want.state.conv[slot]), slot
-        assert relative_error(got.state.recurrent[slot].cpu(), want.state.recurrent[slot]) < tolerance, slot
+        assert torch.equal(got.state.conv[state_index].cpu().double(), want.state.conv[state_index]), state_index
+        assert relative_error(got.state.recurrent[state_index].cpu(), want.state.recurrent[state_index]) < tolerance, (
+            state_index
+        )
 
 
 def spec_problem(make_problem, sequences, steps, **options):
-    """(problem, slots, accepted) on the GPU: `steps` tokens for each sequence, states from wherever."""
+    """(problem, state_indices, num_accepted_tokens) on the GPU: `steps` tokens a sequence, states from wherever."""
     count = sequences * steps
     problem = make_problem(
         [1] * count, state_indices=range(1, count + 1), has_initial_state=True, strided=True, **options
@@ -183,7 +191,7 @@ def test_spec_decode_gives_the_bits_of_decode(dtype, state_dtype, heads, dim, se
         here = state_indices[:, step].contiguous()
         for state in (single.state.conv, single.state.recurrent):
             state[here.long()] = state[before]
-        inputs = KdaInputs(*(getattr(single.inputs, f.name)[step::steps] for f in fields(KdaInputs)))
+        inputs = single.inputs[step::steps]
         cuda.decode(DecodeArgs(inputs, single.params, single.state, here, single.out[step::steps]))
         before = here.long()
     assert torch.equal(problem.out, single.out)
@@ -192,7 +200,7 @@ def test_spec_decode_gives_the_bits_of_decode(dtype, state_dtype, heads, dim, se
 
 
 def test_spec_decode_in_a_graph(cuda, make_problem, relative_error):
-    """A replay gives what calls give, also for tables changed after the capture; null rows and padding are zeros."""
+    """A replay gives what calls give, also for tables changed after the capture; null tokens and padding are zeros."""
     problem, state_indices, num_accepted_tokens = spec_problem(make_problem, 6, 4, dim=128, dtype=torch.bfloat16)
     want = in_fp64(on("cpu", problem))
     spec_decode(cuda, problem, state_indices, num_accepted_tokens)

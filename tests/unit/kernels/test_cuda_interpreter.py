@@ -32,23 +32,23 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
     before = problem.clone()
     getattr(problem, call)(cuda)
     dtype = problem.out.dtype
-    live = [slot for slot in problem.state_indices.tolist() if slot > 0]
+    live = [state_index for state_index in problem.state_indices.tolist() if state_index > 0]
     assert relative_error(problem.out, want_out) < TOLERANCE[dtype]
     assert torch.equal(problem.state.conv[live].double(), want_conv[live])
     state_tolerance = 1e-5 if call == "decode" else STATE_TOLERANCE[dtype]
     if problem.state.recurrent.dtype == torch.bfloat16:
         state_tolerance = 5e-3
     assert relative_error(problem.state.recurrent[live], want_recurrent[live]) < state_tolerance
-    others = [slot for slot in range(problem.state.conv.shape[0]) if slot not in live]
+    others = [state_index for state_index in range(problem.state.conv.shape[0]) if state_index not in live]
     for name in ("conv", "recurrent"):
         now, then = getattr(problem.state, name)[others], getattr(before.state, name)[others]
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     bounds = problem.cu_seqlens.tolist()
-    for n, slot in enumerate(problem.state_indices.tolist()):
-        if slot <= 0:
+    for n, state_index in enumerate(problem.state_indices.tolist()):
+        if state_index <= 0:
             assert (problem.out[bounds[n] : bounds[n + 1]] == 0).all()
     store = problem.out.as_strided((problem.out.shape[0], problem.out.stride(0)), problem.out.stride())
-    assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the rows
+    assert store[:, problem.out.shape[1] :].isnan().all()  # nothing is written between the tokens
 
 
 @inside

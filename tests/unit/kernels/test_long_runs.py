@@ -1,4 +1,4 @@
-"""The Triton kernels over a million rows and ten thousand steps, against fp64: errors do not add up."""
+"""The Triton kernels over a million tokens and ten thousand steps, against fp64: errors do not add up."""
 
 from dataclasses import fields, replace
 
@@ -26,26 +26,26 @@ def test_a_million_rows(cuda, make_problem, relative_error, record_property):
         replace(part, cu_seqlens=part.cu_seqlens.cuda(), has_initial_state=part.has_initial_state.cuda()).prefill(cuda)
     exact = in_fp64(whole).prefill(reference)
     whole.prefill(cuda)
-    (slot,) = whole.state_indices.tolist()
+    (state_index,) = whole.state_indices.tolist()
     for name, got in (("one call", whole), ("128 calls", parts)):
         errors = [relative_error(got.out, exact.out)]
-        errors.append(relative_error(got.state.recurrent[slot], exact.state.recurrent[slot]))
+        errors.append(relative_error(got.state.recurrent[state_index], exact.state.recurrent[state_index]))
         record_property(name, errors)
         print(f"{name}: out {errors[0]:.2e}, state {errors[1]:.2e}")
         assert max(errors) < 2e-3
-        assert torch.equal(got.state.conv[slot].double(), exact.state.conv[slot])
+        assert torch.equal(got.state.conv[state_index].double(), exact.state.conv[state_index])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ten_thousand_steps(dtype, cuda, make_problem, relative_error, record_property):
     """Two sequences of four heads decoded to the end drift no more than the fp32 reference does."""
     ours = on_gpu(make_problem([1, 1], heads=4, dim=128, dtype=dtype, has_initial_state=True))
-    rows = on_gpu(make_problem([2 * STEPS], heads=4, dim=128, dtype=dtype, seed=1))
-    plain, exact, wide = ours.clone(), in_fp64(ours), in_fp64(rows)
+    problem = on_gpu(make_problem([2 * STEPS], heads=4, dim=128, dtype=dtype, seed=1))
+    plain, exact, wide = ours.clone(), in_fp64(ours), in_fp64(problem)
     for step in range(0, 2 * STEPS, 2):
         now, now_wide = (
             KdaInputs(*(getattr(of.inputs, field.name)[step : step + 2] for field in fields(KdaInputs)))
-            for of in (rows, wide)
+            for of in (problem, wide)
         )
         replace(ours, inputs=now).decode(cuda)
         replace(plain, inputs=now).decode(reference)

@@ -15,7 +15,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=SOAK)]
 LENGTHS = [2, 130, 0, 60, 3, 64]
 HAS_INITIAL_STATE = [True, True, False, False, True, True]
 STATE_INDICES = [4, 1, 3, 2, 5, 6]
-# Rows behind a sequence's whole chunks or at its end, out of order, some twice; 132 to 192 have a sequence of 60 rows.
+# Tokens behind a sequence's whole chunks or at its end, out of order, some twice; 132 to 192 have one of 60.
 POINTS = {195: [11], 2: [7], 66: [8, 13, 9], 132: [10], 192: [14], 130: [12], 259: [15], 1: [0, -2]}
 
 
@@ -31,22 +31,22 @@ def check(problem, points, backend, solve, relative_error, tolerance=None):
     tolerance = tolerance or TOLERANCE[problem.out.dtype]
     assert relative_error(problem.out, out) < tolerance
     bounds, state_indices, kept = problem.cu_seqlens.tolist(), problem.state_indices.tolist(), {}
-    for n, slot in enumerate(state_indices):
-        if slot <= 0:
+    for n, state_index in enumerate(state_indices):
+        if state_index <= 0:
             continue
-        kept[slot] = (conv[slot], recurrent[slot])
+        kept[state_index] = (conv[state_index], recurrent[state_index])
         for row, targets in points.items():
             if bounds[n] < row <= bounds[n + 1]:
                 part = before.part(bounds[n], row, n, has_initial_state=bool(before.has_initial_state[n]))
                 short = solve(part)
-                kept |= {target: (short[1][slot], short[2][slot]) for target in targets if target > 0}
-    for slot in range(problem.state.conv.shape[0]):
-        if slot in kept:
-            assert torch.equal(problem.state.conv[slot].double(), kept[slot][0]), slot
-            assert relative_error(problem.state.recurrent[slot], kept[slot][1]) < tolerance, slot
+                kept |= {target: (short[1][state_index], short[2][state_index]) for target in targets if target > 0}
+    for state_index in range(problem.state.conv.shape[0]):
+        if state_index in kept:
+            assert torch.equal(problem.state.conv[state_index].double(), kept[state_index][0]), state_index
+            assert relative_error(problem.state.recurrent[state_index], kept[state_index][1]) < tolerance, state_index
         else:
             for name in ("conv", "recurrent"):
-                now, then = getattr(problem.state, name)[slot], getattr(before.state, name)[slot]
+                now, then = getattr(problem.state, name)[state_index], getattr(before.state, name)[state_index]
                 torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
 
@@ -116,12 +116,12 @@ def test_a_sequence_goes_on_from_a_checkpoint(backend, make_problem, relative_er
     rest = whole.clone()
     whole.prefill(backend, checkpoints_of({64: [3], 128: [4]}))
     rest.state = KdaState(whole.state.conv.clone(), whole.state.recurrent.clone())
-    for start, slot in ((64, 3), (128, 4)):
-        rest.state_indices[0] = slot
+    for start, state_index in ((64, 3), (128, 4)):
+        rest.state_indices[0] = state_index
         rest.part(start, 150, 0, has_initial_state=True).prefill(backend)
         assert relative_error(rest.out[start:], whole.out[start:]) < 1e-5
-        assert torch.equal(rest.state.conv[slot], whole.state.conv[1])
-        assert relative_error(rest.state.recurrent[slot], whole.state.recurrent[1]) < 1e-5
+        assert torch.equal(rest.state.conv[state_index], whole.state.conv[1])
+        assert relative_error(rest.state.recurrent[state_index], whole.state.recurrent[1]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

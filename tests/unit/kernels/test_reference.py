@@ -11,30 +11,30 @@ from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState, Pr
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129]
 
 
-def operands(rows, decay, beta, dtype=torch.float64, heads=2, dim=32):
-    make = torch.Generator().manual_seed(rows)
-    q, k, v = torch.randn(3, rows, heads, dim, generator=make, dtype=torch.float64)
-    g = -torch.rand(rows, heads, dim, generator=make, dtype=torch.float64) * 2
+def operands(tokens, decay, beta, dtype=torch.float64, heads=2, dim=32):
+    make = torch.Generator().manual_seed(tokens)
+    q, k, v = torch.randn(3, tokens, heads, dim, generator=make, dtype=torch.float64)
+    g = -torch.rand(tokens, heads, dim, generator=make, dtype=torch.float64) * 2
     if decay == "one step of -87":
-        g[rows // 2] = -87.0
+        g[tokens // 2] = -87.0
     elif decay == "one step beyond any dtype":
-        g[rows // 2] = -1e30
+        g[tokens // 2] = -1e30
     elif decay == "-1e-6":
         g = torch.full_like(g, -1e-6)
     elif decay == "-87":
         g = torch.full_like(g, -87.0)
-    logits = torch.randn(rows, heads, generator=make, dtype=torch.float64)
-    strength = torch.sigmoid(logits + {"0": -20.0, "any": 0.0, "1": 20.0}[beta])
+    logits = torch.randn(tokens, heads, generator=make, dtype=torch.float64)
+    wide_beta = torch.sigmoid(logits + {"0": -20.0, "any": 0.0, "1": 20.0}[beta])
     state = torch.randn(heads, dim, dim, generator=make, dtype=torch.float64)
-    wide = (reference.l2norm(q) * dim**-0.5, reference.l2norm(k), v, g, strength, state)
+    wide = (reference.l2norm(q) * dim**-0.5, reference.l2norm(k), v, g, wide_beta, state)
     return [x.to(dtype) for x in wide]
 
 
 @pytest.mark.parametrize("beta", ["0", "any", "1"])
 @pytest.mark.parametrize("decay", ["any", "one step of -87", "one step beyond any dtype", "-1e-6", "-87"])
-@pytest.mark.parametrize("rows", LENGTHS)
-def test_chunk_form_equals_recurrence(rows, decay, beta, relative_error):
-    args = operands(rows, decay, beta)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_chunk_form_equals_recurrence(tokens, decay, beta, relative_error):
+    args = operands(tokens, decay, beta)
     for got, want in zip(reference.chunk_kda(*args), reference.recurrent_kda(*args), strict=True):
         assert relative_error(got, want) < 1e-11
 
@@ -117,13 +117,13 @@ class OurLayer:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, 17, 64, 150])
-def test_prefill_then_decode_equals_transformers(rows, layer, backend, relative_error):
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 150])
+def test_prefill_then_decode_equals_transformers(tokens, layer, backend, relative_error):
     theirs, config = layer
     cache = pytest.importorskip("transformers").DynamicCache(config=config)
     ours = OurLayer(theirs)
-    x = torch.randn(rows + 12, 48, generator=torch.Generator().manual_seed(rows))
-    for start, end in [(0, rows), *((t, t + 1) for t in range(rows, rows + 12))]:
+    x = torch.randn(tokens + 12, 48, generator=torch.Generator().manual_seed(tokens))
+    for start, end in [(0, tokens), *((t, t + 1) for t in range(tokens, tokens + 12))]:
         want = theirs(x[None, start:end], cache_params=cache)[0]
         got = ours(backend, x[start:end], has_initial_state=start > 0, step=start > 0)
         assert relative_error(got, want) < 2e-5

@@ -59,14 +59,14 @@ def step_by_step(spec, backend):
         if state_indices[0] <= 0 or bounds[n] == bounds[n + 1]:
             continue
         before = state_indices[int(spec.num_accepted_tokens[n]) - 1]
-        for row, slot in zip(range(bounds[n], bounds[n + 1]), state_indices, strict=False):
+        for row, state_index in zip(range(bounds[n], bounds[n + 1]), state_indices, strict=False):
             for name in ("conv", "recurrent"):
                 state = getattr(problem.state, name)
-                state[slot] = state[before].clone()
-            before, rows = slot, slice(row, row + 1)
-            inputs = KdaInputs(*(getattr(problem.inputs, f.name)[rows] for f in fields(KdaInputs)))
-            table = torch.tensor([slot], dtype=torch.int32, device=problem.out.device)
-            backend.decode(DecodeArgs(inputs, problem.params, problem.state, table, problem.out[rows]))
+                state[state_index] = state[before].clone()
+            before, tokens = state_index, slice(row, row + 1)
+            inputs = problem.inputs[tokens]
+            table = torch.tensor([state_index], dtype=torch.int32, device=problem.out.device)
+            backend.decode(DecodeArgs(inputs, problem.params, problem.state, table, problem.out[tokens]))
 
 
 def check(spec, backend, solve, relative_error, tolerance=None):
@@ -87,14 +87,14 @@ def check(spec, backend, solve, relative_error, tolerance=None):
         want[start:end] = out
     assert relative_error(problem.out, want) < tolerance
     assert (problem.out[want == 0] == 0).all()
-    for slot in range(problem.state.conv.shape[0]):
-        conv, recurrent = problem.state.conv[slot], problem.state.recurrent[slot]
-        if slot in kept:
-            assert torch.equal(conv.double(), kept[slot][0]), slot
-            assert relative_error(recurrent, kept[slot][1]) < max(tolerance, 1e-5), slot
+    for state_index in range(problem.state.conv.shape[0]):
+        conv, recurrent = problem.state.conv[state_index], problem.state.recurrent[state_index]
+        if state_index in kept:
+            assert torch.equal(conv.double(), kept[state_index][0]), state_index
+            assert relative_error(recurrent, kept[state_index][1]) < max(tolerance, 1e-5), state_index
         else:
-            torch.testing.assert_close(conv, before.state.conv[slot], rtol=0, atol=0, equal_nan=True)
-            torch.testing.assert_close(recurrent, before.state.recurrent[slot], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(conv, before.state.conv[state_index], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(recurrent, before.state.recurrent[state_index], rtol=0, atol=0, equal_nan=True)
 
 
 LENGTHS, ACCEPTED = [3, 0, 1, 4, 2, 4], [1, 4, 4, 2, 3, 4]
@@ -107,7 +107,7 @@ def test_tokens_and_states(heads, dim, dtype, backend, make_spec, solve, relativ
     check(spec, backend, solve, relative_error)
     out = spec.problem.out
     store = out.as_strided((out.shape[0], out.stride(0)), out.stride())
-    assert store[:, out.shape[1] :].isnan().all()  # nothing is written between the rows
+    assert store[:, out.shape[1] :].isnan().all()  # nothing is written between the tokens
 
 
 @pytest.mark.parametrize("conv_kernel_size", [2, 3, 5])
@@ -167,11 +167,11 @@ def test_speculation_leaves_no_trace(backend, make_problem):
     )
     plain, table = right.clone(), torch.tensor([1], dtype=torch.int32)
     for row in range(6):
-        backend.decode(DecodeArgs(rows(plain, [row]), plain.params, plain.state, table, plain.out[row : row + 1]))
+        backend.decode(DecodeArgs(inputs_of(plain, [row]), plain.params, plain.state, table, plain.out[row : row + 1]))
     indices, state, accepted, done = torch.tensor([[1, 2, 3]], dtype=torch.int32), right.state, 1, 0
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     for count in (1, 3, 2):
-        drafted = rows(right, [done, min(done + 1, 5), min(done + 2, 5)])
+        drafted = inputs_of(right, [done, min(done + 1, 5), min(done + 2, 5)])
         for name in ("qkv", "g", "beta", "output_gate"):
             getattr(drafted, name)[count:] = getattr(wrong.inputs, name)[:1]
         out = torch.empty(3, right.out.shape[1])
@@ -183,7 +183,7 @@ def test_speculation_leaves_no_trace(backend, make_problem):
     assert torch.equal(state.conv[accepted], plain.state.conv[1])
 
 
-def rows(problem, picked):
+def inputs_of(problem, picked):
     return KdaInputs(*(getattr(problem.inputs, f.name)[picked].clone() for f in fields(KdaInputs)))
 
 

@@ -35,29 +35,36 @@ def found(table: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[in
     fused_moe_configs.PATCH.apply()
 
     def find(*layers: nn.Module) -> dict[int, Any] | None:
-        named = {str(number): layer for number, layer in enumerate(layers)}
+        named = {str(layer.layer_name): layer for layer in layers}
         with override_forward_context(ForwardContext(no_compile_layers=named, attn_metadata=None, slot_mapping={})):
             return fused_moe.get_moe_configs(experts, width, None, 0, 0)
 
     return find
 
 
+def experts(name: str) -> nn.Module:
+    layer = nn.Identity()
+    layer.layer_name = name
+    return layer
+
+
 def test_a_step_through_our_experts_finds_them(found, table: Path):
-    ours = nn.Identity()
+    ours = experts("layers.1")
     use_tables(ours)
     use_tables(ours)
-    tiles = found(nn.Identity(), ours)
+    tiles = found(experts("layers.0"), ours)
     assert tiles == {int(key): tile for key, tile in json.loads(table.read_text()).items() if key != "triton_version"}
 
 
 def test_another_model_does_not(found):
-    use_tables(nn.Identity())
-    assert found(nn.Identity()) is None
+    ours = experts("layers.0")
+    use_tables(ours)
+    assert found(experts("layers.0")) is None  # even of the same name
 
 
 def test_a_folder_of_the_user_takes_their_place(found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, table: Path):
     (tmp_path / table.name).write_text('{"1": {"BLOCK_SIZE_M": 16}}')
-    ours = nn.Identity()
+    ours = experts("layers.0")
     use_tables(ours)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     assert found(ours) == {1: {"BLOCK_SIZE_M": 16}}

@@ -1,4 +1,4 @@
-"""Which rows of a step decode, verify and prefill, and with which states."""
+"""Which tokens of a step are decode, spec decode and prefill, and with which states."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +78,7 @@ def test_requests_out_of_order_are_sorted():
     metadata = builder().build(0, step([1, 2, 1, 1], [0, 0, 9, 4]))
     assert metadata.reordering is not None
     assert metadata.reordering.requests.tolist() == [2, 3, 0, 1]
-    assert metadata.reordering.rows.tolist() == [3, 4, 0, 1, 2]
+    assert metadata.reordering.tokens.tolist() == [3, 4, 0, 1, 2]
     assert metadata.decode_state_indices[:, 0].tolist() == [30, 40]
     assert prefills(metadata) == ([10, 20], [0, 1, 3], [False, False])
 
@@ -115,7 +115,7 @@ def test_drafts_among_prefills_are_sorted():
     accepted = torch.tensor([3, 1, 2], dtype=torch.int32)
     metadata = kda.build(0, step([3, 3, 1], [5, 0, 7], 3), accepted, torch.tensor([2, -1, 0]))
     assert metadata.spec_decode is not None and metadata.reordering is not None
-    assert metadata.reordering.rows.tolist() == [0, 1, 2, 6, 3, 4, 5]
+    assert metadata.reordering.tokens.tolist() == [0, 1, 2, 6, 3, 4, 5]
     assert metadata.spec_decode.cu_seqlens.tolist() == [0, 3, 4]
     assert metadata.spec_decode.num_accepted_tokens.tolist() == [3, 2]
     assert metadata.decode_state_indices.tolist() == [[10, 11, 12], [30, 31, 32]]

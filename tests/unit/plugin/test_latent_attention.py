@@ -1,4 +1,4 @@
-"""Latent attention of a prefill on the CPU: few rows and many, over cached blocks in any order, give the same."""
+"""Latent attention of a prefill on the CPU: few tokens and many, over cached blocks in any order, give the same."""
 
 import weakref
 from collections.abc import Iterator
@@ -6,22 +6,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vllm_kimi_linear.attention.cpu_mla import FEW_ROWS, CpuLatentImpl
+from vllm_kimi_linear.attention.cpu_mla import FEW_TOKENS, CpuLatentImpl
 from vllm_kimi_linear.attention.cpu_mla_metadata import LatentPrefill
 
 HEADS, LATENT, SHARED, NOPE, VALUE = 4, 512, 64, 128, 128
 
 
 class Projection:
-    """As vLLM's linear layers: rows in, rows and no bias out."""
+    """As vLLM's linear layers: tokens in, tokens and no bias out."""
 
     params_dtype = torch.float32
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
 
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return rows @ self.weight.T, None
+    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return tokens @ self.weight.T, None
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def attention() -> CpuLatentImpl:
 
 
 def by_definition(attention: CpuLatentImpl, query: torch.Tensor, entries: torch.Tensor, context: int) -> torch.Tensor:
-    """[rows, heads, 128] in fp64: docs/kda.md section 9, all scores at once."""
+    """[tokens, heads, 128] in fp64: docs/kda.md section 9, all scores at once."""
     latent, shared = entries.double().split([LATENT, SHARED], dim=-1)
     expanded = (latent @ attention.kv_b_proj.weight.double().T).view(len(entries), HEADS, NOPE + VALUE)
     keys = torch.cat([expanded[..., :NOPE], shared[:, None].expand(-1, HEADS, -1)], dim=-1)
@@ -58,19 +58,19 @@ def by_definition(attention: CpuLatentImpl, query: torch.Tensor, entries: torch.
 
 
 @pytest.mark.parametrize("context", [0, 1, 111, 112, 1500, 3000])
-@pytest.mark.parametrize("rows", [1, 14, FEW_ROWS, FEW_ROWS + 1])
-def test_rows_attend_to_context_and_themselves(attention: CpuLatentImpl, rows: int, context: int):
-    torch.manual_seed(rows + context)
+@pytest.mark.parametrize("tokens", [1, 14, FEW_TOKENS, FEW_TOKENS + 1])
+def test_rows_attend_to_context_and_themselves(attention: CpuLatentImpl, tokens: int, context: int):
+    torch.manual_seed(tokens + context)
     cache = torch.randn(40, 112, LATENT + SHARED)
     blocks = torch.randperm(40)[: -(-context // 112)]
-    query, fresh = torch.randn(rows, HEADS, NOPE + SHARED), torch.randn(rows, LATENT + SHARED)
-    out = torch.empty(rows, HEADS * VALUE)
+    query, fresh = torch.randn(tokens, HEADS, NOPE + SHARED), torch.randn(tokens, LATENT + SHARED)
+    out = torch.empty(tokens, HEADS * VALUE)
     attention.forward_mha(
         query,
         fresh[:, :LATENT],
         fresh[:, None, LATENT:],
         cache,
-        type("Metadata", (), {"prefill": (LatentPrefill(0, rows, context, blocks),)})(),
+        type("Metadata", (), {"prefill": (LatentPrefill(0, tokens, context, blocks),)})(),
         torch.ones(()),
         out,
     )

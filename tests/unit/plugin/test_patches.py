@@ -16,11 +16,12 @@ import vllm
 from vllm import version
 from vllm.platforms import current_platform
 
+from tests import patches_page
 from tests.support.vllm_sources import Sources, fits
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.attention import mla_splits
 from vllm_kimi_linear.patches import all as patches
-from vllm_kimi_linear.patches import cpu_polling, table
+from vllm_kimi_linear.patches import cpu_polling
 from vllm_kimi_linear.patches import patch as patch_module
 from vllm_kimi_linear.patches.patch import PATCHED, Hook, Patch
 from vllm_kimi_linear.patches.when_loaded import when_loaded
@@ -226,4 +227,4 @@ def test_a_step_counts_as_few_if_its_graph_does(graphs: tuple[int, ...], few: in
 
 def test_the_page_of_patches_is_made_from_them() -> None:
     page = Path(__file__).parents[3] / "docs" / "design" / "patches.md"
-    assert page.read_text() == table.page(), "run python -m vllm_kimi_linear.patches.table > docs/design/patches.md"
+    assert page.read_text() == patches_page.page(), "run python -m tests.patches_page > docs/design/patches.md"

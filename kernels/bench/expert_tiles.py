@@ -1,6 +1,6 @@
 """The tiles of vLLM's Triton kernel for experts at this model's shapes: tried one by one, and the fastest kept.
 
-    python -m benchmarks.expert_tiles --out docs/benchmarks/expert-tiles.md
+    PYTHONPATH=kernels python -m bench.expert_tiles --out docs/benchmarks/expert-tiles.md
 
 vLLM ships tables of tiles for many shapes and GPUs, none for 256 experts of 1,024 in bf16 on a Hopper. Where a table
 is missing it goes by a rule. This writes the missing one into the package, as vLLM names and reads it, and how much it
@@ -22,10 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common import BANDWIDTHS, CONFIG
+from bench.data_sheet import bandwidth
 
-TABLES = Path(__file__).parents[1] / "vllm_kimi_linear" / "tiles"
+TABLES = Path(__file__).parents[2] / "vllm_kimi_linear" / "fused_moe_tables"
+EXPERTS, WIDTH, HIDDEN, CHOSEN = 256, 1024, 2304, 8  # of the 48B
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+COMMAND = "PYTHONPATH=kernels python -m bench.expert_tiles"
 SHARED_MEMORY = 227 * 1024  # bytes a program of a Hopper can have
 Tile = dict[str, int]
 
@@ -123,16 +125,16 @@ def tune(experts: Experts, tokens: int) -> tuple[float, float, Tile]:
     return microseconds(call, None), best, ours[best]
 
 
-def floor(shape: Shape, tokens: int, bandwidth: float) -> float:
+def floor(shape: Shape, tokens: int, bytes_a_second: float) -> float:
     """Microseconds to read the weights of the experts that `tokens` choose evenly."""
     touched = 1 - (1 - shape.chosen / shape.experts) ** tokens
-    return 1e6 * touched * shape.experts * 3 * shape.width * shape.hidden * 2 / bandwidth
+    return 1e6 * touched * shape.experts * 3 * shape.width * shape.hidden * 2 / bytes_a_second
 
 
 def page(shape: Shape, found: dict[int, tuple[float, float, Tile]], command: str) -> str:
     """The Markdown table of what was found."""
     device = torch.cuda.get_device_name()
-    bandwidth = next((value for name, value in BANDWIDTHS.items() if name in device), BANDWIDTHS["H100"])
+    bytes_a_second = bandwidth(device)
     lines = [
         f"# Tiles for {shape.experts} experts of {shape.width}",
         "",
@@ -140,7 +142,7 @@ def page(shape: Shape, found: dict[int, tuple[float, float, Tile]], command: str
         "",
         f"{device}, torch {torch.__version__}, Triton {triton.__version__}. Both products of a layer's experts and "
         f"what lies between, bf16, {shape.chosen} experts a token, by vLLM's rule and tuned. The floor reads the "
-        f"weights at {bandwidth / 1e12} TB/s.",
+        f"weights at {bytes_a_second / 1e12} TB/s.",
         "",
         "| tokens | rule us | tuned us | times faster | floor us | rows x columns x depth, group, warps, stages |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -148,7 +150,7 @@ def page(shape: Shape, found: dict[int, tuple[float, float, Tile]], command: str
     for tokens, (rule, tuned, t) in found.items():
         sizes = " x ".join(str(t[f"BLOCK_SIZE_{axis}"]) for axis in "MNK")
         lines.append(
-            f"| {tokens} | {rule:.1f} | {tuned:.1f} | {rule / tuned:.2f} | {floor(shape, tokens, bandwidth):.1f} "
+            f"| {tokens} | {rule:.1f} | {tuned:.1f} | {rule / tuned:.2f} | {floor(shape, tokens, bytes_a_second):.1f} "
             f"| {sizes}, {t['GROUP_SIZE_M']}, {t['num_warps']}, {t['num_stages']} |"
         )
     return "\n".join(lines) + "\n"
@@ -163,9 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-    config = json.loads(CONFIG.read_text())
-    width = config["moe_intermediate_size"] // args.ranks
-    shape = Shape(config["num_experts"], width, config["hidden_size"], config["num_experts_per_token"])
+    shape = Shape(EXPERTS, WIDTH // args.ranks, HIDDEN, CHOSEN)
     pairs = [(tokens, tile) for tokens in args.tokens for tile in candidates(shape, tokens)]
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -182,7 +182,7 @@ def main() -> None:
         name = get_config_file_name(shape.experts, shape.width, None)
         (args.tables / name).write_text(json.dumps({"triton_version": triton.__version__, **table}, indent=1) + "\n")
         tuned = " ".join(map(str, found))
-        command = f"python -m benchmarks.expert_tiles --ranks {args.ranks} --tokens {tuned} --out {args.out}"
+        command = f"{COMMAND} --ranks {args.ranks} --tokens {tuned} --out {args.out}"
         args.out.write_text(page(shape, found, command))
 
 

@@ -1,13 +1,12 @@
 """Latent attention of a decode step on a Hopper: into how many parts a context may be cut, and vLLM's two kernels.
 
-    python -m benchmarks.latent_decode --out docs/benchmarks/latent-decode.md
+    PYTHONPATH=kernels python -m bench.latent_decode --out docs/benchmarks/latent-decode.md
 
 One layer of one rank's heads, bf16, in a CUDA graph. FLASH_ATTN_MLA, vLLM's first choice and ours, must be told at
-capture how many parts a sequence may be cut into (`attention/mla_splits.py`); FLASHMLA chooses by itself.
+capture how many parts a sequence may be cut into (`vllm_kimi_linear/attention/mla_splits.py`); FLASHMLA chooses itself.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common import BANDWIDTHS, CONFIG, MILLION
-from vllm_kimi_linear.config.model import ModelSizes
+from bench.data_sheet import bandwidth
 
-K = 1024
+K, MILLION = 1024, 1_048_000  # tokens; with an answer a million fit the model's context
+LATENT, ROPE, NOPE = 512, 64, 128  # channels, of the 48B
+SCALE = (NOPE + ROPE) ** -0.5
 BATCHES = {
     "1 x 4K": [4 * K],
     "1 x 32K": [32 * K],
@@ -39,33 +39,28 @@ PAGE = 64  # tokens, what FLASHMLA takes
 class Step:
     """One token of each sequence against a cache of latents in pages, which lie in random order."""
 
-    query: Tensor  # [sequences, heads, latent + shared]
-    cache: Tensor  # [pages, PAGE, latent + shared]
+    query: Tensor  # [sequences, heads, LATENT + ROPE]
+    cache: Tensor  # [pages, PAGE, LATENT + ROPE]
     table: Tensor  # [sequences, pages of the longest] int32
     lengths: Tensor  # [sequences] int32
-    latent: int
-    scale: float
 
     @classmethod
-    def of(cls, model_sizes: ModelSizes, heads: int, lengths: list[int]) -> "Step":
+    def of(cls, heads: int, lengths: list[int]) -> "Step":
         torch.manual_seed(0)
         pages = [-(-length // PAGE) for length in lengths]
         order = torch.randperm(sum(pages), dtype=torch.int32).split(pages)
-        size = model_sizes.kv_lora_rank + model_sizes.qk_rope_head_dim
+        size = LATENT + ROPE
         return cls(
             query=torch.randn(len(lengths), heads, size, dtype=torch.bfloat16, device="cuda"),
             cache=torch.randn(sum(pages), PAGE, size, dtype=torch.bfloat16, device="cuda"),
             table=torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True).cuda(),
             lengths=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
-            latent=model_sizes.kv_lora_rank,
-            scale=(model_sizes.qk_nope_head_dim + model_sizes.qk_rope_head_dim) ** -0.5,
         )
 
     def flash_attention(self, parts: int) -> Callable[[], Tensor]:
         """As FLASH_ATTN_MLA calls it: the work is shared out before the step, outside the graph."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
-        latent, size = self.latent, self.cache.shape[-1]
         longest = int(self.lengths.max())
         starts = torch.arange(len(self.lengths) + 1, dtype=torch.int32, device="cuda")
         shares = get_scheduler_metadata(
@@ -74,8 +69,8 @@ class Step:
             max_seqlen_k=longest,
             num_heads_q=self.query.shape[1],
             num_heads_kv=1,
-            headdim=size - latent,
-            headdim_v=latent,
+            headdim=ROPE,
+            headdim_v=LATENT,
             cache_seqlens=self.lengths,
             qkv_dtype=self.cache.dtype,
             page_size=PAGE,
@@ -84,16 +79,16 @@ class Step:
             num_splits=parts,
         )
         return lambda: flash_attn_varlen_func(
-            q=self.query[..., latent:],
-            k=self.cache[..., latent:].unsqueeze(-2),
-            v=self.cache[..., :latent].unsqueeze(-2),
-            q_v=self.query[..., :latent],
+            q=self.query[..., LATENT:],
+            k=self.cache[..., LATENT:].unsqueeze(-2),
+            v=self.cache[..., :LATENT].unsqueeze(-2),
+            q_v=self.query[..., :LATENT],
             max_seqlen_q=1,
             cu_seqlens_q=starts,
             max_seqlen_k=longest,
             seqused_k=self.lengths,
             block_table=self.table,
-            softmax_scale=self.scale,
+            softmax_scale=SCALE,
             causal=True,
             fa_version=3,
             scheduler_metadata=shares,
@@ -109,9 +104,9 @@ class Step:
             k_cache=self.cache.unsqueeze(-2),
             block_table=self.table,
             cache_seqlens=self.lengths,
-            head_dim_v=self.latent,
+            head_dim_v=LATENT,
             tile_scheduler_metadata=shares,
-            softmax_scale=self.scale,
+            softmax_scale=SCALE,
             causal=True,
         )[0].squeeze(1)
 
@@ -121,7 +116,7 @@ def microseconds(call: Callable[[], Tensor]) -> float:
     return 1e3 * triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
 
 
-def row(name: str, step: Step, bandwidth: float) -> str:
+def row(name: str, step: Step, bytes_a_second: float) -> str:
     """Raises AssertionError where two ways differ by more than rounding."""
     calls = {str(parts): step.flash_attention(parts) for parts in PARTS} | {"FLASHMLA": step.flash_mla()}
     wanted = calls[str(PARTS[0])]().float()
@@ -130,7 +125,7 @@ def row(name: str, step: Step, bandwidth: float) -> str:
         error = (call().float() - wanted).norm() / wanted.norm()
         assert error < 0.01, (name, way, float(error))
         times.append(microseconds(call))
-    floor = 1e6 * 2 * step.cache.shape[-1] * int(step.lengths.sum()) / bandwidth
+    floor = 1e6 * 2 * step.cache.shape[-1] * int(step.lengths.sum()) / bytes_a_second
     gain = times[0] / times[PARTS.index(128)]
     return f"| {name} | " + " | ".join(f"{time:.1f}" for time in times) + f" | {gain:.2f} | {floor:.1f} |"
 
@@ -140,23 +135,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="write the table here")
     parser.add_argument("--heads", type=int, default=32, help="of this rank")
     args = parser.parse_args()
-    model_sizes = ModelSizes.from_config(json.loads(CONFIG.read_text()))
     device = torch.cuda.get_device_name()
-    bandwidth = next((value for name, value in BANDWIDTHS.items() if name in device), BANDWIDTHS["H100"])
+    bytes_a_second = bandwidth(device)
     lines = [
         "# Latent attention of a decode step",
         "",
-        f"    python -m benchmarks.latent_decode --heads {args.heads} --out {args.out}",
+        f"    PYTHONPATH=kernels python -m bench.latent_decode --heads {args.heads} --out {args.out}",
         "",
         f"{device}, torch {torch.__version__}. One layer, {args.heads} heads, bf16, us, by the most parts a sequence "
         f"is cut into ({PARTS[0]}: vLLM's default; 128: ours, for few sequences), and FLASHMLA. The floor reads the "
-        f"latents at {bandwidth / 1e12} TB/s.",
+        f"latents at {bytes_a_second / 1e12} TB/s.",
         "",
         "| sequences | " + " | ".join(map(str, PARTS)) + " | FLASHMLA | 128: times faster | floor |",
         "| --- " * (len(PARTS) + 4) + "|",
     ]
     for name, lengths in BATCHES.items():
-        lines.append(row(name, Step.of(model_sizes, args.heads, lengths), bandwidth))
+        lines.append(row(name, Step.of(args.heads, lengths), bytes_a_second))
         print(lines[-1], flush=True)
         args.out.write_text("\n".join(lines) + "\n")
 

@@ -1,6 +1,6 @@
 """Time one KDA layer's operator on the CPU: ours, our torch reference, transformers. One run, medians.
 
-    python benchmarks/kda_cpu.py [--heads 32] [--dim 128] [--dtype bfloat16] [--repeats 7]
+    PYTHONPATH=kernels python -m bench.cpu [--heads 32] [--dim 128] [--dtype bfloat16] [--repeats 7]
 
 Microseconds per token and layer, from the projections to the input of the output projection. transformers'
 functions cover the recurrence alone (their convolution, gates and norm are not timed). Decode reads and writes
@@ -36,10 +36,10 @@ def median(call: Callable[[], object], repeats: int) -> float:
 
 
 def make_layer(
-    rows: int, states: int, heads: int, dim: int, dtype: torch.dtype
+    tokens: int, states: int, heads: int, dim: int, dtype: torch.dtype
 ) -> tuple[KdaInputs, KdaParams, KdaState, torch.Tensor]:
     width = heads * dim
-    qkv, g, beta, output_gate = (torch.randn(rows, n).to(dtype) for n in (3 * width, width, heads, width))
+    qkv, g, beta, output_gate = (torch.randn(tokens, n).to(dtype) for n in (3 * width, width, heads, width))
     params = KdaParams(
         (torch.randn(3 * width, 4) * 0.5).to(dtype),
         torch.rand(heads).mul(15).add(1).log(),
@@ -48,19 +48,19 @@ def make_layer(
         1e-5,
     )
     state = KdaState(torch.zeros(states, 3, 3 * width, dtype=dtype), torch.zeros(states, heads, dim, dim))
-    return KdaInputs(qkv, g, beta, output_gate), params, state, torch.empty(rows, width, dtype=dtype)
+    return KdaInputs(qkv, g, beta, output_gate), params, state, torch.empty(tokens, width, dtype=dtype)
 
 
-def prefill(rows: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
-    inputs, params, state, out = make_layer(rows, 2, args.heads, args.dim, dtype)
-    bounds, state_indices = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+def prefill(tokens: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
+    inputs, params, state, out = make_layer(tokens, 2, args.heads, args.dim, dtype)
+    bounds, state_indices = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
     has_initial_state = torch.tensor([False])
     kernel_args = PrefillArgs(inputs, params, state, bounds, state_indices, has_initial_state, out)
     results = {}
     for name, backend in BACKENDS.items():
         call = partial(backend.prefill, kernel_args)
-        results[name] = median(call, args.repeats) / rows
-    results["transformers"] = transformers("chunk", rows, 1, args, dtype) / rows
+        results[name] = median(call, args.repeats) / tokens
+    results["transformers"] = transformers("chunk", tokens, 1, args, dtype) / tokens
     return results
 
 
@@ -86,14 +86,14 @@ def decode(batch: int, args: argparse.Namespace, dtype: torch.dtype) -> dict[str
     return results
 
 
-def transformers(form: str, rows: int, batch: int, args: argparse.Namespace, dtype: torch.dtype) -> float:
+def transformers(form: str, tokens: int, batch: int, args: argparse.Namespace, dtype: torch.dtype) -> float:
     """Seconds of one call of transformers' plain torch function of this form; NaN without transformers."""
     try:
         from transformers.models.kimi_linear import modeling_kimi_linear
     except ImportError:
         return float("nan")
     function = inspect.unwrap(getattr(modeling_kimi_linear, f"{form}_kimi_delta_attention"))
-    shape = (batch, rows, args.heads, args.dim)
+    shape = (batch, tokens, args.heads, args.dim)
     q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
     g, beta = -torch.rand(shape), torch.rand(shape[:3]).to(dtype)
     state = torch.zeros(batch, args.heads, args.dim, args.dim)
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--rows", type=int, nargs="*", default=[64, 512], help="prompt lengths")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 512], help="prompt lengths")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16], help="decode batch sizes")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -121,7 +121,7 @@ def main() -> None:
     print("microseconds per token and layer\n")
     print("| | ours | torch reference | transformers | state in place |")
     print("| --- | --- | --- | --- | --- |")
-    cases = [(f"prefill {n}", prefill(n, args, dtype)) for n in args.rows]
+    cases = [(f"prefill {n}", prefill(n, args, dtype)) for n in args.lengths]
     cases += [(f"decode {n}", decode(n, args, dtype)) for n in args.batches]
     for label, seconds in cases:
         cells = [seconds.get(column) for column in ("ours", "reference", "transformers", "floor")]

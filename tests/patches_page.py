@@ -1,4 +1,4 @@
-"""`python -m vllm_kimi_linear.patches.table` prints docs/design/patches.md, from the fields of every patch."""
+"""`python -m tests.patches_page` prints docs/design/patches.md, from the fields of every patch."""
 
 import inspect
 import sys
@@ -10,7 +10,7 @@ from vllm_kimi_linear.patches.patch import Patch
 HEAD = """# Patches of vLLM
 
 What this plugin changes in vLLM while it serves this model, and when each change goes away. Other models of the same
-installation are served by vLLM as it is. The command `python -m vllm_kimi_linear.patches.table` prints this page, and
+installation are served by vLLM as it is. The command `python -m tests.patches_page` prints this page, and
 `python -m tests.newer_vllm` says which of these would not fit another vLLM.
 """
 
