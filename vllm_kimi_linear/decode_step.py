@@ -4,7 +4,7 @@ Whether a model can is decided once, whether a step does by its tokens; a CUDA g
 """
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
@@ -51,10 +51,16 @@ class DecodeStep:
             logger.info_once("Kimi Linear: decode steps take vLLM's layers: %s", reason)
 
     def takes(self, tokens: int) -> bool:
-        """Whether this step of so many tokens, those that pad a graph included, only decodes, and few of them."""
+        """Whether this step of so many tokens, those that pad a graph included, only decodes, and few of them.
+
+        Never in a piecewise graph: captured with one step's metadata, it is replayed for any step of as many tokens.
+        """
         if self.kda_layer is None or tokens > MAX_TOKENS:
             return False
-        metadata = (get_forward_context().attn_metadata or {}).get(self.kda_layer)
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+            return False
+        metadata = (context.attn_metadata or {}).get(self.kda_layer)
         if not isinstance(metadata, KdaMetadata):
             return False
         return metadata.prefill is None and metadata.reordering is None and metadata.num_decode_tokens == tokens

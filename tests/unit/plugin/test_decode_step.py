@@ -1,0 +1,111 @@
+"""Which models and which steps take the kernels for few tokens."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import override_forward_context
+
+from vllm_kimi_linear import decode_step
+from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
+from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.decode_step import MAX_TOKENS, DecodeStep, why_not
+
+LAYER = "model.layers.0.self_attn"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+
+
+def config(**changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "additional_config": {},
+        "dtype": torch.bfloat16,
+        "quant_config": None,
+        "lora_config": None,
+        "num_speculative_tokens": 0,
+        "enable_expert_parallel": False,
+        "data_parallel_size": 1,
+    } | changes
+    parallel = SimpleNamespace(
+        enable_expert_parallel=values.pop("enable_expert_parallel"), data_parallel_size=values.pop("data_parallel_size")
+    )
+    model = SimpleNamespace(dtype=values.pop("dtype"))
+    return SimpleNamespace(parallel_config=parallel, model_config=model, **values)
+
+
+def sizes(**changes: Any) -> ModelSizes:
+    return SimpleNamespace(**{"expert_groups": 1, "kda_layers": [0]} | changes)  # type: ignore[return-value]
+
+
+def test_a_model_that_fits(on_a_gpu: None) -> None:
+    assert why_not(config(), sizes()) is None
+
+
+def test_not_on_a_cpu() -> None:
+    assert why_not(config(), sizes()) == "they are for NVIDIA GPUs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"additional_config": {"decode_kernels": False}}, "turned off by --additional-config"),
+        ({"dtype": torch.float32}, "bfloat16, not torch.float32"),
+        ({"quant_config": object()}, "quantised weights"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"num_speculative_tokens": 2}, "drafted tokens"),
+        ({"enable_expert_parallel": True}, "expert or data parallelism"),
+        ({"data_parallel_size": 2}, "expert or data parallelism"),
+    ],
+)
+def test_what_does_not_fit(changes: dict[str, Any], reason: str, on_a_gpu: None) -> None:
+    assert reason in str(why_not(config(**changes), sizes()))
+
+
+def test_models_that_do_not_fit(on_a_gpu: None) -> None:
+    assert "one group, not 2" in str(why_not(config(), sizes(expert_groups=2)))
+    assert "no KDA layer" in str(why_not(config(), sizes(kda_layers=[])))
+    assert DecodeStep(config(), sizes(), None).kda_layer is None
+
+
+def metadata(**changes: Any) -> KdaMetadata:
+    none = torch.zeros(0, 1, dtype=torch.int32)
+    values: dict[str, Any] = {
+        "num_requests": 2,
+        "num_tokens": 2,
+        "num_decodes": 2,
+        "num_decode_tokens": 2,
+        "decode_state_indices": none,
+        "prefill_state_indices": none[:, 0],
+        "prefill_checkpoints": None,
+        "spec_decode": None,
+        "prefill": None,
+        "reordering": None,
+    }
+    return KdaMetadata(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found", "mode", "taken"),
+    [
+        (2, {LAYER: metadata()}, CUDAGraphMode.NONE, True),
+        (2, {LAYER: metadata()}, CUDAGraphMode.FULL, True),
+        (2, {LAYER: metadata()}, CUDAGraphMode.PIECEWISE, False),
+        (4, {LAYER: metadata()}, CUDAGraphMode.NONE, False),  # two tokens are padding that the metadata does not know
+        (2, {LAYER: metadata(prefill=object())}, CUDAGraphMode.NONE, False),
+        (2, {LAYER: metadata(reordering=object())}, CUDAGraphMode.NONE, False),
+        (MAX_TOKENS, {LAYER: metadata(num_decode_tokens=MAX_TOKENS)}, CUDAGraphMode.NONE, True),
+        (MAX_TOKENS + 1, {LAYER: metadata(num_decode_tokens=MAX_TOKENS + 1)}, CUDAGraphMode.NONE, False),
+        (2, {}, CUDAGraphMode.NONE, False),
+        (2, None, CUDAGraphMode.NONE, False),  # vLLM measures memory
+    ],
+)
+def test_steps(tokens: int, found: Any, mode: CUDAGraphMode, taken: bool, on_a_gpu: None) -> None:
+    step = DecodeStep(config(), sizes(), LAYER)
+    context: Any = SimpleNamespace(attn_metadata=found, cudagraph_runtime_mode=mode)
+    with override_forward_context(context):
+        assert step.takes(tokens) is taken
