@@ -3,11 +3,14 @@
 Whether a model can is decided once, whether a step does by its tokens; a CUDA graph is captured for one or the other.
 """
 
+from collections.abc import Collection
+
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
+from kda_kernels import interface
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.log import logger
@@ -15,15 +18,19 @@ from vllm_kimi_linear.log import logger
 MAX_TOKENS = 8
 
 
-def why_not(vllm_config: VllmConfig, sizes: ModelSizes) -> str | None:
-    """Why the layers of this configuration do not take these kernels, or None if they do."""
-    parallel = vllm_config.parallel_config
+def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection[str]) -> str | None:
+    """Why the layers of this configuration do not take these kernels, or None if they do.
+
+    moe_backends: vLLM's names of those that its layers of experts run on; some store the weights in another order.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    state = torch.bfloat16 if vllm_config.cache_config.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
     if not current_platform.is_cuda():
         return "they are for NVIDIA GPUs"
     if not vllm_config.additional_config.get("decode_kernels", True):
         return "turned off by --additional-config '{\"decode_kernels\": false}'"
-    if vllm_config.model_config.dtype != torch.bfloat16:
-        return f"they take bfloat16, not {vllm_config.model_config.dtype}"
+    if model.dtype != torch.bfloat16:
+        return f"they take bfloat16, not {model.dtype}"
     if vllm_config.quant_config is not None:
         return "they do not take quantised weights"
     if vllm_config.lora_config is not None:
@@ -36,18 +43,24 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes) -> str | None:
         return f"they take experts of one group, not {sizes.expert_groups}"
     if not sizes.kda_layers:
         return "the model has no KDA layer"
+    name, reason = interface.describe("cuda", model.dtype, sizes.kda_head_dim, state)
+    if name != "cuda":
+        return reason
+    if others := set(moe_backends) - {"TRITON"}:
+        return f"they take experts as vLLM's Triton kernels do, not as {min(others)}"
     return None
 
 
 class DecodeStep:
     """Of one pipeline stage: `kda_layer` is the name of one of its KDA layers, whose metadata tells a step's kind."""
 
-    def __init__(self, vllm_config: VllmConfig, sizes: ModelSizes, kda_layer: str | None) -> None:
-        reason = why_not(vllm_config, sizes) if kda_layer else "this pipeline stage has no KDA layer"
+    def __init__(self, kda_layer: str | None, reason: str | None) -> None:
+        """`reason`: why they are not taken; None if they are."""
         self.kda_layer = kda_layer if reason is None else None
-        if reason is None:
+        if self.kda_layer:
             logger.info_once("Kimi Linear: decode steps of up to %d tokens take few launches", MAX_TOKENS)
         else:
+            reason = reason or "this pipeline stage has no KDA layer"
             logger.info_once("Kimi Linear: decode steps take vLLM's layers: %s", reason)
 
     def takes(self, tokens: int) -> bool:

@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_kimi_linear import validation, weights
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
-from vllm_kimi_linear.decode_step import DecodeStep
+from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
@@ -86,9 +86,10 @@ class KimiLinearModel(nn.Module):
             lambda prefix: KimiDecoderLayer(sizes, vllm_config, prefix),
             prefix=f"{prefix}.layers",
         )
-        own = range(self.start_layer, self.end_layer)
-        kda_layers = [f"{prefix}.layers.{index}.self_attn" for index in own if sizes.layer_types[index] == "kda"]
-        self.decode_step = DecodeStep(vllm_config, sizes, next(iter(kda_layers), None))
+        own = {index: self.layers[index] for index in range(self.start_layer, self.end_layer)}
+        kda_layers = [layer.self_attn.prefix for index, layer in own.items() if sizes.layer_types[index] == "kda"]
+        backends = {layer.block_sparse_moe.backend for layer in own.values() if layer.is_moe}
+        self.decode_step = DecodeStep(next(iter(kda_layers), None), why_not(vllm_config, sizes, backends))
         self.norm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], sizes.hidden_size

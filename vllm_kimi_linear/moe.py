@@ -107,6 +107,13 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
         expert_warmup.register_warmup(self, get_current_vllm_config())
 
+    @property
+    def backend(self) -> str:
+        """vLLM's name of what runs the experts, or of their quantisation's method."""
+        method = self.experts.routed_experts.quant_method
+        chosen = getattr(method, "unquantized_backend", None)
+        return chosen.value if chosen else type(method).__name__
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x)
         return self.experts(hidden_states=x, router_logits=router_logits)

@@ -35,19 +35,20 @@ def config(**changes: Any) -> Any:
         enable_expert_parallel=values.pop("enable_expert_parallel"), data_parallel_size=values.pop("data_parallel_size")
     )
     model = SimpleNamespace(dtype=values.pop("dtype"))
-    return SimpleNamespace(parallel_config=parallel, model_config=model, **values)
+    cache = SimpleNamespace(mamba_ssm_cache_dtype=values.pop("mamba_ssm_cache_dtype", "auto"))
+    return SimpleNamespace(parallel_config=parallel, model_config=model, cache_config=cache, **values)
 
 
 def sizes(**changes: Any) -> ModelSizes:
-    return SimpleNamespace(**{"expert_groups": 1, "kda_layers": [0]} | changes)  # type: ignore[return-value]
+    return SimpleNamespace(**{"expert_groups": 1, "kda_layers": [0], "kda_head_dim": 128} | changes)  # type: ignore[return-value]
 
 
 def test_a_model_that_fits(on_a_gpu: None) -> None:
-    assert why_not(config(), sizes()) is None
+    assert why_not(config(), sizes(), {"TRITON"}) is None
 
 
 def test_not_on_a_cpu() -> None:
-    assert why_not(config(), sizes()) == "they are for NVIDIA GPUs"
+    assert why_not(config(), sizes(), {"TRITON"}) == "they are for NVIDIA GPUs"
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,19 @@ def test_not_on_a_cpu() -> None:
     ],
 )
 def test_what_does_not_fit(changes: dict[str, Any], reason: str, on_a_gpu: None) -> None:
-    assert reason in str(why_not(config(**changes), sizes()))
+    assert reason in str(why_not(config(**changes), sizes(), {"TRITON"}))
 
 
 def test_models_that_do_not_fit(on_a_gpu: None) -> None:
-    assert "one group, not 2" in str(why_not(config(), sizes(expert_groups=2)))
-    assert "no KDA layer" in str(why_not(config(), sizes(kda_layers=[])))
-    assert DecodeStep(config(), sizes(), None).kda_layer is None
+    assert "one group, not 2" in str(why_not(config(), sizes(expert_groups=2), ()))
+    assert "no KDA layer" in str(why_not(config(), sizes(kda_layers=[]), ()))
+    assert "FlashInfer" in str(why_not(config(), sizes(), {"TRITON", "FlashInfer CUTLASS"}))
+    assert "not 96" in str(why_not(config(), sizes(kda_head_dim=96), ()))
+
+
+def test_a_pipeline_stage_without_a_kda_layer() -> None:
+    assert DecodeStep(None, None).kda_layer is None
+    assert DecodeStep(LAYER, "no GPU").kda_layer is None
 
 
 def metadata(**changes: Any) -> KdaMetadata:
@@ -104,8 +111,8 @@ def metadata(**changes: Any) -> KdaMetadata:
         (2, None, CUDAGraphMode.NONE, False),  # vLLM measures memory
     ],
 )
-def test_steps(tokens: int, found: Any, mode: CUDAGraphMode, taken: bool, on_a_gpu: None) -> None:
-    step = DecodeStep(config(), sizes(), LAYER)
+def test_steps(tokens: int, found: Any, mode: CUDAGraphMode, taken: bool) -> None:
+    step = DecodeStep(LAYER, None)
     context: Any = SimpleNamespace(attn_metadata=found, cudagraph_runtime_mode=mode)
     with override_forward_context(context):
         assert step.takes(tokens) is taken
