@@ -46,3 +46,8 @@ def test_every_operation_stands_with_the_record_it_takes():
     for operation, record in operations.items():
         (parameter,) = inspect.signature(getattr(interface, operation)).parameters.values()
         assert parameter.annotation is RECORDS[record]
+
+
+def test_the_operations_of_a_decode_step_have_a_table():
+    decode_kernels = pytest.importorskip("decode_kernels.interface", reason="needs Triton", exc_type=ImportError)
+    assert sorted(row[0].strip("`") for row in rows("## Decode steps")) == decode_kernels.__all__
