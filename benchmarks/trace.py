@@ -24,13 +24,14 @@ import httpx
 
 from benchmarks.load import Load
 
-# The first that a kernel's name matches. Experts are two launches of this kernel a layer, which tells steps apart.
-EXPERTS = "fused_moe_kernel"
+# Kernels of the experts, and which part of a layer's one launch is: that tells steps apart.
+EXPERTS = {"fused_moe_kernel": 0.5, "experts_up_kernel": 1.0}
+# The first that a kernel's name matches.
 KINDS = {
-    "experts": rf"{EXPERTS}|moe|topk|expert",
+    "experts": r"moe|topk|expert|router",
     "latent attention": r"flash|mla|concat_and_cache|merge_attn|gather",
     "KDA": r"kda|recurrent|chunk|conv1d|l2norm|layer_norm|cumsum|solve|recompute",
-    "dense products": r"gemm|gemv|cutlass|nvjet|xmma|splitk|cublas|bmm",
+    "dense products": r"linear|add_norm|gemm|gemv|cutlass|nvjet|xmma|splitk|cublas|bmm",
     "the rest": r"",
 }
 DECODES = ((1, 4096), (8, 4096), (32, 4096), (8, 131072))  # sequences, tokens of context
@@ -132,7 +133,7 @@ def kind(name: str) -> str:
 
 def lines(spans: list[Span], layers: int) -> Iterator[str]:
     """The table of one trace of a model with so many layers of experts, times a step."""
-    steps = sum(span.name == EXPERTS for span in spans) / (2 * layers)
+    steps = sum(EXPERTS.get(span.name, 0) for span in spans) / layers
     whole = spans[-1].begin + spans[-1].length - spans[0].begin
     yield f"{steps:.1f} steps of {whole / steps:.0f} us, of which the GPU works {busy(spans) / steps:.0f}."
     yield ""
@@ -150,7 +151,12 @@ def lines(spans: list[Span], layers: int) -> Iterator[str]:
 
 def each(spans: list[Span], layers: int) -> Iterator[str]:
     """A line for every whole step, from its first experts to the next one's, in us."""
-    begins = [i for i, span in enumerate(spans) if span.name == EXPERTS][:: 2 * layers]
+    begins, done = [], 0.0  # done: layers of all steps so far
+    for i, span in enumerate(spans):
+        if span.name in EXPERTS:
+            if done % layers == 0:
+                begins.append(i)
+            done += EXPERTS[span.name]
     yield "| step | GPU works | " + " | ".join(KINDS) + " |"
     yield "| --- " * (2 + len(KINDS)) + "|"
     for begin, end in pairwise(begins):
@@ -169,7 +175,7 @@ def main() -> None:
     traces = sorted(args.folder.rglob("*.json*"), key=lambda path: path.stat().st_mtime)
     for path in traces:
         spans = read(path)
-        if any(span.name == EXPERTS for span in spans):  # other processes leave traces without any
+        if any(span.name in EXPERTS for span in spans):  # other processes leave traces without any
             print(f"## {path.relative_to(args.folder)}", "", *lines(spans, args.layers), "", sep="\n")
             if args.steps:
                 print(*each(spans, args.layers), "", sep="\n")

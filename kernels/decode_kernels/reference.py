@@ -9,10 +9,15 @@ from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState
 
 
 def _add_and_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm in fp32, and x + residual."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     wide = total.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
-    return normed.to(x.dtype), total
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * norm_weight.float(), total
+
+
+def _multiplied(normed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is multiplied with the weights: of several tokens the norm is stored before, of one it is not."""
+    return normed if len(normed) == 1 else normed.to(dtype).float()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -23,7 +28,7 @@ def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     normed, total = _add_and_norm(x, residual, norm_weight, eps)
-    return linear(normed, weight), total
+    return linear(_multiplied(normed, x.dtype), weight).to(x.dtype), total
 
 
 def router(
@@ -31,13 +36,14 @@ def router(
     *, top_k: int, renormalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     normed, total = _add_and_norm(x, residual, norm_weight, eps)
-    score = torch.sigmoid(normed.float() @ gate.float().T)
+    rows = _multiplied(normed, x.dtype)
+    score = torch.sigmoid(rows @ gate.float().T)
     ids = torch.sort(score + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = score.gather(1, ids)
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    out = x.new_empty(len(x), 0) if shared is None else _silu_and_mul(normed.float() @ shared.float().T).to(x.dtype)
-    return normed, total, ids.int(), weights * scale, out
+    out = x.new_empty(len(x), 0) if shared is None else _silu_and_mul(rows @ shared.float().T).to(x.dtype)
+    return normed.to(x.dtype), total, ids.int(), weights * scale, out
 
 
 def experts_up(x: Tensor, up_weight: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
-from decode_kernels.cuda.vectors import add_and_norm, dot_rows, load_rows, load_vector, split, store_vector
+from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
 
 MANY = 3  # tokens
 
@@ -29,15 +29,13 @@ def linear_kernel(
         n_head, n_tail = load_vector(norm_weight, K, HEAD, TAIL)
     wait_for_last()
     for token in tl.static_range(TOKENS):
+        head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, ADD)
         if NORM:
-            s_head, s_tail, head, tail = add_and_norm(
-                x + token * x_stride, residual + token * residual_stride, n_head, n_tail, eps, K, HEAD, TAIL, ADD
-            )
+            out = dot_rows(w_head, w_tail, head * n_head, tail * n_tail) * rms_scale(head, tail, eps, K)
             if tl.program_id(0) == 0:
-                store_vector(new_residual + token * K, s_head, s_tail, K, HEAD, TAIL)
+                store_vector(new_residual + token * K, head, tail, K, HEAD, TAIL)
         else:
-            head, tail = load_vector(x + token * x_stride, K, HEAD, TAIL)
-        out = dot_rows(w_head, w_tail, head, tail)
+            out = dot_rows(w_head, w_tail, head, tail)
         tl.store(y + token * y_stride + row, out.to(y.dtype.element_ty), mask=row < N)
 
 
@@ -50,11 +48,10 @@ def add_norm_kernel(
     launch_next()
     n_head, n_tail = load_vector(norm_weight, K, HEAD, TAIL)
     wait_for_last()
-    s_head, s_tail, head, tail = add_and_norm(
-        x + token * x_stride, residual + token * residual_stride, n_head, n_tail, eps, K, HEAD, TAIL, ADD
-    )
-    store_vector(new_residual + token * K, s_head, s_tail, K, HEAD, TAIL)
-    store_vector(y + token * K, head, tail, K, HEAD, TAIL)
+    head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, ADD)
+    scale = rms_scale(head, tail, eps, K)
+    store_vector(new_residual + token * K, head, tail, K, HEAD, TAIL)
+    store_vector(y + token * K, head * scale * n_head, tail * scale * n_tail, K, HEAD, TAIL)
 
 
 def add_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

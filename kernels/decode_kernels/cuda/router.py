@@ -12,7 +12,7 @@ from torch import Tensor
 from decode_kernels.cuda.activations import sigmoid, silu
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
 from decode_kernels.cuda.linear import add_norm
-from decode_kernels.cuda.vectors import add_and_norm, dot_rows, load_rows, load_vector, split, store_vector
+from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
 
 
 @triton.jit
@@ -61,15 +61,17 @@ def router_kernel(
         wait_for_last()
         for token in tl.static_range(TOKENS):
             if NORM:
-                s_head, s_tail, head, tail = add_and_norm(
-                    x + token * x_stride, residual + token * residual_stride, n_head, n_tail, eps, K, HEAD, TAIL, True
-                )
+                head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, True)
+                scale_of_norm = rms_scale(head, tail, eps, K)
                 if pid == 0:
-                    store_vector(new_residual + token * K, s_head, s_tail, K, HEAD, TAIL)
-                    store_vector(normed + token * K, head, tail, K, HEAD, TAIL)
+                    store_vector(new_residual + token * K, head, tail, K, HEAD, TAIL)
+                    n = head * scale_of_norm * n_head, tail * scale_of_norm * n_tail
+                    store_vector(normed + token * K, n[0], n[1], K, HEAD, TAIL)
+                logit = dot_rows(r_head, r_tail, head * n_head, tail * n_tail) * scale_of_norm
             else:
                 head, tail = load_vector(normed + token * K, K, HEAD, TAIL)
-            tl.store(logits + token * E + row, dot_rows(r_head, r_tail, head, tail), mask=row < E)
+                logit = dot_rows(r_head, r_tail, head, tail)
+            tl.store(logits + token * E + row, logit, mask=row < E)
         tl.debug_barrier()  # all of this program's logits, then its ticket
         if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == ROUTING - 1:
             _choose(logits, bias, ids, weights, TOKENS, scale, E, EP, TOP_K, TOP_KP, PADDED, RENORMALIZE)
@@ -81,12 +83,13 @@ def router_kernel(
         wait_for_last()
         for token in tl.static_range(TOKENS):
             if NORM:
-                _, _, head, tail = add_and_norm(
-                    x + token * x_stride, residual + token * residual_stride, n_head, n_tail, eps, K, HEAD, TAIL, True
-                )
+                head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, True)
+                n = rms_scale(head, tail, eps, K)
+                gate = dot_rows(g_head, g_tail, head * n_head, tail * n_tail) * n
+                up = dot_rows(u_head, u_tail, head * n_head, tail * n_tail) * n
             else:
                 head, tail = load_vector(normed + token * K, K, HEAD, TAIL)
-            gate, up = dot_rows(g_head, g_tail, head, tail), dot_rows(u_head, u_tail, head, tail)
+                gate, up = dot_rows(g_head, g_tail, head, tail), dot_rows(u_head, u_tail, head, tail)
             out = silu(gate) * up
             tl.store(shared_out + token * INTER + pair, out.to(shared_out.dtype.element_ty), mask=pair < INTER)
 

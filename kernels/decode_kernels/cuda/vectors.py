@@ -53,18 +53,17 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def add_and_norm(
-    x, residual, weight_head, weight_tail, eps,
-    K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """s = x + residual and RMSNorm(s) * weight of a token, both rounded to the dtype of x: s, then the norm, in parts.
-
-    Without ADD, s is x.
-    """
+def add(x, residual, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, ADD: tl.constexpr):
+    """x + residual of a token, rounded to the dtype of x, as fp32; without ADD, x."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     head, tail = load_vector(x, K, HEAD, TAIL)
     if ADD:
         more_head, more_tail = load_vector(residual, K, HEAD, TAIL)
         head, tail = rounded(head + more_head, DTYPE), rounded(tail + more_tail, DTYPE)
-    scale = tl.rsqrt((tl.sum(head * head) + tl.sum(tail * tail)) / K + eps)
-    return head, tail, rounded(head * scale * weight_head, DTYPE), rounded(tail * scale * weight_tail, DTYPE)
+    return head, tail
+
+
+@triton.jit
+def rms_scale(head, tail, eps, K: tl.constexpr):
+    """What RMSNorm multiplies a vector by. Taken out of a product with the vector, it does not stand in its way."""
+    return tl.rsqrt((tl.sum(head * head) + tl.sum(tail * tail)) / K + eps)

@@ -9,10 +9,13 @@ import pytest
 from benchmarks import trace
 
 
-def test_a_trace_is_told_by_steps_and_kinds():
+@pytest.mark.parametrize(
+    "experts", [("fused_moe_kernel", "fused_moe_kernel"), ("experts_up_kernel", "experts_down_kernel")]
+)
+def test_a_trace_is_told_by_steps_and_kinds(experts: tuple[str, str]):
     layer = [
-        ("fused_moe_kernel", 0, 10),
-        ("fused_moe_kernel", 5, 10),
+        (experts[0], 0, 10),
+        (experts[1], 5, 10),
         ("kda_decode_kernel", 20, 5),
         ("nvjet_tst", 30, 10),
     ]
@@ -23,6 +26,8 @@ def test_a_trace_is_told_by_steps_and_kinds():
     assert {"| **experts** | 2.0 | 20 | 25% |", "| **KDA** | 1.0 | 5 | 6% |"} <= set(table)
     assert list(trace.each(spans, layers=1))[2:] == ["| 100 | 30 | 20 | 0 | 5 | 10 | 0 |"] * 2
     assert trace.kind("void flash::combine_kernel<float>") == "latent attention"
+    assert trace.kind("router_kernel") == "experts"
+    assert trace.kind("linear_kernel") == "dense products"
     assert trace.kind("triton_poi_fused_add_0") == "the rest"
 
 
