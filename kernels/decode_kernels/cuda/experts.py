@@ -2,6 +2,8 @@
 
 A slot is one of the TOP_K choices of one token. Programs that multiply the same rows for different slots run side by
 side: where two tokens chose one expert, its rows come from memory once and from the second cache once more.
+
+`experts_down` has its rows on their way while `experts_up` still runs, and follows it directly.
 """
 
 import triton
@@ -20,8 +22,8 @@ def experts_up_kernel(
 ):  # fmt: skip
     slot = tl.program_id(0)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
-    launch_next()
     wait_for_last()
+    launch_next()  # not before the wait: who begins after it finds `ids`
     expert = tl.load(ids + slot)
     weight = up_weight + expert.to(tl.int64) * (2 * INTER * K)
     g_head, g_tail = load_rows(weight, row, INTER, K, HEAD, TAIL)
@@ -36,28 +38,30 @@ def experts_up_kernel(
 def experts_down_kernel(
     acts, down_weight, ids, weights, shared_acts, shared_weight, out,
     N: tl.constexpr, INTER: tl.constexpr, INTER_P: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, TOP_K: tl.constexpr,
-    BN: tl.constexpr,
+    TOP_KP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
-    at, s = tl.arange(0, INTER_P), tl.arange(0, SP)
+    i, at, s = tl.arange(0, TOP_KP), tl.arange(0, INTER_P), tl.arange(0, SP)
     launch_next()
-    inside = (row[:, None] < N) & (at[None, :] < INTER)
+    chosen = i < TOP_K
+    # `experts_up` has passed its wait. Past the first cache, which may hold the ids of a step ago.
+    slot = token * TOP_K + i
+    expert = tl.load(ids + slot, mask=chosen, other=0, cache_modifier=".cg").to(tl.int64)
+    cell = down_weight + expert[:, None, None] * (N * INTER) + row[None, :, None] * INTER + at[None, None, :]
+    inside = chosen[:, None, None] & (row[None, :, None] < N) & (at[None, None, :] < INTER)
+    tile = tl.load(cell, mask=inside, other=0.0)
     if S > 0:
         own = (row[:, None] < N) & (s[None, :] < S)
         shared = tl.load(shared_weight + row[:, None] * S + s[None, :], mask=own, other=0.0)
     wait_for_last()
-    total = tl.zeros([BN, INTER_P], tl.float32)
-    for i in tl.static_range(TOP_K):
-        slot = token * TOP_K + i
-        expert = tl.load(ids + slot).to(tl.int64)
-        tile = tl.load(down_weight + expert * (N * INTER) + row[:, None] * INTER + at[None, :], mask=inside, other=0.0)
-        act = tl.load(acts + slot * INTER + at, mask=at < INTER, other=0.0).to(tl.float32) * tl.load(weights + slot)
-        total += tile.to(tl.float32) * act[None, :]
-    y = tl.sum(total, 1)
+    weight = tl.load(weights + slot, mask=chosen, other=0.0)
+    act = tl.load(acts + slot[:, None] * INTER + at[None, :], mask=chosen[:, None] & (at[None, :] < INTER), other=0.0)
+    act = act.to(tl.float32) * weight[:, None]
+    y = tl.sum(tl.sum(tile.to(tl.float32) * act[:, None, :], 2), 0)
     if S > 0:
-        act = tl.load(shared_acts + token * S + s, mask=s < S, other=0.0).to(tl.float32)
-        y += tl.sum(shared.to(tl.float32) * act[None, :], 1)
+        own_act = tl.load(shared_acts + token * S + s, mask=s < S, other=0.0).to(tl.float32)
+        y += tl.sum(shared.to(tl.float32) * own_act[None, :], 1)
     tl.store(out + token * N + row, y.to(out.dtype.element_ty), mask=row < N)
 
 
@@ -82,7 +86,8 @@ def experts_down(
     out = acts.new_empty(tokens, N)
     experts_down_kernel[(tokens, triton.cdiv(N, tile["BN"]))](
         *(acts, down_weight, ids, weights, shared_acts, down_weight if shared_weight is None else shared_weight, out),
-        *(N, width, triton.next_power_of_2(width), shared, max(16, triton.next_power_of_2(shared)), top_k),
+        *(N, width, triton.next_power_of_2(width), shared, max(16, triton.next_power_of_2(shared))),
+        *(top_k, triton.next_power_of_2(top_k)),
         **tile,
         **LAUNCH,
     )

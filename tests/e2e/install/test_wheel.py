@@ -18,6 +18,7 @@ ALIAS = tomllib.loads((ROOT / "deploy/cpu-alias/pyproject.toml").read_text())
 # Where the source of each top-level package lies.
 PACKAGES = {
     "vllm_kimi_linear": "vllm_kimi_linear",
+    "decode_kernels": "kernels/decode_kernels",
     "kda_kernels": "kernels/kda_kernels",
     "kimi_server": "server/kimi_server",
     "kimi_demo": "examples/kimi_demo",
@@ -101,7 +102,7 @@ print(json.dumps({
     "works_with": metadata.metadata("vllm-kimi-linear").get_all("Requires"),
     "plugins": {plugin.name: plugin.value for plugin in plugins},
     "callable": all(callable(plugin.load()) for plugin in plugins),
-    "found": [name for name in ("kda_kernels", "kimi_demo", *FOLDERS) if importlib.util.find_spec(name)],
+    "found": [name for name in ("decode_kernels", "kda_kernels", "kimi_demo", *FOLDERS) if importlib.util.find_spec(name)],
     "heavy": sorted({"torch", "vllm", "triton", "transformers"} & set(sys.modules)),
 }))
 """
@@ -111,7 +112,7 @@ print(json.dumps({
     assert seen["version"][0] == seen["version"][1]
     assert seen["plugins"] == {"kimi_linear": "vllm_kimi_linear:register"}
     assert seen["callable"]
-    assert seen["found"] == ["kda_kernels", "kimi_demo"]
+    assert seen["found"] == ["decode_kernels", "kda_kernels", "kimi_demo"]
     assert seen["heavy"] == []
     assert all("extra ==" in line for line in seen["requires"]), "the base distribution fetches nothing"
     [vllm] = map(Requirement, seen["works_with"])

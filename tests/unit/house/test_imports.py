@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = {
     "kda_kernels": ROOT / "kernels",
+    "decode_kernels": ROOT / "kernels",
     "bench": ROOT / "kernels",
     "vllm_kimi_linear": ROOT,
     "kimi_server": ROOT / "server",
@@ -19,8 +20,9 @@ PACKAGES = {
 # Of ours, what each may import. The command `kimi-linear` starts the demo, which is imported when it is asked for.
 ALLOWED = {
     "kda_kernels": set[str](),
-    "bench": {"kda_kernels"},
-    "vllm_kimi_linear": {"kda_kernels"},
+    "decode_kernels": {"kda_kernels"},
+    "bench": {"decode_kernels", "kda_kernels"},
+    "vllm_kimi_linear": {"decode_kernels", "kda_kernels"},
     "kimi_server": {"kda_kernels", "vllm_kimi_linear"},
     "kimi_demo": {"kda_kernels", "vllm_kimi_linear", "kimi_server"},
 }

@@ -20,6 +20,7 @@ EXTRAS = {
 # Where the source of each top-level package lies.
 PACKAGES = {
     "vllm_kimi_linear": "vllm_kimi_linear",
+    "decode_kernels": "kernels/decode_kernels",
     "kda_kernels": "kernels/kda_kernels",
     "kimi_server": "server/kimi_server",
     "kimi_demo": "examples/kimi_demo",
