@@ -1,8 +1,8 @@
 """A decode step's token through a KDA layer, from the input projection to the gated output, gates' products included.
 
 As `kda_kernels.cuda.decode` for few programs, the whole state of a head in the registers of one. The second factors of
-the two gates, the state and the convolution's window are loaded before the kernel in front has ended: the state was written a step ago, and
-between two steps the GPU waits for all kernels.
+the two gates, the state and the convolution's window are loaded before the kernel in front has ended: states were
+written a step ago, and between two steps the GPU waits for all kernels.
 """
 
 import torch

@@ -94,7 +94,7 @@ def test_installed_wheel_alone(bare_python: Path) -> None:
 import importlib.util, json, sys
 from importlib import metadata
 import kimi_server, vllm_kimi_linear
-FOLDERS = ("demo_model", "examples", "kernels", "server")
+NAMES = ("decode_kernels", "kda_kernels", "kimi_demo", "demo_model", "examples", "kernels", "server")
 plugins = metadata.entry_points(group="vllm.general_plugins")
 print(json.dumps({
     "version": [metadata.version("vllm-kimi-linear"), vllm_kimi_linear.__version__],
@@ -102,7 +102,7 @@ print(json.dumps({
     "works_with": metadata.metadata("vllm-kimi-linear").get_all("Requires"),
     "plugins": {plugin.name: plugin.value for plugin in plugins},
     "callable": all(callable(plugin.load()) for plugin in plugins),
-    "found": [name for name in ("decode_kernels", "kda_kernels", "kimi_demo", *FOLDERS) if importlib.util.find_spec(name)],
+    "found": [name for name in NAMES if importlib.util.find_spec(name)],
     "heavy": sorted({"torch", "vllm", "triton", "transformers"} & set(sys.modules)),
 }))
 """
