@@ -132,7 +132,7 @@ def test_answers_are_those_of_cold_runs(
 ):
     server = Completions(servers(demo_model, *flags(drafts, budget, *more)))
     words = Words(vocab, seed=drafts + budget)
-    lengths = [1000, 2300, 9000] if not more else [2016, 4100, 3000, 2300, 1500, 5000]
+    lengths = [1000, 2300, 9000] if not more else [2016, 4100, 2300, 1500]
     assert asyncio.run(everything(server, words, lengths)) == []
     assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
     assert server.metric("vllm:prefix_cache_hits_total") > 0

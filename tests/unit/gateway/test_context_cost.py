@@ -38,8 +38,8 @@ def changed(**fields: Any) -> str:
 ODD |= {
     "a dtype that is a list": (changed(dtype=["bfloat16"]), "dtype is ['bfloat16']: use one of float32"),
     "an unknown dtype": (changed(dtype="int4"), "dtype is 'int4': use one of float32"),
-    "architectures that are a number": (changed(architectures=5), "int"),
-    "layer types that are a number": (changed(layer_types=5, mlp_layer_types=5), "int"),
+    "architectures that are a number": (changed(architectures=5), "architectures is 5; it must be"),
+    "layer types that are a number": (changed(layer_types=5, mlp_layer_types=5), "layer_types is 5; give the list"),
     "a size beyond floats": (changed(kv_lora_rank=10**400), "too large"),
 }
 
