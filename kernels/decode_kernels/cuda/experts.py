@@ -2,8 +2,6 @@
 
 A slot is one of the TOP_K choices of one token. Programs that multiply the same rows for different slots run side by
 side: where two tokens chose one expert, its rows come from memory once and from the second cache once more.
-
-`experts_down` has its rows on their way while `experts_up` still runs, and follows it directly.
 """
 
 import triton
@@ -22,8 +20,8 @@ def experts_up_kernel(
 ):  # fmt: skip
     slot = tl.program_id(0)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
+    launch_next()
     wait_for_last()
-    launch_next()  # not before the wait: who begins after it finds `ids`
     expert = tl.load(ids + slot)
     weight = up_weight + expert.to(tl.int64) * (2 * INTER * K)
     g_head, g_tail = load_rows(weight, row, INTER, K, HEAD, TAIL)
@@ -44,17 +42,15 @@ def experts_down_kernel(
     row = tl.program_id(1) * BN + tl.arange(0, BN)
     i, at, s = tl.arange(0, TOP_KP), tl.arange(0, INTER_P), tl.arange(0, SP)
     launch_next()
-    chosen = i < TOP_K
-    # `experts_up` has passed its wait. Past the first cache, which may hold the ids of a step ago.
-    slot = token * TOP_K + i
-    expert = tl.load(ids + slot, mask=chosen, other=0, cache_modifier=".cg").to(tl.int64)
-    cell = down_weight + expert[:, None, None] * (N * INTER) + row[None, :, None] * INTER + at[None, None, :]
-    inside = chosen[:, None, None] & (row[None, :, None] < N) & (at[None, None, :] < INTER)
-    tile = tl.load(cell, mask=inside, other=0.0)
     if S > 0:
         own = (row[:, None] < N) & (s[None, :] < S)
         shared = tl.load(shared_weight + row[:, None] * S + s[None, :], mask=own, other=0.0)
     wait_for_last()
+    chosen, slot = i < TOP_K, token * TOP_K + i
+    expert = tl.load(ids + slot, mask=chosen, other=0).to(tl.int64)
+    cell = down_weight + expert[:, None, None] * (N * INTER) + row[None, :, None] * INTER + at[None, None, :]
+    inside = chosen[:, None, None] & (row[None, :, None] < N) & (at[None, None, :] < INTER)
+    tile = tl.load(cell, mask=inside, other=0.0)
     weight = tl.load(weights + slot, mask=chosen, other=0.0)
     act = tl.load(acts + slot[:, None] * INTER + at[None, :], mask=chosen[:, None] & (at[None, :] < INTER), other=0.0)
     act = act.to(tl.float32) * weight[:, None]
