@@ -8,9 +8,9 @@ relies on all that came before this one.
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from kda_kernels.cuda.elementwise import INTERPRETED
+
 LAUNCH: dict[str, bool] = {} if INTERPRETED.value else {"launch_pdl": True}  # an option of each launch
 
 

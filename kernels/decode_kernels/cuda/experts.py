@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels.cuda.activations import silu
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
 from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, split
+from kda_kernels.cuda.elementwise import silu
 
 
 @triton.jit

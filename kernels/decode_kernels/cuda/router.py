@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels.cuda.activations import sigmoid, silu
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
 from decode_kernels.cuda.linear import add_norm
 from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
+from kda_kernels.cuda.elementwise import sigmoid, silu
 
 
 @triton.jit
