@@ -44,7 +44,7 @@ def main() -> int:
         completions, asked = Completions(server), engine.traffic(server, args.seed, args.drafts)
         begun, seconds = time.monotonic(), 60 * args.minutes
         try:
-            asyncio.run(engine.rounds(completions, asked, tally, begun + seconds * 2 / 3))
+            asyncio.run(engine.rounds(completions, asked, tally, folder, begun + seconds * 2 / 3))
             asyncio.run(front.rounds(completions, asked, tally, folder, begun + seconds))
             found = metrics(completions)
         except engine.DeadEngineError as error:

@@ -20,6 +20,7 @@ class Tally:
     compared: int = 0  # tokens equal to those of the cold answer
     level_ends: int = 0  # comparisons that ended where the two best were level
     wrong: list[str] = field(default_factory=list)
+    wrong_answers: list[dict[str, Any]] = field(default_factory=list)  # what to look at, of each in `wrong`
     faults: list[str] = field(default_factory=list)
     told: int = 0  # of both
 
@@ -29,15 +30,19 @@ class Tally:
         self.told = len(self.wrong) + len(self.faults)
         return [*self.wrong, *self.faults][-(self.told - said) :][:5] if self.told > said else []
 
-    def compare(self, case: Case, tokens: list[int]) -> None:
+    def compare(self, asked: Asked, choice: "Choice") -> None:
+        case, tokens = asked.case, choice.tokens
+        assert case
         for at, (ours, cold, lead) in enumerate(zip(tokens, case.tokens, case.leads, strict=False)):
             if ours == cold:
                 self.compared += 1
                 continue
             if lead >= self.level:
                 self.wrong.append(
-                    f"prompt of {len(case.prompt)} tokens: token {at} is {ours}, cold {cold}, which leads by {lead:.3f}"
+                    f"prompt of {len(case.prompt)} tokens, {choice.cached} of them cached: token {at} is {ours}, cold "
+                    f"{cold}, which leads by {lead:.3f}; {short(asked.body)}"
                 )
+                self.wrong_answers.append({"body": asked.body, "tokens": tokens, "cold": case.tokens})
             else:
                 self.level_ends += 1
             return
@@ -51,6 +56,7 @@ class Choice:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     ended: bool = False
+    cached: int | None = None  # tokens of the prompt, of the first choice alone
 
     def add(self, event: dict[str, Any]) -> None:
         self.tokens += event["token_ids"] or []
@@ -102,7 +108,7 @@ async def ask(client: httpx.AsyncClient, asked: Asked, tally: Tally, may_refuse:
     left = asked.leaves_after is not None
     tally.ended["left" if left else "answered"] += 1
     if asked.case:
-        tally.compare(asked.case, choices[0].tokens)
+        tally.compare(asked, choices[0])
     for choice in choices:
         if fault := judge(asked, choice, left):
             tally.faults.append(f"{fault}, of {what}; prompt begins {prompt[:5]}")
@@ -116,6 +122,7 @@ async def receive(client: httpx.AsyncClient, asked: Asked, choices: list[Choice]
             if reply.status_code == 200:
                 for event in json.loads(text)["choices"]:
                     choices[event["index"]].add(event)
+                choices[0].cached = cached_tokens(json.loads(text))
                 return 200, ""
             return reply.status_code, text
         async for line in reply.aiter_lines():
@@ -126,9 +133,14 @@ async def receive(client: httpx.AsyncClient, asked: Asked, choices: list[Choice]
                 return 200, json.dumps(event)
             for choice in event["choices"]:
                 choices[choice["index"]].add(choice)
+            choices[0].cached = choices[0].cached or cached_tokens(event)
             if asked.leaves_after is not None and sum(len(choice.tokens) for choice in choices) >= asked.leaves_after:
                 return 200, ""
     return 200, ""
+
+
+def cached_tokens(event: dict[str, Any]) -> int | None:
+    return ((event.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
 def judge(asked: Asked, choice: Choice, left: bool) -> str | None:

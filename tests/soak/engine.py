@@ -10,7 +10,7 @@ import httpx
 from kimi_demo.demo import TRAINED
 from kimi_demo.server import Server
 from tests.soak.asking import Tally, ask, cold
-from tests.soak.traffic import LONGEST, Asked, Traffic
+from tests.soak.traffic import LONGEST, TOKENS, Asked, Traffic
 from tests.support.completions import Completions
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
@@ -53,18 +53,20 @@ def traffic(running: Server, seed: int, drafts: bool) -> Traffic:
     return Traffic(running.model, CONTEXT, seed, drafts)
 
 
-async def rounds(completions: Completions, asked: Traffic, tally: Tally, until: float) -> int:
+async def rounds(completions: Completions, asked: Traffic, tally: Tally, folder: Path, until: float) -> int:
     """Rounds until a time of time.monotonic(), at least one; returns how many. Raises DeadEngineError."""
     done = 0
     async with completions.connect() as client:
         while not done or time.monotonic() < until:
-            await one_round(completions, client, asked, tally)
+            await one_round(completions, client, asked, tally, folder)
             done += 1
             say(done, tally)
     return done
 
 
-async def one_round(completions: Completions, client: httpx.AsyncClient, asked: Traffic, tally: Tally) -> None:
+async def one_round(
+    completions: Completions, client: httpx.AsyncClient, asked: Traffic, tally: Tally, folder: Path
+) -> None:
     """New prompts, each alone and cold; then many at once, new and old ones; then a pause in which nothing is left."""
     await renew(client, asked, tally)
     places = asyncio.Semaphore(AT_ONCE + 8)  # some wait
@@ -75,6 +77,19 @@ async def one_round(completions: Completions, client: httpx.AsyncClient, asked: 
 
     await asyncio.gather(*map(one, asked.storm(STORM)))
     await until_idle(completions, tally)
+    await ask_again(client, asked, tally, folder)
+
+
+async def ask_again(client: httpx.AsyncClient, asked: Traffic, tally: Tally, folder: Path) -> None:
+    """Prompts that were answered wrongly, once more with nothing else running, cold and not; all into wrong.json."""
+    for found in tally.wrong_answers:
+        if "cold again" in found:
+            continue
+        prompt = found["body"]["prompt"]
+        for name, body in (("cold again", asked.cold(prompt)), ("alone", asked.body(prompt, TOKENS, logprobs=2))):
+            found[name] = (await cold(client, body)).tokens
+    if tally.wrong_answers:
+        (folder / "wrong.json").write_text(json.dumps(tally.wrong_answers))
 
 
 async def renew(client: httpx.AsyncClient, asked: Traffic, tally: Tally) -> None:

@@ -14,7 +14,7 @@ from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.keys.keys_file import digest
 from kimi_server.gateway.server import Server as GatewayServer
 from tests.soak.asking import Tally, ask
-from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, renew, say, until_idle
+from tests.soak.engine import AT_ONCE, IDLE_SECONDS, STORM, ask_again, renew, say, until_idle
 from tests.soak.hostile import ACTS, Client, bad_replicas
 from tests.soak.traffic import Asked, Traffic
 from tests.support.completions import Completions
@@ -68,6 +68,7 @@ async def rounds(completions: Completions, asked: Traffic, tally: Tally, folder:
                         *(bad_act(one, choose.uniform(0, 5)) for one in hostile),
                     )
                     await until_idle(completions, tally)
+                    await ask_again(straight, asked, tally, folder)
                     await asyncio.to_thread(check_budgets, running, tally)
                     done += 1
                     say(done, tally)
