@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import divide, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -70,9 +71,9 @@ class KimiLatentAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, hidden_size] after the input norm -> [T, hidden_size]."""
         projected, _ = self.in_proj(hidden_states)
-        return self.o_proj(self.decode(projected))[0]
+        return self.o_proj(self.attend(projected))[0]
 
-    def decode(self, projected: torch.Tensor) -> torch.Tensor:
+    def attend(self, projected: torch.Tensor) -> torch.Tensor:
         """What `in_proj` gives -> the input of `o_proj`, [T, heads * value_dim]."""
         query, latent, shared_key, *_ = projected.split(
             [self.num_heads * self.key_dim, self.latent_dim, self.shared_dim, *self.in_proj.local_sizes[2:]], dim=-1
@@ -83,3 +84,21 @@ class KimiLatentAttention(nn.Module):
             shared_key.unsqueeze(1),
             output_shape=(len(projected), self.num_heads * self.value_dim),
         )
+
+    def decode(self, projected: torch.Tensor) -> torch.Tensor:
+        """`attend` of a step that `DecodeStep` takes: vLLM's attention on the latents, between kernels of our own."""
+        from decode_kernels import interface as kernels
+
+        attn, backend = self.attn, self.attn.impl
+        if backend.dcp_world_size > 1 or attn.q_pad_num_heads or attn.kv_cache.dtype != projected.dtype:
+            return self.attend(projected)  # vLLM's layer does more there
+        context = get_forward_context()
+        metadata, slot_mapping = context.attn_metadata[attn.layer_name], context.slot_mapping[attn.layer_name]
+        nope = self.key_dim - self.shared_dim
+        kv_b, norm = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)), self.kv_a_layernorm
+        latents = kernels.latent_query(
+            projected, kv_b, norm.weight, norm.variance_epsilon, attn.kv_cache, slot_mapping, nope
+        )
+        query = projected[:, : self.num_heads * self.key_dim].unflatten(1, (self.num_heads, self.key_dim))
+        mixed, _ = backend.forward_mqa((latents, query[..., nope:]), attn.kv_cache, metadata, attn)
+        return kernels.latent_value(mixed, kv_b, nope)

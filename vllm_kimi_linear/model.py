@@ -169,9 +169,10 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def get_model_state_cls(self) -> type:
         """What vLLM's second runner keeps a step; that of hybrid models takes none without a recurrent layer."""
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-        from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-        return MambaHybridModelState if self.sizes.kda_layers else DefaultModelState
+        from vllm_kimi_linear.model_state import KimiLinearModelState
+
+        return KimiLinearModelState if self.sizes.kda_layers else DefaultModelState
 
     # vLLM makes the blocks so large that each MLA layer's part holds a whole state of these; our layers say their own
     # (`kda.py`), and share a block among themselves (`cache/layout.py`).

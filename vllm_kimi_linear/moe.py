@@ -138,8 +138,13 @@ class MixtureOfExperts(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        acts = kernels.experts_up(normed, routed.w13_weight, ids)
-        out = kernels.experts_down(
-            acts, routed.w2_weight, ids, weights, shared_acts, shared and shared.down_proj.weight
+        out = kernels.experts(
+            normed,
+            routed.w13_weight,
+            routed.w2_weight,
+            ids,
+            weights,
+            shared_acts,
+            shared and shared.down_proj.weight,
         )
         return all_reduce(out), residual

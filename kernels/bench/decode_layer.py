@@ -12,9 +12,11 @@ from torch import Tensor
 
 from bench.timing import copy_bandwidth, graph_time
 from decode_kernels import interface
+from decode_kernels.cuda import experts
 from kda_kernels.interface import KdaParams, KdaState
 
 HIDDEN, HEADS, DIM, EXPERTS, TOP_K, INTER, CONV, EPS = 2304, 32, 128, 256, 8, 1024, 4, 1e-5
+NOPE, ROPE, VALUE, LATENT, PAGE = 128, 64, 128, 512, 64  # of an MLA layer
 LAYERS = 4  # with weights of their own, more than the second cache holds
 
 
@@ -48,6 +50,10 @@ class Layer:
         self.ids = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(tokens)]).int()
         self.weights = torch.rand(tokens, TOP_K, device="cuda")
         self.acts, self.shared_acts = random(tokens * TOP_K, inter), random(tokens, inter)
+        # An MLA layer's, beside its attention and what it has in common with a KDA layer.
+        self.kv_b, self.latent_norm = random(heads, NOPE + VALUE, LATENT, scale=LATENT**-0.5), random(LATENT)
+        self.queries, self.mixed = random(tokens, heads * (NOPE + ROPE) + LATENT + ROPE), random(tokens, heads, LATENT)
+        self.cache, self.slots = random(tokens, PAGE, LATENT + ROPE), PAGE * torch.arange(tokens, device="cuda")
 
     def in_projection(self, **tile: int) -> tuple[Tensor, Tensor]:
         return interface.norm_linear(self.x, self.residual, self.norm, self.in_proj, EPS, **tile)
@@ -64,11 +70,18 @@ class Layer:
         return interface.router(*norm, *weights, top_k=TOP_K, renormalize=True, scale=2.4, **tile)
 
     def experts_up(self, **tile: int) -> Tensor:
-        return interface.experts_up(self.x, self.up, self.ids, **tile)
+        return experts.experts_up(self.x, self.up, self.ids, **tile)
 
     def experts_down(self, **tile: int) -> Tensor:
         shared = (self.shared_acts, self.shared_down)
-        return interface.experts_down(self.acts, self.down, self.ids, self.weights, *shared, **tile)
+        return experts.experts_down(self.acts, self.down, self.ids, self.weights, *shared, **tile)
+
+    def latent_query(self, **tile: int) -> Tensor:
+        own = (self.latent_norm, EPS, self.cache, self.slots)
+        return interface.latent_query(self.queries, self.kv_b, *own, NOPE, **tile)
+
+    def latent_value(self, **tile: int) -> Tensor:
+        return interface.latent_value(self.mixed, self.kv_b, NOPE, **tile)
 
     def run(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The chain."""
@@ -81,7 +94,7 @@ class Layer:
         return self.experts_down(), self.residual
 
     def calls(self) -> dict[str, tuple[Callable[..., object], float, list[dict[str, int]]]]:
-        """Name -> the call, the bytes that it has to move, the launch options to try."""
+        """Name -> the call, the bytes that it has to move, the launch options to try. First those of `run`."""
         tokens, used = len(self.x), len(self.ids.unique())
         rows = {"BN": (1, 2, 4, 8), "num_warps": (2, 4, 8)}
         state = 2 * tokens * size(self.state.recurrent[0])
@@ -92,6 +105,8 @@ class Layer:
             "router": (self.router, size(self.gate, self.shared_up), tiles(BN=(1, 2, 4), PAIRS=(1, 2, 4, 8))),
             "experts_up": (self.experts_up, used * size(self.up[0]), tiles(**rows)),
             "experts_down": (self.experts_down, used * size(self.down[0]) + size(self.shared_down), tiles(**rows)),
+            "latent_query": (self.latent_query, size(self.kv_b) // 2, tiles(BL=(32, 64, 128), num_warps=(2, 4, 8))),
+            "latent_value": (self.latent_value, size(self.kv_b) // 2, tiles(BN=(4, 8, 16, 32), num_warps=(2, 4, 8))),
         }
 
 
@@ -118,7 +133,7 @@ def measure(tokens: int, ranks: int, bandwidth: float, tune: bool) -> None:
             found.append((graph_time(run, 4 * LAYERS) * 1e6, way))
         default, *_ = found
         found.sort(key=lambda each: each[0])
-        total += count
+        total += 0 if name.startswith("latent") else count
         best = "; ".join(f"{us:.1f} {' '.join(f'{k}={v}' for k, v in way.items())}" for us, way in found[:3] if tune)
         print(
             f"  {name:13s}{count / 1e6:7.1f} MB, {count / bandwidth * 1e6:6.1f} us, {default[0]:6.1f} us; {best}",

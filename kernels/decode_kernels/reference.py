@@ -46,6 +46,13 @@ def router(
     return normed.to(x.dtype), total, ids.int(), weights * scale, out
 
 
+def experts(
+    x: Tensor, up_weight: Tensor, down_weight: Tensor, ids: Tensor, weights: Tensor, shared_acts: Tensor,
+    shared_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return experts_down(experts_up(x, up_weight, ids), down_weight, ids, weights, shared_acts, shared_weight)
+
+
 def experts_up(x: Tensor, up_weight: Tensor, ids: Tensor) -> Tensor:
     slots = ids.flatten().long()
     rows = x.repeat_interleave(ids.shape[1], 0).float()
@@ -60,6 +67,26 @@ def experts_down(
     if shared_weight is not None:
         y = y + shared_acts.float() @ shared_weight.float().T
     return y.to(acts.dtype)
+
+
+def latent_query(
+    projected: Tensor, kv_b: Tensor, norm_weight: Tensor, eps: float, cache: Tensor, slot_mapping: Tensor, nope: int
+) -> Tensor:
+    heads, _, latent = kv_b.shape
+    rope = cache.shape[-1] - latent
+    query, own, key, _ = projected.split(
+        [heads * (nope + rope), latent, rope, projected.shape[1] - heads * (nope + rope) - latent - rope], dim=1
+    )
+    normed, _ = _add_and_norm(own, None, norm_weight, eps)
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            cache[slot // cache.shape[1], slot % cache.shape[1]] = torch.cat([normed[token].to(key.dtype), key[token]])
+    query = query.unflatten(1, (heads, nope + rope))[..., :nope]
+    return torch.einsum("thn,hnl->thl", query.float(), kv_b[:, :nope].float()).to(projected.dtype)
+
+
+def latent_value(latents: Tensor, kv_b: Tensor, nope: int) -> Tensor:
+    return torch.einsum("thl,hvl->thv", latents.float(), kv_b[:, nope:].float()).flatten(1).to(latents.dtype)
 
 
 def kda_decode(projected: Tensor, gates_b: Tensor, params: KdaParams, state: KdaState, state_indices: Tensor) -> Tensor:

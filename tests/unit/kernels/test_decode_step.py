@@ -133,10 +133,13 @@ def test_experts(same, tokens, K, width, shared, make, kernels):
     ]
     ids = torch.stack(choices).int().to(x.device)
     weights = make(tokens, top_k, dtype=torch.float32).abs()
-    acts = kernels.experts_up(x, up, ids)
+    parts = importlib.import_module("decode_kernels.cuda.experts")
+    acts = parts.experts_up(x, up, ids)
     close(acts, reference.experts_up(x, up, ids))
     own = (make(tokens, shared), make(K, shared) if shared else None)
-    close(kernels.experts_down(acts, down, ids, weights, *own), reference.experts_down(acts, down, ids, weights, *own))
+    close(parts.experts_down(acts, down, ids, weights, *own), reference.experts_down(acts, down, ids, weights, *own))
+    both = (x, up, down, ids, weights, *own)
+    close(kernels.experts(*both), reference.experts(*both))
 
 
 # With more heads and tokens than the one kernel is for, the gates are a product of their own.
@@ -187,3 +190,25 @@ def test_a_chain_in_a_graph_gives_the_same_bits_each_time():
     for _ in range(200):
         graph.replay()
         assert torch.equal(out, wanted)
+
+
+# The 48B's sizes but for the heads, and sizes that are no power of two.
+@pytest.mark.parametrize(
+    ("heads", "nope", "rope", "value", "latent"), [(2, 128, 64, 128, 512), (3, 24, 8, 20, 72), (1, 16, 16, 16, 64)]
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_latents(tokens, heads, nope, rope, value, latent, make, kernels):
+    projected = make(tokens, heads * (nope + rope) + latent + rope + 8)[:, : -8 if tokens == 1 else None]
+    kv_b, norm = make(heads, nope + value, latent, scale=latent**-0.5), make(latent)
+    packed = make(6, 2, 5, latent + rope)  # blocks of another layer between those of this one
+    slots = torch.tensor([13, -1, 27][:tokens], device=projected.device)
+    caches = [packed.clone()[:, 1] for _ in range(2)]
+    found = kernels.latent_query(projected, kv_b, norm, EPS, caches[0], slots, nope)
+    wanted = reference.latent_query(projected, kv_b, norm, EPS, caches[1], slots, nope)
+    close(found, wanted)
+    close(caches[0], caches[1])
+    written = torch.zeros(6, 5, dtype=torch.bool, device=slots.device)
+    written.view(-1)[slots[slots >= 0]] = True
+    assert torch.equal(caches[0][~written], packed[:, 1][~written])
+    wide = make(tokens, heads + 1, latent)[:, 1:]
+    close(kernels.latent_value(wide, kv_b, nope), reference.latent_value(wide, kv_b, nope))

@@ -1,0 +1,117 @@
+"""What a step that only decodes leaves out, and which steps leave out nothing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.config import CUDAGraphMode
+from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+from vllm_kimi_linear.model_state import KimiLinearModelState
+
+BLOCK = 256
+Calls = list[tuple[str, Any]]
+LATENTS, KDA = SimpleNamespace(kv_cache_spec=object()), SimpleNamespace(kv_cache_spec=object.__new__(MambaSpec))
+GROUPS: Any = [[LATENTS], [KDA], [KDA]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What vLLM's own class was asked for, and what of it."""
+    found: Calls = []
+
+    def begin(self: Any, vllm_config: Any, *args: Any) -> None:
+        self._align_mode = vllm_config.cache_config.mamba_cache_mode == "align"
+        indices = SimpleNamespace(
+            compute_aligned_state_indices=lambda seq_lens, requests: found.append(("indices", requests))
+        )
+        self._mamba_ctx = indices
+
+    monkeypatch.setattr(MambaHybridModelState, "__init__", begin)
+    monkeypatch.setattr(
+        MambaHybridModelState, "_get_mamba_group_info", lambda *args: ([1, 2], SimpleNamespace(block_size=BLOCK))
+    )
+    monkeypatch.setattr(
+        MambaHybridModelState, "prepare_attn", lambda self, *args, **more: found.append(("metadata", args[4]))
+    )
+    for name in ("preprocess_state", "postprocess_state"):
+        monkeypatch.setattr(
+            MambaHybridModelState, name, lambda self, *args, name=name, **more: found.append((name, None))
+        )
+    return found
+
+
+def state(drafts: int = 0, mode: str = "align", connector: Any = None, **additional: Any) -> KimiLinearModelState:
+    return KimiLinearModelState(
+        SimpleNamespace(
+            num_speculative_tokens=drafts,
+            cache_config=SimpleNamespace(mamba_cache_mode=mode),
+            kv_transfer_config=connector,
+            additional_config=additional,
+        )
+    )
+
+
+def batch(computed: list[int], scheduled: list[int] | None = None, has_prefill: bool = False) -> Any:
+    return SimpleNamespace(
+        has_prefill=has_prefill,
+        num_computed_tokens_np=np.array(computed, np.int32),
+        num_scheduled_tokens=np.array(scheduled or [1] * len(computed), np.int32),
+        seq_lens=None,
+        num_reqs_after_padding=8,
+    )
+
+
+def prepare(
+    model_state: KimiLinearModelState,
+    calls: Calls,
+    has_prefill: bool = False,
+    mode: CUDAGraphMode = CUDAGraphMode.FULL,
+    **more: Any,
+) -> Calls:
+    calls.clear()
+    model_state.prepare_attn(batch([300], has_prefill=has_prefill), mode, (), None, GROUPS, None, **more)
+    return calls
+
+
+def test_a_replayed_step_of_decodes_takes_no_metadata_of_kda_layers(calls: Calls) -> None:
+    assert prepare(state(), calls) == [("indices", 8), ("metadata", [[LATENTS], [], []])]
+
+
+def test_every_other_step_takes_all_of_it(calls: Calls) -> None:
+    whole = [("metadata", GROUPS)]
+    assert prepare(state(), calls, for_capture=True) == whole
+    assert prepare(state(), calls, has_prefill=True) == whole
+    assert prepare(state(), calls, mode=CUDAGraphMode.PIECEWISE) == whole
+    for other in (state(drafts=2), state(mode="none"), state(connector=object()), state(check_states=True)):
+        assert prepare(other, calls) == whole
+
+
+@pytest.mark.parametrize(
+    ("computed", "moves"),
+    [
+        ([1], False),
+        ([BLOCK - 1], False),  # the block's last token
+        ([BLOCK], True),  # the first of the next
+        ([BLOCK + 1, 3 * BLOCK - 1], False),
+        ([5, 7, 2 * BLOCK], True),
+    ],
+)
+def test_states_move_only_into_a_new_block(calls: Calls, computed: list[int], moves: bool) -> None:
+    state().preprocess_state(batch(computed), (), None, None)
+    assert calls == [("preprocess_state", None)] * moves
+
+
+def test_states_may_move_in_a_prefill_and_with_drafts(calls: Calls) -> None:
+    state().preprocess_state(batch([5], [9], has_prefill=True), (), None, None)
+    state(drafts=2).preprocess_state(batch([5], [3]), (), None, None)
+    assert calls == [("preprocess_state", None)] * 2
+
+
+def test_nothing_is_left_behind_a_step_but_with_drafts(calls: Calls) -> None:
+    state().postprocess_state(None, None)
+    assert not calls
+    state(drafts=1).postprocess_state(None, None)
+    assert calls == [("postprocess_state", None)]

@@ -1,0 +1,79 @@
+"""What vLLM's second runner does for this model around each step, and leaves out of a step that only decodes.
+
+vLLM prepares every step alike, in Python: metadata of each group of layers, and kernels that move states. Where a CUDA
+graph replays a step of decodes, the graph reads its buffers and no metadata, and without drafts a state moves only into
+a new block. With many groups of KDA layers that work took longer than one sequence's layers take on an H200.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+
+class KimiLinearModelState(MambaHybridModelState):
+    def __init__(self, vllm_config: Any, *args: Any) -> None:
+        super().__init__(vllm_config, *args)
+        self.drafts = vllm_config.num_speculative_tokens > 0
+        self.replays_without_metadata = (
+            self._align_mode
+            and not self.drafts
+            and vllm_config.kv_transfer_config is None  # a connector may read the metadata
+            and not vllm_config.additional_config.get("check_states")
+        )
+        self.other_groups: list[list[Any]] | None = None  # vLLM's, those of KDA layers left empty
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """The metadata of each layer; of KDA layers none where a captured graph replays decodes alone."""
+        if (
+            self.replays_without_metadata
+            and cudagraph_mode == CUDAGraphMode.FULL
+            and not for_capture
+            and not input_batch.has_prefill
+        ):
+            # What a graph reads of KDA layers is their state indices, in the buffer that this fills.
+            self._mamba_ctx.compute_aligned_state_indices(input_batch.seq_lens, input_batch.num_reqs_after_padding)
+            attn_groups = self._other_groups(attn_groups)
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config, for_capture, **more
+        )
+
+    def _other_groups(self, attn_groups: list[list[Any]]) -> list[list[Any]]:
+        if self.other_groups is None:
+            self.other_groups = [
+                [group for group in groups if not isinstance(group.kv_cache_spec, MambaSpec)] for groups in attn_groups
+            ]
+        return self.other_groups
+
+    def preprocess_state(
+        self,
+        input_batch: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: Any,
+        num_computed_tokens: torch.Tensor,
+    ) -> None:
+        """Copy each state that the step takes into another block; without drafts the host knows when none does."""
+        if self._align_mode and not self.drafts and not input_batch.has_prefill:
+            _, spec = self._get_mamba_group_info(kv_cache_config)
+            before = input_batch.num_computed_tokens_np
+            after = before + input_batch.num_scheduled_tokens
+            if ((before - 1) // spec.block_size == (after - 1) // spec.block_size).all():
+                return
+        super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
+
+    def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
+        """Note how many drafts were accepted, and move states accordingly."""
+        if self.drafts:
+            super().postprocess_state(*args, **kwargs)
