@@ -44,25 +44,27 @@ class HfReference:
 
     PIECE: ClassVar[int] = 4096  # tokens of a long prompt that KDA takes at a time
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
         _use_plain_torch()
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         faults = {kind: found for kind, found in loading.items() if found}
         assert not faults, f"transformers does not load {path} cleanly: {faults}"
-        self.model = model.eval()
+        self.model = model.eval().to(device)
         self.path = Path(path)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], keep: int = 0) -> torch.Tensor:
         """Next-token logits [len(ids), vocab] in fp32, or only of the last `keep` positions."""
-        output = self.model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=keep)
-        return output.logits[0].float()
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        return self.model(tokens, use_cache=False, logits_to_keep=keep).logits[0].float().cpu()
 
     @torch.inference_mode()
     def long_logits(self, ids: Sequence[int], keep: int) -> torch.Tensor:
-        """The same of a long prompt, which would not fit: scores are [heads, n, n], decays [n, 64, K] for each head.
+        """The same of a long prompt, which would not fit; on a CPU.
+
+        Scores are [heads, n, n], decays [n, 64, K] for each head.
 
         Attention is torch's flash kernel, in the last layer for the `keep` positions alone, as no other layer needs
         the others; KDA takes PIECE tokens at a time and hands on the state.
@@ -108,7 +110,7 @@ class HfReference:
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], tokens: int) -> list[int]:
         """The answer of exactly `tokens` tokens, decoded step by step with a cache; none of them ends it."""
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=self.model.device)
         output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None
         )
