@@ -28,6 +28,7 @@ RECORDS = ROOT / "tests" / "unit" / "plugin" / "hooks"
 TESTS = (
     "unit/plugin/test_patches.py",
     "unit/plugin/test_kda_metadata.py",
+    "unit/plugin/test_model_state.py",
     "unit/plugin/test_cache_policy.py",
     "unit/plugin/test_cache_check.py",
     "unit/plugin/test_cache_layout.py",

@@ -8,7 +8,6 @@ a draft. Which states are kept meanwhile, preemption included, is tested without
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import httpx
 import pytest
 
 from kimi_demo.server import Server
+from tests.support.cold_runs import ColdRun, cold_run
 from tests.support.completions import Completions
 
-LEVEL = 1e-3  # a lead of a logprob below which two right computations in fp32 may take either token
 TOKENS = 24
 FEW_BLOCKS = 420  # of 112 tokens: a prompt of 9,000 tokens takes 81 for its latents, and 2 to 6 for each group's states
 
@@ -36,22 +35,6 @@ def flags(drafts: int, budget: int, *more: str) -> tuple[str, ...]:
     )
 
 
-@dataclass
-class Case:
-    prompt: list[int]
-    tokens: list[int]  # the cold answer
-    leads: list[float]  # of each over the next best
-
-    def differs(self, tokens: list[int]) -> str | None:
-        """Where other tokens were taken, or None; as far as the cold run's choice is clear."""
-        for at, (ours, cold, lead) in enumerate(zip(tokens, self.tokens, self.leads, strict=False)):
-            if ours != cold:
-                if lead < LEVEL:
-                    return None
-                return f"{len(self.prompt)} tokens: token {at} is {ours}, cold {cold}, {lead:.3f} ahead"
-        return None
-
-
 class Words:
     """Prompts that repeat themselves here and there, so that some drafts are right."""
 
@@ -67,16 +50,7 @@ class Words:
         return found[:length]
 
 
-async def cold(server: Completions, client: httpx.AsyncClient, prompt: list[int]) -> Case:
-    # Two tokens may have one text.
-    more = {"logprobs": 2, "return_tokens_as_token_ids": True}
-    body = server.body(prompt, TOKENS, **server.salt(cold=True)) | more
-    [choice] = (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"]
-    ranked = [sorted(found.values(), reverse=True) for found in choice["logprobs"]["top_logprobs"]]
-    return Case(prompt, choice["token_ids"], [best[0] - best[1] for best in ranked])
-
-
-async def ask(server: Completions, client: httpx.AsyncClient, case: Case, **more: Any) -> list[str]:
+async def ask(server: Completions, client: httpx.AsyncClient, case: ColdRun, **more: Any) -> list[str]:
     """The faults of an answer to a case."""
     reply = await client.post("/v1/completions", json=server.body(case.prompt, TOKENS, **more))
     assert reply.status_code == 200, reply.text
@@ -98,14 +72,14 @@ async def leave(server: Completions, client: httpx.AsyncClient, prompt: list[int
 async def everything(server: Completions, words: Words, lengths: list[int]) -> list[str]:
     """Faults of prompts of these lengths: alone, at once, repeated, continued, three answers each, beside aborts."""
     async with server.connect() as client:
-        cases = [await cold(server, client, words.prompt(length)) for length in lengths]
+        cases = [await cold_run(server, client, words.prompt(length), TOKENS) for length in lengths]
         faults = [await ask(server, client, case) for case in cases]
         others = []
         for case in cases:  # parts from it somewhere, or goes on from it
             shared = words.random.randrange(len(case.prompt))
             own = words.prompt(words.random.randrange(1, 300))
-            others.append(await cold(server, client, (case.prompt[:shared] + own)[: len(case.prompt)]))
-            others.append(await cold(server, client, case.prompt + case.tokens + own[:50]))
+            others.append(await cold_run(server, client, (case.prompt[:shared] + own)[: len(case.prompt)], TOKENS))
+            others.append(await cold_run(server, client, case.prompt + case.tokens + own[:50], TOKENS))
         mixed = [ask(server, client, case) for case in (*others, *cases)]
         mixed += [ask(server, client, case, n=3, temperature=1.0) for case in cases[:2]]
         mixed += [ask(server, client, case, prompt_logprobs=1) for case in cases[:2]]

@@ -1,5 +1,6 @@
 """What a step that only decodes leaves out, and which steps leave out nothing."""
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
 from vllm_kimi_linear.model_state import KimiLinearModelState
 
@@ -115,3 +117,13 @@ def test_nothing_is_left_behind_a_step_but_with_drafts(calls: Calls) -> None:
     assert not calls
     state(drafts=1).postprocess_state(None, None)
     assert calls == [("postprocess_state", None)]
+
+
+def test_vllm_has_what_this_takes() -> None:
+    vllms = inspect.signature(MambaHybridModelState.prepare_attn).parameters
+    ours = inspect.signature(KimiLinearModelState.prepare_attn).parameters
+    assert list(vllms)[: len(ours) - 1] == list(ours)[:-1]
+    names = list(inspect.signature(KimiLinearModelState.preprocess_state).parameters)
+    assert names == list(inspect.signature(MambaHybridModelState.preprocess_state).parameters)
+    taken = inspect.signature(MambaSpecDecodeGPUContext.compute_aligned_state_indices).parameters
+    assert list(taken) == ["self", "seq_lens", "num_reqs"]
