@@ -1,15 +1,19 @@
 """What stands before and behind the latent attention of a few tokens (NoPE MLA, absorbed).
 
 Before: a query of each head in the space of the latents, and the token's own latent, normed, into the cache. Behind:
-each head's value from its mix of latents. Both read their part of kv_b before the kernel in front has ended.
+each head's value from its mix of latents. Both read their part of kv_b before the kernel in front has ended; from MANY
+tokens on cuBLAS is faster.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
 from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, split
+
+MANY = 3  # tokens
 
 
 @triton.jit
@@ -58,10 +62,12 @@ def latent_query_kernel(
     projected_stride, block_stride, slot_stride, block_size, eps,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_P: tl.constexpr, ROPE: tl.constexpr,
     ROPE_P: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr, LATENT_P: tl.constexpr, BL: tl.constexpr,
+    QUERY: tl.constexpr,
 ):  # fmt: skip
+    """The queries where QUERY, by programs of the first HEADS rows of the grid; the cache by those of the last."""
     head, part = tl.program_id(0), tl.program_id(1)
     launch_next()
-    if head < HEADS:
+    if QUERY and head < HEADS:
         _query(
             projected, kv_b, query, projected_stride, head, part,
             TOKENS, HEADS, NOPE, NOPE_P, ROPE, VALUE, LATENT, BL,
@@ -98,15 +104,20 @@ def latent_query(
     tokens, (heads, rows, latent) = projected.shape[0], kv_b.shape
     rope = cache.shape[-1] - latent
     query = projected.new_empty(tokens, heads, latent)
+    few = tokens < MANY
     tile = {"BL": 64, "num_warps": 4} | tile
-    latent_query_kernel[(heads + 1, triton.cdiv(latent, tile["BL"]))](
+    latent_query_kernel[(heads + 1, triton.cdiv(latent, tile["BL"])) if few else (1, tokens)](
         *(projected, kv_b, norm_weight, cache, slot_mapping, query),
         *(projected.stride(0), cache.stride(0), cache.stride(1), cache.shape[1], eps),
         *(tokens, heads, nope, triton.next_power_of_2(nope), rope, triton.next_power_of_2(rope)),
         *(rows - nope, latent, triton.next_power_of_2(latent)),
+        QUERY=few,
         **tile,
         **LAUNCH,
     )
+    if not few:
+        own = projected[:, : heads * (nope + rope)].unflatten(1, (heads, -1))[..., :nope]
+        torch.bmm(own.transpose(0, 1), kv_b[:, :nope], out=query.transpose(0, 1))
     return query
 
 
@@ -114,6 +125,13 @@ def latent_value(latents: Tensor, kv_b: Tensor, nope: int, **tile: int) -> Tenso
     tokens, (heads, rows, latent) = latents.shape[0], kv_b.shape
     value = rows - nope
     out = latents.new_empty(tokens, heads * value)
+    if tokens >= MANY:
+        torch.bmm(
+            latents.transpose(0, 1),
+            kv_b[:, nope:].transpose(1, 2),
+            out=out.unflatten(1, (heads, value)).transpose(0, 1),
+        )
+        return out
     tile = {"BN": 16, "num_warps": 4} | tile
     latent_value_kernel[(heads, triton.cdiv(value, tile["BN"]))](
         *(latents, kv_b, out, latents.stride(0), latents.stride(1)),

@@ -196,7 +196,7 @@ def test_a_chain_in_a_graph_gives_the_same_bits_each_time():
 @pytest.mark.parametrize(
     ("heads", "nope", "rope", "value", "latent"), [(2, 128, 64, 128, 512), (3, 24, 8, 20, 72), (1, 16, 16, 16, 64)]
 )
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_latents(tokens, heads, nope, rope, value, latent, make, kernels):
     projected = make(tokens, heads * (nope + rope) + latent + rope + 8)[:, : -8 if tokens == 1 else None]
     kv_b, norm = make(heads, nope + value, latent, scale=latent**-0.5), make(latent)
