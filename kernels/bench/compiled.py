@@ -9,12 +9,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from kda_kernels.constants import CHUNK_SIZE
 
@@ -123,6 +127,41 @@ def variants(dim: int) -> Iterator[tuple[str, Any, dict[str, str], Flags, Flags]
     yield "chunk_o", chunk_o.kda_chunk_o_kernel, {}, prefill.CHUNK_O, chunk | columns | {"SEGMENTS": False}
 
 
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, dict[str, str], Flags, Flags]]]:
+    """What is launched meanwhile, in place of running it: (kernel, argument types, launch options, constants)."""
+    found = []
+    names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+    def run(kernel: Any, *args: Any, grid: object, warmup: bool, **more: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | more
+        types, constants = {}, {}
+        for param in kernel.params:
+            value = given.pop(param.name)
+            if param.is_constexpr:
+                constants[param.name] = value
+            elif isinstance(value, torch.Tensor):
+                types[param.name] = names[value.dtype]
+            else:
+                types[param.name] = "fp32" if isinstance(value, float) else "i32"
+        found.append((kernel, types, given, constants))
+
+    with patch.object(JITFunction, "run", run):
+        yield found
+
+
+def decode_steps(tokens: int) -> Iterator[tuple[str, Any, dict[str, str], Flags, Flags]]:
+    """As `variants`, of the kernels of a decode step of the 48B on one rank."""
+    from bench.decode_layer import Layer
+
+    layer = Layer(tokens, 1, "meta")
+    for operation, (call, _, _) in layer.calls().items():
+        with recorded() as found:
+            call()
+        for kernel, *more in found:
+            yield f"{operation}: {kernel.__name__}, {tokens} tokens", kernel, *more
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -140,12 +179,11 @@ def main() -> None:
         "| kernel | head size | registers | stack | shared bytes | HGMMA |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for dim in arguments.dims:
-        for name, kernel, types, options, constants in variants(dim):
-            if arguments.only not in name:
-                continue
-            row = report(kernel, types, options, constants)
-            lines.append(f"| {name} | {dim} | " + " | ".join(row) + " |")
+    rows = [(dim, row) for dim in arguments.dims for row in variants(dim)]
+    rows += [(128, row) for tokens in (1, 2, 8) for row in decode_steps(tokens)]
+    for dim, (name, *compiled) in rows:
+        if arguments.only in name:
+            lines.append(f"| {name} | {dim} | " + " | ".join(report(*compiled)) + " |")
             print(lines[-1], flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")

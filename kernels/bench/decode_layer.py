@@ -20,14 +20,13 @@ NOPE, ROPE, VALUE, LATENT, PAGE = 128, 64, 128, 512, 64  # of an MLA layer
 LAYERS = 4  # with weights of their own, more than the second cache holds
 
 
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale).to(dtype)
-
-
 class Layer:
     """One KDA layer of the 48B with its experts, of one of `ranks` ranks, and a batch of `tokens` tokens."""
 
-    def __init__(self, tokens: int, ranks: int) -> None:
+    def __init__(self, tokens: int, ranks: int, device: str = "cuda") -> None:
+        def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale).to(dtype)
+
         heads, inter = HEADS // ranks, INTER // ranks
         width = heads * DIM
         self.norm = random(HIDDEN)
@@ -38,22 +37,23 @@ class Layer:
         self.bias = random(EXPERTS, dtype=torch.float32, scale=0.01)
         self.up, self.down = random(EXPERTS, 2 * inter, HIDDEN, scale=HIDDEN**-0.5), random(EXPERTS, HIDDEN, inter)
         self.shared_up, self.shared_down = random(2 * inter, HIDDEN, scale=HIDDEN**-0.5), random(HIDDEN, inter)
-        self.done = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.done = torch.zeros(1, dtype=torch.int32, device=device)
         A_log, dt_bias = random(heads, dtype=torch.float32), random(width, dtype=torch.float32)
         self.params = KdaParams(random(3 * width, CONV), A_log, dt_bias, random(DIM), EPS)
         recurrent = random(tokens + 1, heads, DIM, DIM, dtype=torch.float32)
         self.state = KdaState(random(tokens + 1, CONV - 1, 3 * width), recurrent)
-        self.indices = torch.arange(1, tokens + 1, dtype=torch.int32, device="cuda")
+        self.indices = torch.arange(1, tokens + 1, dtype=torch.int32, device=device)
         # What each kernel of a chain takes from the one before it, here random.
         self.x, self.residual, self.out = random(tokens, HIDDEN), random(tokens, HIDDEN), random(tokens, width)
         self.projected = random(tokens, len(self.in_proj))
-        self.ids = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(tokens)]).int()
-        self.weights = torch.rand(tokens, TOP_K, device="cuda")
+        ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).int()
+        self.used, self.ids = len(ids.unique()), ids.to(device)
+        self.weights = torch.rand(tokens, TOP_K, device=device)
         self.acts, self.shared_acts = random(tokens * TOP_K, inter), random(tokens, inter)
         # An MLA layer's, beside its attention and what it has in common with a KDA layer.
         self.kv_b, self.latent_norm = random(heads, NOPE + VALUE, LATENT, scale=LATENT**-0.5), random(LATENT)
         self.queries, self.mixed = random(tokens, heads * (NOPE + ROPE) + LATENT + ROPE), random(tokens, heads, LATENT)
-        self.cache, self.slots = random(tokens, PAGE, LATENT + ROPE), PAGE * torch.arange(tokens, device="cuda")
+        self.cache, self.slots = random(tokens, PAGE, LATENT + ROPE), PAGE * torch.arange(tokens, device=device)
 
     def in_projection(self, **tile: int) -> tuple[Tensor, Tensor]:
         return interface.norm_linear(self.x, self.residual, self.norm, self.in_proj, EPS, **tile)
@@ -95,7 +95,7 @@ class Layer:
 
     def calls(self) -> dict[str, tuple[Callable[..., object], float, list[dict[str, int]]]]:
         """Name -> the call, the bytes that it has to move, the launch options to try. First those of `run`."""
-        tokens, used = len(self.x), len(self.ids.unique())
+        tokens, used = len(self.x), self.used
         rows = {"BN": (1, 2, 4, 8), "num_warps": (2, 4, 8)}
         state = 2 * tokens * size(self.state.recurrent[0])
         return {

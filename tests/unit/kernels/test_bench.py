@@ -1,4 +1,7 @@
-"""What the benchmarks of the kernels try, and their floors."""
+"""What the benchmarks of the kernels try, and their floors; that a decode step's kernels compile, without a GPU."""
+
+import importlib
+import os
 
 import pytest
 
@@ -14,3 +17,13 @@ def test_tiles_worth_trying_fit_a_hopper():
             (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * 2 * t["num_stages"] < 1 << 18 for t in tiles
         )
     assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter")
+@pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.soak)])
+def test_the_kernels_of_a_decode_step_compile_without_spills(tokens):
+    pytest.importorskip("triton")
+    compiled = importlib.import_module("bench.compiled")
+    found = {name: compiled.report(*more) for name, *more in compiled.decode_steps(tokens)}
+    assert {name.partition(":")[0] for name in found} >= {"router", "experts_up", "experts_down", "latent_query"}
+    assert {name: row for name, row in found.items() if int(row[1]) > 64} == {}  # bytes a thread
