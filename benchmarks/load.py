@@ -91,7 +91,7 @@ class Load:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[httpx.AsyncClient]:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # vLLM closes idle ones after five seconds
         async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False) as client:
             yield client
 

@@ -52,7 +52,7 @@ async def rounds(completions: Completions, asked: Traffic, tally: Tally, folder:
         with server:
             running = Running(inner, server.url, log)
             await asyncio.to_thread(running.until, lambda: gateway.replicas.all[-1].up, "the good replica is up")
-            limits, headers = httpx.Limits(max_connections=None), {"authorization": f"Bearer {KEY}"}
+            limits, headers = httpx.Limits(max_connections=None, keepalive_expiry=2), {"authorization": f"Bearer {KEY}"}
             async with (
                 httpx.AsyncClient(
                     base_url=server.url, headers=headers, timeout=600, limits=limits, trust_env=False

@@ -33,7 +33,7 @@ class Completions:
         return {"cache_salt": uuid.uuid4().hex} if cold else {}
 
     def connect(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # vLLM closes idle ones after five seconds
         return httpx.AsyncClient(base_url=self.server.url, timeout=600, limits=limits, trust_env=False)
 
     def body(self, prompt: Sequence[int], tokens: int, **more: Any) -> dict[str, Any]:
