@@ -19,7 +19,9 @@ PIECES = {"objects": b"{}", "texts": b'""', "numbers": b"1234567"}
 
 def post(url: str, body: bytes) -> float:
     begun = time.monotonic()
-    httpx.post(f"{url}/v1/chat/completions", content=body, trust_env=False, timeout=300).raise_for_status()
+    reply = httpx.post(f"{url}/v1/chat/completions", content=body, trust_env=False, timeout=300)
+    if reply.status_code != 200:  # httpx's own error does not survive the way between two processes
+        raise RuntimeError(f"{reply.status_code}: {reply.text[:200]}")
     return time.monotonic() - begun
 
 
@@ -50,7 +52,7 @@ def measure_bodies(logs: Path) -> list[dict[str, Any]]:
     with standing_in() as url:
         for size, count in LARGE.items():
             for kind, piece in PIECES.items():
-                body = b'{"messages":[' + b",".join([piece] * ((size << 20) // (len(piece) + 1))) + b"]}"
+                body = b'{"messages":[' + b",".join([piece] * (((size << 20) - 64) // (len(piece) + 1))) + b"]}"
                 with gateway([url], {}, logs) as through:
                     rows = asyncio.run(ways_beside(through, body, count))
                     found.append({"size": size, "count": count, "kind": kind, **rows})
