@@ -2,9 +2,6 @@
 
 A slot is one of the TOP_K choices of one token. Programs that multiply the same rows for different slots run side by
 side: where two tokens chose one expert, its rows come from memory once and from the second cache once more.
-
-The second product has its rows on their way while the first still runs. It reads `ids` before its wait: the first one
-lets it begin only after its own, when what came before both has ended.
 """
 
 import triton
@@ -23,8 +20,8 @@ def experts_up_kernel(
 ):  # fmt: skip
     slot = tl.program_id(0)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
-    wait_for_last()
     launch_next()
+    wait_for_last()
     expert = tl.load(ids + slot)
     weight = up_weight + expert.to(tl.int64) * (2 * INTER * K)
     g_head, g_tail = load_rows(weight, row, INTER, K, HEAD, TAIL)
@@ -45,16 +42,15 @@ def experts_down_kernel(
     row = tl.program_id(1) * BN + tl.arange(0, BN)
     i, at, s = tl.arange(0, TOP_KP), tl.arange(0, INTER_P), tl.arange(0, SP)
     launch_next()
-    chosen, slot = i < TOP_K, token * TOP_K + i
-    # Past the first cache, which may hold the ids of a step ago.
-    expert = tl.load(ids + slot, mask=chosen, other=0, cache_modifier=".cg").to(tl.int64)
-    cell = down_weight + expert[:, None, None] * (N * INTER) + row[None, :, None] * INTER + at[None, None, :]
-    inside = chosen[:, None, None] & (row[None, :, None] < N) & (at[None, None, :] < INTER)
-    tile = tl.load(cell, mask=inside, other=0.0)
     if S > 0:
         own = (row[:, None] < N) & (s[None, :] < S)
         shared = tl.load(shared_weight + row[:, None] * S + s[None, :], mask=own, other=0.0)
     wait_for_last()
+    chosen, slot = i < TOP_K, token * TOP_K + i
+    expert = tl.load(ids + slot, mask=chosen, other=0).to(tl.int64)
+    cell = down_weight + expert[:, None, None] * (N * INTER) + row[None, :, None] * INTER + at[None, None, :]
+    inside = chosen[:, None, None] & (row[None, :, None] < N) & (at[None, None, :] < INTER)
+    tile = tl.load(cell, mask=inside, other=0.0)
     weight = tl.load(weights + slot, mask=chosen, other=0.0)
     act = tl.load(acts + slot[:, None] * INTER + at[None, :], mask=chosen[:, None] & (at[None, :] < INTER), other=0.0)
     act = act.to(tl.float32) * weight[:, None]
@@ -87,7 +83,6 @@ def experts_down(
     acts: Tensor, down_weight: Tensor, ids: Tensor, weights: Tensor, shared_acts: Tensor, shared_weight: Tensor | None,
     **tile: int,
 ) -> Tensor:  # fmt: skip
-    """Directly behind `experts_up`."""
     (tokens, top_k), (_, N, width) = ids.shape, down_weight.shape
     shared = 0 if shared_weight is None else shared_weight.shape[1]
     tile = {"BN": 2, "num_warps": 2 if tokens < 4 else 4} | tile
