@@ -87,7 +87,10 @@ async def ask_again(client: httpx.AsyncClient, asked: Traffic, tally: Tally, fol
             continue
         prompt = found["body"]["prompt"]
         for name, body in (("cold again", asked.cold(prompt)), ("alone", asked.body(prompt, TOKENS, logprobs=2))):
-            found[name] = (await cold(client, body)).tokens
+            try:
+                found[name] = (await cold(client, body)).tokens
+            except (AssertionError, httpx.HTTPError) as error:
+                found[name] = repr(error)
     if tally.wrong_answers:
         (folder / "wrong.json").write_text(json.dumps(tally.wrong_answers))
 
