@@ -46,8 +46,8 @@ class Gateway:
         self.timeout = httpx.Timeout(limits.replica_seconds, connect=CONNECT_SECONDS, pool=None)
         self.client = httpx.AsyncClient(
             timeout=self.timeout,
-            # vLLM closes connections that are idle for 5 seconds; closing earlier avoids the race.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
+            # A connection for each request: a replica may close an idle one at the moment that a request takes it.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
             follow_redirects=False,
         )

@@ -19,6 +19,9 @@ from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.request.connection import limited_protocol
 
 SHUTDOWN_SECONDS = 5  # for connections that are open after the drain
+# Longer than what clients and load balancers keep an idle connection for: whoever closes first must be the client, or
+# its next request may meet the end of the connection.
+IDLE_SECONDS = 75
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ def config(app: ASGIApp, settings: Settings, **more: Any) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         log_level="warning",
+        timeout_keep_alive=IDLE_SECONDS,
         **more,
     )
 

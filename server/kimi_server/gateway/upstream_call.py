@@ -147,7 +147,7 @@ class UpstreamCall:
                 self.sent = False
                 if gateway.client.is_closed:  # by the drain: the replica did not fail
                     raise draining() from None
-                # The replica may only have closed an idle connection at the moment of its use: a probe tells.
+                # The replica may have closed this connection alone: a probe tells.
                 await replicas.probe(gateway.client, lost.replica)
                 # A request that reached a replica may have crashed it: it gets one more replica, not all of them.
                 if (lost.reached and reached) or lost.replica.index in failed:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import httpx
 import pytest
@@ -97,6 +98,16 @@ def test_a_byte_order_mark_is_no_error(gateway: Running, upstream: Upstream) -> 
     with gateway.client() as client:
         assert client.post("/v1/chat/completions", content=body).status_code == 200
     assert upstream.seen[0].body == body
+
+
+def test_an_idle_connection_stays_for_as_long_as_a_client_may_take_it_again(gateway: Running) -> None:
+    """httpx gives one up after 5 seconds: a server that does so at the same moment cuts off its next request."""
+    where = ("127.0.0.1", int(gateway.url.rsplit(":", 1)[1]))
+    with socket.create_connection(where, timeout=10) as connection:
+        for pause in (0, 6):
+            time.sleep(pause)
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])

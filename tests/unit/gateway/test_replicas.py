@@ -72,6 +72,24 @@ def test_a_path_counts_for_probes_and_requests(start_at) -> None:
     assert gateway.gateway.model == "fake"
 
 
+class Counting(Upstream):
+    """Keeps the address that each request came from."""
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            self.__dict__.setdefault("addresses", []).append(scope["client"])
+        await super().__call__(scope, receive, send)
+
+
+def test_no_connection_to_a_replica_is_used_again(start_at) -> None:
+    """It may close an idle one at any moment, and a prompt that was sent on it would be lost."""
+    gateway = start_at(upstream := Counting())
+    with gateway.client() as client:
+        assert [client.post("/v1/chat/completions", json=CHAT).status_code for _ in range(10)] == [200] * 10
+    found = upstream.__dict__["addresses"]
+    assert len(found) == len(set(found)) >= 12  # two are a probe's
+
+
 @pytest.fixture
 def start_at(start):
     """`start_at(upstream, more="/v1", api_key=...)`: a gateway whose one replica has this URL and key."""
