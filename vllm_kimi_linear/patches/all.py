@@ -23,6 +23,7 @@ MODULES = (
     "patches.cpu_seeds",
     "patches.cpu_pipeline_buffers",
     "patches.cpu_polling",
+    "patches.old_tokenizer",
     # Speed-ups, beside what they speed up.
     "cache.steady_requests",
     "attention.mla_splits",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.presets import demo_config
 from kimi_demo.server import Server
+from tests.support.old_tokenizer import write_old_tokenizer
 from tests.support.starts import linear, write_model
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
@@ -31,11 +32,12 @@ ENDINGS = {
 def endings(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
     """Exit status and lines of each of ENDINGS, started together to share the cores."""
     folder = tmp_path_factory.mktemp("endings")
+    old = write_old_tokenizer(folder / "old")
     starts = {
         "config.json": (write_model(demo_model, linear(full_attn_layers=[3, 4, 8]), folder / "layers"), []),
         "flag": (demo_model, ["--kv-cache-dtype=fp8"]),
-        "tokenizer": (write_old_tokenizer(folder / "tokenizer"), ["--trust-remote-code"]),
-        "weights": (write_without(demo_model, "model.norm.weight", folder / "weights"), []),
+        "tokenizer": (write_broken_tokenizer(folder / "tokenizer"), ["--trust-remote-code"]),
+        "weights": (write_without(old, "model.norm.weight", folder / "weights"), ["--trust-remote-code"]),
         "cache": (demo_model, ["--max-model-len=1048576", "--dtype=float32"]),
     }
     flags = ["--max-model-len=512", "--kv-cache-memory-bytes=64M"]
@@ -63,12 +65,11 @@ def stop(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def write_old_tokenizer(folder: Path) -> Path:
-    """A checkpoint whose tokenizer imports a function that transformers 5 no longer has."""
+def write_broken_tokenizer(folder: Path) -> Path:
+    """A checkpoint whose tokenizer imports what no transformers has."""
     write_checkpoint(folder, layers=4, remote_code=True)
     code = folder / "tokenization_kimi.py"
-    gone = "from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode"
-    code.write_text(f"{gone}\n{code.read_text()}")
+    code.write_text(f"from transformers import bytes_to_words\n{code.read_text()}")
     return folder
 
 
@@ -90,10 +91,16 @@ def test_serve_ends_with_the_sentence(endings: dict[str, tuple[int, list[str]]],
     assert ENDINGS[ending] in log[-1]
 
 
-def test_old_tokenizer_is_named(endings: dict[str, tuple[int, list[str]]]) -> None:
+def test_a_broken_tokenizer_is_named(endings: dict[str, tuple[int, list[str]]]) -> None:
     last = endings["tokenizer"][1][-1]
-    assert "bytes_to_unicode" in last
+    assert "bytes_to_words" in last
     assert "--tokenizer-revision" in last
+
+
+def test_an_old_tokenizer_is_none(endings: dict[str, tuple[int, list[str]]]) -> None:
+    """The start comes as far as the weights, and each process says once what it supplied."""
+    said = [line for line in endings["weights"][1] if "bytes_to_unicode" in line]
+    assert 1 <= len(said) == len({line.split(" INFO ")[0] for line in said}) <= 2, said
 
 
 def test_serve_names_the_missing_tensor(endings: dict[str, tuple[int, list[str]]]) -> None:

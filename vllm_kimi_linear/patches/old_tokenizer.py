@@ -1,0 +1,54 @@
+"""Serve checkpoints whose tokenizer code was written for transformers 4."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.log import logger
+from vllm_kimi_linear.patches.patch import Function, Hook, Patch
+
+NAME = "bytes_to_unicode"
+
+
+@contextlib.contextmanager
+def name_supplied() -> Iterator[None]:
+    """The function is where transformers 4 had it, too."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.gpt2 import tokenization_gpt2 as module
+
+    if hasattr(module, NAME):
+        yield
+        return
+
+    def __getattr__(name: str) -> Any:
+        if name != NAME:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        logger.info_once("The tokenizer's code is of transformers 4: %s.%s is supplied", module.__name__, NAME)
+        return bytes_to_unicode
+
+    vars(module)["__getattr__"] = __getattr__  # says when the name is taken, which few checkpoints do
+    try:
+        yield
+    finally:
+        del vars(module)["__getattr__"]
+
+
+def load_old_code(original: Function) -> Function:
+    def from_pretrained(cls: Any, path_or_repo_id: Any, *args: Any, **kwargs: Any) -> Any:
+        architectures = getattr(kwargs.get("config"), "architectures", None) or ()
+        with name_supplied() if ARCHITECTURE in architectures else contextlib.nullcontext():
+            return original(cls, path_or_repo_id, *args, **kwargs)
+
+    return from_pretrained
+
+
+PATCH = Patch(
+    symptom="A pruned, quantised or fine-tuned checkpoint does not start: cannot import name 'bytes_to_unicode' from "
+    "'transformers.models.gpt2.tokenization_gpt2'.",
+    cause="It carries the tokenizer code that Kimi Linear's repository had first. transformers 5 has moved the "
+    "function; the repository's own code was mended, copies of it were not.",
+    upstream="transformers#43726.",
+    remove_when="such checkpoints are gone, or transformers has the name there again.",
+    hooks=(Hook("vllm.tokenizers.hf:CachedHfTokenizer.from_pretrained", "cls path_or_repo_id ...", load_old_code),),
+)
