@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kimi_demo.reference import HfReference, Score
 from tests.support.completions import Answer
@@ -90,6 +91,17 @@ def draw_cases(
                 replaced += 1
         assert replaced <= 3 * len(wanted), f"{replaced} ill-posed prompts: the bounds do not fit this checkpoint"
     return [cases[i] for i in range(len(wanted))]
+
+
+def draw_growing(
+    reference: HfReference, vocab: int, guess: Callable[[list[tuple[list[int], int]]], list[Answer]]
+) -> list[Case]:
+    """24 prompts of 100 tokens with answers of 60.
+
+    A server with few blocks admits as many as fit with their prompts, and no schedule lets them all have their answers.
+    """
+    stream = Stream(vocab, seed=12)
+    return draw_cases(reference, [(partial(stream.prompt, 100), 60)] * 24, guess)
 
 
 def check(cases: Sequence[Case], answers: Sequence[Answer]) -> None:

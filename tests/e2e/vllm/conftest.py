@@ -12,7 +12,7 @@ from kimi_demo.reference import HfReference
 from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
-from tests.support.prompts import Case, Stream, draw_cases, sizes
+from tests.support.prompts import Case, Stream, draw_cases, draw_growing, sizes
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +44,4 @@ def cases(reference: HfReference, vocab: int, servers: Callable[..., Server], de
 
 @pytest.fixture(scope="session")
 def growing(reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path) -> list[Case]:
-    """24 prompts of 100 tokens with answers of 60.
-
-    A server with few blocks admits as many as fit with their prompts, and no schedule lets them all have their answers.
-    """
-    server = Completions(servers(demo_model, *FLAGS))
-    stream = Stream(vocab, seed=12)
-    return draw_cases(reference, [(partial(stream.prompt, 100), 60)] * 24, server.at_once)
+    return draw_growing(reference, vocab, Completions(servers(demo_model, *FLAGS)).at_once)

@@ -23,7 +23,7 @@ BFLOAT16_FLAGS = (
     *(["--gpu-memory-utilization=0.1"] if torch.cuda.is_available() else []),
 )
 RATIO = 1.2
-SEQUENCES, LENGTH, PROMPT = 8, 256, 64
+SEQUENCES, LENGTH, PROMPT = 4, 256, 64
 
 
 @pytest.fixture(params=["as it is", "without AVX-512"])

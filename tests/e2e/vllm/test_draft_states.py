@@ -30,7 +30,9 @@ def flags(drafts: int, budget: int, *more: str) -> tuple[str, ...]:
         f"--max-num-batched-tokens={budget}",
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
-        f'--speculative-config={{"method":"ngram","num_speculative_tokens":{drafts},"prompt_lookup_max":2}}',
+        # One token is enough for a draft: those of random weights are seldom found in pairs.
+        f'--speculative-config={{"method":"ngram","num_speculative_tokens":{drafts},"prompt_lookup_max":2,'
+        '"prompt_lookup_min":1}',
         *more,
     )
 
@@ -106,7 +108,7 @@ def test_answers_are_those_of_cold_runs(
 ):
     server = Completions(servers(demo_model, *flags(drafts, budget, *more)))
     words = Words(vocab, seed=drafts + budget)
-    lengths = [1000, 2300, 9000] if not more else [2016, 4100, 2300, 1500]
+    lengths = [1000, 2300, 9000] if not more else [2016, 2300, 1500]
     assert asyncio.run(everything(server, words, lengths)) == []
     assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
     assert server.metric("vllm:prefix_cache_hits_total") > 0

@@ -19,7 +19,7 @@ from kimi_demo.server import Server
 from tests.conftest import TWO_WORKERS
 from tests.support.completions import Completions
 from tests.support.load import mixed
-from tests.support.prompts import ROUTER_GAP, Case, Stream, check, draw_cases
+from tests.support.prompts import ROUTER_GAP, Case, Stream, check, draw_cases, draw_growing
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
 
@@ -121,46 +121,11 @@ def test_random_load(families: list[Case], conversations: list[list[Case]], cach
     assert caching.metric("vllm:prefix_cache_hits_total") > before
 
 
-def test_two_ranks(families: list[Case], servers: Callable[..., Server], demo_model: Path):
-    """Cold, then hot, each rank with the states of its own heads."""
-    flags = (*WIDE, "--tensor-parallel-size=2", f"--block-size={SMALL_BLOCK}")
-    server = Completions(servers(demo_model, *flags, env=TWO_WORKERS))
-    check(families, server.at_once(case.asked for case in families))
-    order = random.Random(4).sample(families, len(families))
-    answers = server.at_once(case.asked for case in order)
-    check(order, answers)
-    for case, answer in zip(order, answers, strict=True):
-        # Asked before, as a whole: all is found but the last block and what a kept state is away.
-        length = len(case.prompt)
-        assert answer.cached_tokens >= length - 1 - max(SMALL_BLOCK, length / 10), f"{answer.cached_tokens} of {length}"
-
-
 @pytest.mark.soak
 def test_random_load_for_long(families: list[Case], conversations: list[list[Case]], caching: Completions):
     cases = families + [case for turn in conversations for case in turn]
     for seed in range(4):
         assert asyncio.run(mixed(caching, cases, requests=300, seed=seed, at_once=32)) == []
-
-
-def test_preempted_requests_are_computed_again(growing: list[Case], servers: Callable[..., Server], demo_model: Path):
-    narrow = Completions(servers(demo_model, *NARROW))  # 23 of the 24 fit at first, 18 at the end
-    before = narrow.metric("vllm:num_preemptions_total")
-    check(growing, narrow.at_once((case.asked for case in growing), cold=True))
-    assert narrow.metric("vllm:num_preemptions_total") > before
-
-
-def test_the_metrics_tell_snapshots(families: list[Case], servers: Callable[..., Server], demo_model: Path):
-    """Held and evicted ones; what is evicted was held, and a small cache does evict."""
-    wide, narrow = (Completions(servers(demo_model, *flags)) for flags in (WIDE, NARROW))
-    fresh = families[0].prompt[: BLOCK + 1] + families[-1].prompt[: 3 * BLOCK]
-    before = wide.metric("kimi_linear_snapshots_held")
-    wide.one_by_one([(fresh, 1)])
-    assert wide.metric("kimi_linear_snapshots_held") - before in (3, 4)  # after one block, or the first is known
-    evicted = narrow.metric("kimi_linear_snapshots_evicted_total")
-    for case in families[-3:]:
-        narrow.at_once([case.asked], cold=True)
-    assert narrow.metric("kimi_linear_snapshots_evicted_total") > evicted
-    assert 0 < narrow.metric("kimi_linear_snapshots_held") * 6 < 300
 
 
 def test_how_much_of_a_document_is_reused(vocab: int, servers: Callable[..., Server], demo_model: Path):
@@ -184,3 +149,41 @@ def test_the_log_says_what_fits(servers: Callable[..., Server], demo_model: Path
     assert f"Kimi Linear: {plan.describe(4096)}" in log
     assert f"{plan.sequences(4096)} sequences of 4,096 tokens" in log
     assert "KV cache size" not in log
+
+
+def test_the_metrics_tell_snapshots(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+    """Held and evicted ones; what is evicted was held, and a small cache does evict."""
+    wide, narrow = (Completions(servers(demo_model, *flags)) for flags in (WIDE, NARROW))
+    fresh = families[0].prompt[: BLOCK + 1] + families[-1].prompt[: 3 * BLOCK]
+    before = wide.metric("kimi_linear_snapshots_held")
+    wide.one_by_one([(fresh, 1)])
+    assert wide.metric("kimi_linear_snapshots_held") - before in (3, 4)  # after one block, or the first is known
+    evicted = narrow.metric("kimi_linear_snapshots_evicted_total")
+    for case in families[-3:]:
+        narrow.at_once([case.asked], cold=True)
+    assert narrow.metric("kimi_linear_snapshots_evicted_total") > evicted
+    assert 0 < narrow.metric("kimi_linear_snapshots_held") * 6 < 300
+
+
+def test_preempted_requests_are_computed_again(
+    reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path
+):
+    wide, narrow = (Completions(servers(demo_model, *flags)) for flags in (WIDE, NARROW))
+    growing = draw_growing(reference, vocab, wide.at_once)  # 23 of the 24 fit at first, 18 at the end
+    before = narrow.metric("vllm:num_preemptions_total")
+    check(growing, narrow.at_once((case.asked for case in growing), cold=True))
+    assert narrow.metric("vllm:num_preemptions_total") > before
+
+
+def test_two_ranks(families: list[Case], servers: Callable[..., Server], demo_model: Path):
+    """Cold, then hot, each rank with the states of its own heads."""
+    flags = (*WIDE, "--tensor-parallel-size=2", f"--block-size={SMALL_BLOCK}")
+    server = Completions(servers(demo_model, *flags, env=TWO_WORKERS))
+    check(families, server.at_once(case.asked for case in families))
+    order = random.Random(4).sample(families, len(families))
+    answers = server.at_once(case.asked for case in order)
+    check(order, answers)
+    for case, answer in zip(order, answers, strict=True):
+        # Asked before, as a whole: all is found but the last block and what a kept state is away.
+        length = len(case.prompt)
+        assert answer.cached_tokens >= length - 1 - max(SMALL_BLOCK, length / 10), f"{answer.cached_tokens} of {length}"

@@ -86,39 +86,6 @@ def test_answers_with_drafts(repetitive: list[Case], drafting: Completions):
     assert 0 < accepted < drafted
 
 
-def test_answers_with_drafts_and_a_prefix_cache(repetitive: list[Case], caching: Completions):
-    """What an answer left in the cache is found by the next prompt, which goes on where it ended."""
-    asked = [case.asked for case in repetitive]
-    check(repetitive, caching.one_by_one(asked))
-    check(repetitive, caching.at_once(asked))
-    for length in (BLOCK, 3 * BLOCK + 1, 60, 75):
-        prompts = [(case.prompt + case.score.answer[:length], len(case.score.answer) - length) for case in repetitive]
-        for prompt, case, answer in zip(prompts, repetitive, caching.at_once(prompts), strict=True):
-            assert answer.tokens == case.score.answer[length:], f"{len(case.prompt)} + {length}"
-            if len(prompt[0]) > 2 * BLOCK:
-                assert answer.cached_tokens >= len(prompt[0]) - max(2 * BLOCK, len(prompt[0]) / 10)
-    assert caching.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
-
-
-@pytest.mark.parametrize("which", ["drafting", "caching"])
-def test_prompts_of_one_token_beside_others(repetitive: list[Case], request: pytest.FixtureRequest, which: str):
-    """They start from no state, whatever the blocks that they are given hold; more come as soon as one has ended."""
-    server: Completions = request.getfixturevalue(which)
-    short = [case for case in repetitive if len(case.prompt) == 1] * 8
-    check(short, server.at_once([case.asked for case in short], cold=which == "caching"))
-    others = [*repetitive, *short]
-    check(others, server.at_once([case.asked for case in others]))
-
-
-# How a request asks for its samples, what the server without drafts is asked for the same, and how many are drawn.
-SAMPLED: tuple[tuple[dict[str, Any], dict[str, Any], int], ...] = (
-    ({"temperature": 1, "top_k": -1}, {"temperature": 1}, 2000),
-    ({"temperature": None}, {"temperature": 1, "top_k": TOP_K}, 500),  # left out, and generation_config.json's top_k
-    ({"temperature": 0.6, "top_k": -1, "top_p": 0.8}, {"temperature": 0.6, "top_p": 0.8}, 500),
-    ({"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_k": 1}, 50),
-)
-
-
 Drawn = list[tuple[int, ...]]
 
 
@@ -166,7 +133,7 @@ def test_samples_with_drafts_are_drawn_as_without(repetitive: list[Case], drafti
     before = drafting.metric("vllm:spec_decode_num_accepted_tokens_total")
     asked = [(with_drafts, count) for with_drafts, _, count in SAMPLED]
     drafted, greedy = draw(drafting, asked, beside=[case.asked for case in repetitive])
-    assert drafting.metric("vllm:spec_decode_num_accepted_tokens_total") > before + 1000
+    assert drafting.metric("vllm:spec_decode_num_accepted_tokens_total") > before + 500
     check(repetitive, greedy)
     expected, _ = draw(plain, [(without, count) for _, without, count in SAMPLED])
     for (more, _, count), ours, theirs in zip(SAMPLED, drafted, expected, strict=True):
@@ -200,3 +167,36 @@ def test_a_seed_gives_one_answer(drafting: Completions, plain: Completions, leng
         alone = ask(1)
         assert ask(1) == ask(1, beside=5) == alone
         assert ask(2) != alone
+
+
+@pytest.mark.parametrize("which", ["drafting", "caching"])
+def test_prompts_of_one_token_beside_others(repetitive: list[Case], request: pytest.FixtureRequest, which: str):
+    """They start from no state, whatever the blocks that they are given hold; more come as soon as one has ended."""
+    server: Completions = request.getfixturevalue(which)
+    short = [case for case in repetitive if len(case.prompt) == 1] * 8
+    check(short, server.at_once([case.asked for case in short], cold=which == "caching"))
+    others = [*repetitive, *short]
+    check(others, server.at_once([case.asked for case in others]))
+
+
+# How a request asks for its samples, what the server without drafts is asked for the same, and how many are drawn.
+SAMPLED: tuple[tuple[dict[str, Any], dict[str, Any], int], ...] = (
+    ({"temperature": 1, "top_k": -1}, {"temperature": 1}, 1000),
+    ({"temperature": None}, {"temperature": 1, "top_k": TOP_K}, 300),  # left out, and generation_config.json's top_k
+    ({"temperature": 0.6, "top_k": -1, "top_p": 0.8}, {"temperature": 0.6, "top_p": 0.8}, 300),
+    ({"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_k": 1}, 50),
+)
+
+
+def test_answers_with_drafts_and_a_prefix_cache(repetitive: list[Case], caching: Completions):
+    """What an answer left in the cache is found by the next prompt, which goes on where it ended."""
+    asked = [case.asked for case in repetitive]
+    check(repetitive, caching.one_by_one(asked))
+    check(repetitive, caching.at_once(asked))
+    for length in (BLOCK, 3 * BLOCK + 1, 60, 75):
+        prompts = [(case.prompt + case.score.answer[:length], len(case.score.answer) - length) for case in repetitive]
+        for prompt, case, answer in zip(prompts, repetitive, caching.at_once(prompts), strict=True):
+            assert answer.tokens == case.score.answer[length:], f"{len(case.prompt)} + {length}"
+            if len(prompt[0]) > 2 * BLOCK:
+                assert answer.cached_tokens >= len(prompt[0]) - max(2 * BLOCK, len(prompt[0]) / 10)
+    assert caching.metric("vllm:spec_decode_num_accepted_tokens_total") > 0

@@ -59,7 +59,9 @@ def check(problem, cuda, solve, relative_error, call="prefill"):
 
 @inside
 @pytest.mark.parametrize("dtype", [torch.float32, IN_BFLOAT16])
-@pytest.mark.parametrize("lengths", [[0, 1, 15, 16], [63, 0, 2], long([64, 3]), [65, 1], [127], long([128]), [129]])
+@pytest.mark.parametrize(
+    "lengths", [[0, 1, 15, 16], long([63, 0, 2]), long([64, 3]), [65, 1], long([127]), long([128]), [129]]
+)
 def test_prefill_of_every_length(lengths, dtype, cuda, make_problem, solve, relative_error):
     has_initial_state = [n % 2 == 0 for n in range(len(lengths))]
     problem = make_problem(lengths, dtype=dtype, has_initial_state=has_initial_state, strided=True)
@@ -71,7 +73,7 @@ def test_prefill_of_every_length(lengths, dtype, cuda, make_problem, solve, rela
 @pytest.mark.parametrize("dtype", [torch.float32, IN_BFLOAT16])
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 def test_hostile(call, dtype, hostile, cuda, make_problem, solve, relative_error):
-    lengths = [1] * 3 if call == "decode" else [70, 9]
+    lengths = [1] * 3 if call == "decode" else [70]
     problem = make_problem(lengths, heads=1, dtype=dtype, has_initial_state=True)
     HOSTILE[hostile](problem)
     check(problem, cuda, solve, relative_error, call)
@@ -98,7 +100,7 @@ def test_sizes_and_taps(call, dim, heads, conv_kernel_size, cuda, make_problem, 
 @pytest.mark.parametrize("call", ["prefill", "decode"])
 def test_null_slots_and_slots_out_of_order(call, cuda, make_problem, solve, relative_error):
     lengths = [1] * 5 if call == "decode" else [3, 66, 1, 2, 17]
-    problem = make_problem(lengths, state_indices=[0, 5, -1, 0, 2], has_initial_state=True, strided=True)
+    problem = make_problem(lengths, heads=1, state_indices=[0, 5, -1, 0, 2], has_initial_state=True, strided=True)
     check(problem, cuda, solve, relative_error, call)
 
 
@@ -121,7 +123,7 @@ def test_decode_in_tiles(options, cuda, make_problem, solve, relative_error, mon
 
 @inside
 def test_many_sequences_of_one_token(cuda, make_problem, solve, relative_error):
-    check(make_problem([1] * 9, heads=1, has_initial_state=[n % 3 > 0 for n in range(9)]), cuda, solve, relative_error)
+    check(make_problem([1] * 5, heads=1, has_initial_state=[n % 3 > 0 for n in range(5)]), cuda, solve, relative_error)
 
 
 @inside
@@ -142,7 +144,7 @@ def test_nothing_to_do(cuda, make_problem):
 
 @inside
 def test_nan_stays_in_its_sequence(cuda, make_problem):
-    problem = make_problem([5, 20, 3])
+    problem = make_problem([5, 20, 3], heads=1)
     problem.inputs.qkv[7] = torch.nan
     problem.prefill(cuda)
     assert problem.out[8].isnan().any()
@@ -159,7 +161,7 @@ def test_what_is_supported():
 
 
 @inside
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, IN_BFLOAT16])
 def test_long_sequences_are_cut_into_segments(dtype, cuda, make_problem, solve, relative_error, monkeypatch):
     monkeypatch.setattr(sys.modules["kda_kernels.cuda.prefill"], "_segment_length", lambda *_: 1)
     has_initial_state = [True, False, True, True, True]
