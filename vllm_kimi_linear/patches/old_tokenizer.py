@@ -13,8 +13,7 @@ NAME = "bytes_to_unicode"
 
 @contextlib.contextmanager
 def name_supplied() -> Iterator[None]:
-    """The function is where transformers 4 had it, too."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    """The function is where transformers 4 had it, too. Found when it is asked for: most checkpoints never do."""
     from transformers.models.gpt2 import tokenization_gpt2 as module
 
     if hasattr(module, NAME):
@@ -24,10 +23,12 @@ def name_supplied() -> Iterator[None]:
     def __getattr__(name: str) -> Any:
         if name != NAME:
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         logger.info_once("The tokenizer's code is of transformers 4: %s.%s is supplied", module.__name__, NAME)
         return bytes_to_unicode
 
-    vars(module)["__getattr__"] = __getattr__  # says when the name is taken, which few checkpoints do
+    vars(module)["__getattr__"] = __getattr__
     try:
         yield
     finally:
