@@ -75,9 +75,13 @@ def test_a_path_counts_for_probes_and_requests(start_at) -> None:
 class Counting(Upstream):
     """Keeps the address that each request came from."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[tuple[str, int]] = []
+
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http":
-            self.__dict__.setdefault("addresses", []).append(scope["client"])
+            self.addresses.append(scope["client"])
         await super().__call__(scope, receive, send)
 
 
@@ -86,8 +90,7 @@ def test_no_connection_to_a_replica_is_used_again(start_at) -> None:
     gateway = start_at(upstream := Counting())
     with gateway.client() as client:
         assert [client.post("/v1/chat/completions", json=CHAT).status_code for _ in range(10)] == [200] * 10
-    found = upstream.__dict__["addresses"]
-    assert len(found) == len(set(found)) >= 12  # two are a probe's
+    assert len(upstream.addresses) == len(set(upstream.addresses)) >= 12  # two are a probe's
 
 
 @pytest.fixture
