@@ -97,7 +97,7 @@ def test_a_broken_tokenizer_is_named(endings: dict[str, tuple[int, list[str]]]) 
     assert "--tokenizer-revision" in last
 
 
-def test_an_old_tokenizer_is_none(endings: dict[str, tuple[int, list[str]]]) -> None:
+def test_an_old_tokenizer_ends_no_start(endings: dict[str, tuple[int, list[str]]]) -> None:
     """The start comes as far as the weights, and each process says once what it supplied."""
     said = [line for line in endings["weights"][1] if "bytes_to_unicode" in line]
     assert 1 <= len(said) == len({line.split(" INFO ")[0] for line in said}) <= 2, said
