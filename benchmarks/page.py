@@ -16,7 +16,7 @@ RESULTS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 MARKS = ("<!-- speed: python -m benchmarks.page -->", "<!-- end of speed -->")
-SERVER_RUNS = ("h200-new-prefill", "h200")  # newest first
+SERVER_RUNS = ("h200-real-routers", "h200-new-prefill", "h200")  # newest first
 
 HEAD = """\
 # Performance
