@@ -12,6 +12,8 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from vllm_kimi_linear.greedy_sampler import GreedySampler
+
 
 class KimiLinearModelState(MambaHybridModelState):
     def __init__(self, vllm_config: Any, *args: Any) -> None:
@@ -71,3 +73,9 @@ class KimiLinearModelState(MambaHybridModelState):
         """Note how many drafts were accepted, and move states accordingly."""
         if self.drafts:
             super().postprocess_state(*args, **kwargs)
+
+    def custom_sampler(self, sampler: Any) -> tuple[GreedySampler, None] | None:
+        """vLLM's own with drafts and with watermarks, which are told to no other."""
+        if self.drafts or getattr(self.vllm_config, "watermark_config", None) is not None:
+            return None
+        return GreedySampler.of(sampler, self.max_num_reqs, self.device), None
