@@ -71,8 +71,8 @@ UNALIGNED = [
 ]
 
 
-def report(kernel: Any, types: dict[str, str], options: Flags, constants: Flags) -> list[str]:
-    """[registers, bytes of stack (spills), shared bytes, HGMMA instructions] of one compiled variant."""
+def compiled_variant(kernel: Any, types: dict[str, str], options: Flags, constants: Flags) -> Any:
+    """Triton's record of a kernel compiled for sm_90."""
     options = dict(options)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     options.pop("launch_pdl", None)
@@ -82,7 +82,12 @@ def report(kernel: Any, types: dict[str, str], options: Flags, constants: Flags)
     aligned = [n for n, kind in signature.items() if (kind[0] == "*" or kind == "i32") and n not in unaligned]
     hints = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=launch)
+    return triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=launch)
+
+
+def report(kernel: Any, types: dict[str, str], options: Flags, constants: Flags) -> list[str]:
+    """[registers, bytes of stack (spills), shared bytes, HGMMA instructions] of one compiled variant."""
+    compiled = compiled_variant(kernel, types, options, constants)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -160,6 +165,14 @@ def decode_steps(tokens: int) -> Iterator[tuple[str, Any, dict[str, str], Flags,
             call()
         for kernel, *more in found:
             yield f"{operation}: {kernel.__name__}, {tokens} tokens", kernel, *more
+
+
+def rounded_by_lane(ptx: str) -> int:
+    """Fused multiply-adds to what comes from another lane: both lanes of such a sum add the same two products, and each
+    rounds the other's alone. Which of the two sums a program then keeps is not defined (`product` in `vectors.py`)."""
+    shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    shuffled |= {to for to, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in shuffled}
+    return sum(last in shuffled for last in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
-from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, split
+from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, product, split
 from kda_kernels.cuda.elementwise import silu
 
 
@@ -54,10 +54,10 @@ def experts_down_kernel(
     weight = tl.load(weights + slot, mask=chosen, other=0.0)
     act = tl.load(acts + slot[:, None] * INTER + at[None, :], mask=chosen[:, None] & (at[None, :] < INTER), other=0.0)
     act = act.to(tl.float32) * weight[:, None]
-    y = tl.sum(tl.sum(tile.to(tl.float32) * act[:, None, :], 2), 0)
+    y = tl.sum(tl.sum(product(tile.to(tl.float32), act[:, None, :]), 2), 0)
     if S > 0:
         own_act = tl.load(shared_acts + token * S + s, mask=s < S, other=0.0).to(tl.float32)
-        y += tl.sum(shared.to(tl.float32) * own_act[None, :], 1)
+        y += tl.sum(product(shared.to(tl.float32), own_act[None, :]), 1)
     tl.store(out + token * N + row, y.to(out.dtype.element_ty), mask=row < N)
 
 

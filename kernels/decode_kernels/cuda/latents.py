@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
-from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, split
+from decode_kernels.cuda.vectors import dot_rows, load_rows, load_vector, product, split
 
 MANY = 3  # tokens
 
@@ -48,7 +48,7 @@ def _to_cache(
         own = latents + token * latents_stride
         latent = tl.load(own + at, mask=at < LATENT, other=0.0).to(tl.float32)
         key = tl.load(own + LATENT + shared, mask=shared < ROPE, other=0.0)
-        latent = latent * tl.rsqrt(tl.sum(latent * latent) / LATENT + eps) * norm
+        latent = latent * tl.rsqrt(tl.sum(product(latent, latent)) / LATENT + eps) * norm
         slot = tl.load(slot_mapping + token).to(tl.int64)
         if slot >= 0:  # below: a token that pads the step
             cell = cache + (slot // block_size) * block_stride + (slot % block_size) * slot_stride

@@ -41,10 +41,23 @@ def store_vector(vector, head, tail, K: tl.constexpr, HEAD: tl.constexpr, TAIL: 
 
 
 @triton.jit
+def product(x, y):
+    """x * y, for a sum over the last axis.
+
+    Where a thread has one product alone it is rounded by itself: fused with what comes from another thread, as the
+    compiler would, each of the two had another sum, and which of them is kept is not defined.
+    """
+    if x.shape[-1] <= 128:
+        return tl.fma(x, y, 0.0)
+    else:
+        return x * y
+
+
+@triton.jit
 def dot_rows(row_head, row_tail, head, tail):
     """The products of rows [BN, K] with a vector [K]: [BN], summed in fp32."""
-    first = tl.sum(row_head.to(tl.float32) * head[None, :], axis=1)
-    return first + tl.sum(row_tail.to(tl.float32) * tail[None, :], axis=1)
+    first = tl.sum(product(row_head.to(tl.float32), head[None, :]), axis=1)
+    return first + tl.sum(product(row_tail.to(tl.float32), tail[None, :]), axis=1)
 
 
 @triton.jit
@@ -66,4 +79,4 @@ def add(x, residual, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, AD
 @triton.jit
 def rms_scale(head, tail, eps, K: tl.constexpr):
     """What RMSNorm multiplies a vector by. Taken out of a product with the vector, it does not stand in its way."""
-    return tl.rsqrt((tl.sum(head * head) + tl.sum(tail * tail)) / K + eps)
+    return tl.rsqrt((tl.sum(product(head, head)) + tl.sum(product(tail, tail))) / K + eps)

@@ -19,7 +19,12 @@ def test_tiles_worth_trying_fit_a_hopper():
     assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter")
+COMPILED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled for the interpreter"
+)
+
+
+@COMPILED
 @pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.soak)])
 def test_the_kernels_of_a_decode_step_compile_without_spills(tokens):
     pytest.importorskip("triton")
@@ -27,3 +32,18 @@ def test_the_kernels_of_a_decode_step_compile_without_spills(tokens):
     found = {name: compiled.report(*more) for name, *more in compiled.decode_steps(tokens)}
     assert {name.partition(":")[0] for name in found} >= {"router", "experts_up", "experts_down", "latent_query"}
     assert {name: row for name, row in found.items() if int(row[1]) > 64} == {}  # bytes a thread
+
+
+@COMPILED
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_no_sum_of_few_products_depends_on_the_lane(tokens, monkeypatch):
+    """Seen by racecheck with these sizes: two lanes of a warp wrote different sums to one place in shared memory."""
+    pytest.importorskip("triton")
+    compiled, layer = (importlib.import_module(f"bench.{name}") for name in ("compiled", "decode_layer"))
+    for name, value in {"HIDDEN": 96, "INTER": 64, "LATENT": 128, "VALUE": 64}.items():
+        monkeypatch.setattr(layer, name, value)
+    found = {name: compiled.compiled_variant(*more).asm["ptx"] for name, *more in compiled.decode_steps(tokens)}
+    found = {name: ptx for name, ptx in found.items() if not name.startswith("kda:")}  # each lane uses its own sum
+    assert len(found) > 5
+    assert all("shfl.sync.bfly" in ptx for name, ptx in found.items() if name.startswith("router"))
+    assert {name: compiled.rounded_by_lane(ptx) for name, ptx in found.items()} == dict.fromkeys(found, 0)
