@@ -11,6 +11,10 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 class GreedySampler(Sampler):
     """The same object as the sampler that it is made of, but for what a call does."""
 
+    one: torch.Tensor  # [requests], of each
+    none: torch.Tensor
+    asked: tuple[list[str], bool]  # requests, and whether all of them are greedy
+
     @classmethod
     def of(cls, sampler: Sampler, requests: int, device: torch.device) -> "GreedySampler":
         """`requests`: most of a step."""
@@ -18,7 +22,7 @@ class GreedySampler(Sampler):
         ours.__dict__ = sampler.__dict__
         ours.one = torch.ones(requests, dtype=torch.int32, device=device)
         ours.none = torch.zeros(requests, dtype=torch.int32, device=device)
-        ours.asked: tuple[list[str], bool] = ([], False)
+        ours.asked = [], False
         return ours
 
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
