@@ -120,7 +120,10 @@ def test_card_command(client: Any, snapshot: Path) -> None:
         [choice] = reply.choices
         tokens = choice.model_extra["token_ids"]
         assert len(tokens) == 24
-        assert choice.message.content == tokenizer.decode(tokens, skip_special_tokens=True)
+        # vLLM's text ends before a character that the last token leaves unfinished, and what stands with it.
+        text, content = tokenizer.decode(tokens, skip_special_tokens=True), choice.message.content
+        assert text.startswith(content)
+        assert content == text or (text.endswith("\ufffd") and len(text) - len(content) < 8)
         score = reference.score(prompt, tokens)
         same += sum(map(int.__eq__, tokens, score.argmax))
         rough_same += sum(map(int.__eq__, rough.score(prompt, tokens).argmax, score.argmax))

@@ -13,7 +13,7 @@ from kimi_demo.reference import HfReference
 from kimi_demo.server import Server
 from tests.conftest import CORES
 from tests.support.completions import Completions
-from tests.support.prompts import LOGPROB_TOLERANCE, Stream
+from tests.support.prompts import Stream
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
 
@@ -25,6 +25,10 @@ FLAGS = (
     "--no-enable-prefix-caching",
 )
 LAST = 32
+# Of a logprob. Of some 50,000 choices of experts for 6,000 tokens a few hang on less than rounding: the reference
+# itself, the outputs of its layers changed by 1e-7 of their size, differs by 1.5e-5 where none turns and by up to 9e-3
+# where one does. Other mistakes are larger: a state or latent of the wrong token changes logprobs by whole units.
+TOLERANCE = 3e-2
 MIB = 1 << 20
 # What the server may hold beside the cache, which is held from the start: tiles of keys and values, logits, the
 # prompt itself, the allocator's slack. The scores of one chunk of 131,072 tokens alone would be 4 GiB.
@@ -53,7 +57,7 @@ def check_end(reference: HfReference, million: Completions, demo_model: Path, pr
     assert len(answer) == LAST
     for at, found in enumerate(answer):
         for token, logprob in found.items():
-            assert abs(expected[at, token].item() - logprob) < LOGPROB_TOLERANCE, f"position {len(prompt) - LAST + at}"
+            assert abs(expected[at, token].item() - logprob) < TOLERANCE, f"position {len(prompt) - LAST + at}"
     assert grown < SPARE_BYTES, f"{grown / MIB:.0f} MiB"
     model_sizes = ModelSizes.from_config(json.loads((demo_model / "config.json").read_text()))
     plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=5 << 30)
