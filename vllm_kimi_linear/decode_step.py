@@ -1,4 +1,4 @@
-"""Steps of a few tokens, one for each sequence, in few launches: when they take the kernels of `decode_kernels`.
+"""Steps of one token for each sequence, few on a GPU: when they take the kernels of `decode_kernels`.
 
 Whether a model can is decided once, whether a step does by its tokens; a CUDA graph is captured for one or the other.
 """
@@ -15,7 +15,7 @@ from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.log import logger
 
-MAX_TOKENS = 8
+MAX_TOKENS = 8  # on a GPU; on a CPU any number
 
 
 def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection[str]) -> str | None:
@@ -25,11 +25,17 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     state = torch.bfloat16 if vllm_config.cache_config.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
-    if not current_platform.is_cuda():
-        return "they are for NVIDIA GPUs"
+    cpu = current_platform.is_cpu()
+    if not cpu and not current_platform.is_cuda():
+        return "they are for NVIDIA GPUs and for CPUs"
     if not vllm_config.additional_config.get("decode_kernels", True):
         return "turned off by --additional-config '{\"decode_kernels\": false}'"
-    if model.dtype != torch.bfloat16:
+    if cpu:
+        from vllm_kimi_linear.cpu.products import takes_c_kernels
+
+        if not takes_c_kernels(model.dtype, sizes.kv_lora_rank):
+            return f"the C kernels do not take {model.dtype} and {sizes.kv_lora_rank} latent channels on this processor"
+    elif model.dtype != torch.bfloat16:
         return f"they take bfloat16, not {model.dtype}"
     if vllm_config.quant_config is not None:
         return "they do not take quantised weights"
@@ -43,11 +49,12 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
         return f"they take experts of one group, not {sizes.expert_groups}"
     if not sizes.kda_layers:
         return "the model has no KDA layer"
-    name, reason = interface.describe("cuda", model.dtype, sizes.kda_head_dim, state)
-    if name != "cuda":
+    device = "cpu" if cpu else "cuda"
+    name, reason = interface.describe(device, model.dtype, sizes.kda_head_dim, state)
+    if name != device:
         return reason
-    if others := set(moe_backends) - {"TRITON"}:
-        return f"they take experts as vLLM's Triton kernels do, not as {min(others)}"
+    if others := set(moe_backends) - {"CPU" if cpu else "TRITON"}:
+        return f"they take experts as a checkpoint has them, not as {min(others)}"
     return None
 
 
@@ -58,7 +65,8 @@ class DecodeStep:
         """`reason`: why they are not taken; None if they are."""
         self.kda_layer = kda_layer if reason is None else None
         if self.kda_layer:
-            logger.info_once("Kimi Linear: decode steps of up to %d tokens take few launches", MAX_TOKENS)
+            most = f" of up to {MAX_TOKENS} tokens" if current_platform.is_cuda() else ""
+            logger.info_once("Kimi Linear: decode steps%s take kernels of our own", most)
         else:
             reason = reason or "this pipeline stage has no KDA layer"
             logger.info_once("Kimi Linear: decode steps take vLLM's layers: %s", reason)
@@ -68,7 +76,7 @@ class DecodeStep:
 
         Never in a piecewise graph: captured with one step's metadata, it is replayed for any step of as many tokens.
         """
-        if self.kda_layer is None or tokens > MAX_TOKENS:
+        if self.kda_layer is None or (tokens > MAX_TOKENS and current_platform.is_cuda()):
             return False
         context = get_forward_context()
         if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from decode_kernels import interface as decode_interface
 from kda_kernels import interface
 from kda_kernels.constants import CHUNK_SIZE, SEGMENTED_TOKENS
 from kda_kernels.interface import (
@@ -117,8 +118,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
 
     def decode(self, projected: torch.Tensor) -> torch.Tensor:
         """What `in_proj` gives for a step that `DecodeStep` takes -> the input of `o_proj`, [T, P]."""
-        from decode_kernels import interface as kernels
-
+        kernels = decode_interface.kernels(projected.device.type)
         metadata = get_forward_context().attn_metadata[self.prefix]
         return kernels.kda_decode(
             projected, self.gates_b, self.kernel_params, self.state, metadata.decode_state_indices[:, 0]

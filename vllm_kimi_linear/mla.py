@@ -12,6 +12,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.platforms import current_platform
 
+from decode_kernels import interface
 from vllm_kimi_linear.config.model import LATENT_NORM_EPS, ModelSizes
 from vllm_kimi_linear.in_proj import InputProjection
 
@@ -87,11 +88,10 @@ class KimiLatentAttention(nn.Module):
 
     def decode(self, projected: torch.Tensor) -> torch.Tensor:
         """`attend` of a step that `DecodeStep` takes: vLLM's attention on the latents, between kernels of our own."""
-        from decode_kernels import interface as kernels
-
         attn, backend = self.attn, self.attn.impl
         if backend.dcp_world_size > 1 or attn.q_pad_num_heads or attn.kv_cache.dtype != projected.dtype:
             return self.attend(projected)  # vLLM's layer does more there
+        kernels = interface.kernels(projected.device.type)
         context = get_forward_context()
         metadata, slot_mapping = context.attn_metadata[attn.layer_name], context.slot_mapping[attn.layer_name]
         nope = self.key_dim - self.shared_dim

@@ -21,6 +21,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from decode_kernels import interface
 from vllm_kimi_linear import validation, weights
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
@@ -59,8 +60,7 @@ class KimiDecoderLayer(nn.Module):
 
     def decode(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` of a step that `DecodeStep` takes."""
-        from decode_kernels import interface as kernels
-
+        kernels = interface.kernels(hidden_states.device.type)
         mixer, norm = self.self_attn, self.input_layernorm
         projected, residual = kernels.norm_linear(
             hidden_states, residual, norm.weight, mixer.in_proj.weight, norm.variance_epsilon

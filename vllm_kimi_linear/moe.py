@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
+from decode_kernels import interface
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.fused_moe_configs import use_tables
 from vllm_kimi_linear.warmup import expert_warmup
@@ -47,8 +48,7 @@ class GatedMlp(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` behind the residual's addition and `norm`, in a step that `DecodeStep` takes; and the residual."""
-        from decode_kernels import interface as kernels
-
+        kernels = interface.kernels(hidden_states.device.type)
         gate_up, residual = kernels.norm_linear(
             hidden_states, residual, norm.weight, self.gate_up_proj.weight, norm.variance_epsilon
         )
@@ -100,9 +100,9 @@ class MixtureOfExperts(nn.Module):
             prefix=f"{prefix}.experts",
         )
         if current_platform.is_cpu():
-            from vllm_kimi_linear.cpu.experts import use_onednn_experts
+            from vllm_kimi_linear.cpu.experts import use_fast_experts
 
-            use_onednn_experts(self.experts)
+            use_fast_experts(self.experts)
         use_tables(self.experts)
         self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
         expert_warmup.register_warmup(self, get_current_vllm_config())
@@ -122,8 +122,7 @@ class MixtureOfExperts(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `GatedMlp.decode`."""
-        from decode_kernels import interface as kernels
-
+        kernels = interface.kernels(hidden_states.device.type)
         shared, routed = self.shared_experts, self.experts.routed_experts
         normed, residual, ids, weights, shared_acts = kernels.router(
             hidden_states,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import copy_bandwidth, graph_time
-from decode_kernels import interface
-from decode_kernels.cuda import experts
+from decode_kernels import cuda
+from decode_kernels.cuda.experts import experts_down, experts_up
 from kda_kernels.interface import KdaParams, KdaState
 
 HIDDEN, HEADS, DIM, EXPERTS, TOP_K, INTER, CONV, EPS = 2304, 32, 128, 256, 8, 1024, 4, 1e-5
@@ -56,32 +56,32 @@ class Layer:
         self.cache, self.slots = random(tokens, PAGE, LATENT + ROPE), PAGE * torch.arange(tokens, device=device)
 
     def in_projection(self, **tile: int) -> tuple[Tensor, Tensor]:
-        return interface.norm_linear(self.x, self.residual, self.norm, self.in_proj, EPS, **tile)
+        return cuda.norm_linear(self.x, self.residual, self.norm, self.in_proj, EPS, **tile)
 
     def kda(self, **tile: int) -> Tensor:
-        return interface.kda_decode(self.projected, self.gates_b, self.params, self.state, self.indices, **tile)
+        return cuda.kda_decode(self.projected, self.gates_b, self.params, self.state, self.indices, **tile)
 
     def out_projection(self, **tile: int) -> Tensor:
-        return interface.linear(self.out, self.o_proj, **tile)
+        return cuda.linear(self.out, self.o_proj, **tile)
 
     def router(self, **tile: int) -> tuple[Tensor, ...]:
         norm = (self.x, self.residual, self.norm, EPS)
         weights = (self.gate, self.bias, self.shared_up, self.done)
-        return interface.router(*norm, *weights, top_k=TOP_K, renormalize=True, scale=2.4, **tile)
+        return cuda.router(*norm, *weights, top_k=TOP_K, renormalize=True, scale=2.4, **tile)
 
     def experts_up(self, **tile: int) -> Tensor:
-        return experts.experts_up(self.x, self.up, self.ids, **tile)
+        return experts_up(self.x, self.up, self.ids, **tile)
 
     def experts_down(self, **tile: int) -> Tensor:
         shared = (self.shared_acts, self.shared_down)
-        return experts.experts_down(self.acts, self.down, self.ids, self.weights, *shared, **tile)
+        return experts_down(self.acts, self.down, self.ids, self.weights, *shared, **tile)
 
     def latent_query(self, **tile: int) -> Tensor:
         own = (self.latent_norm, EPS, self.cache, self.slots)
-        return interface.latent_query(self.queries, self.kv_b, *own, NOPE, **tile)
+        return cuda.latent_query(self.queries, self.kv_b, *own, NOPE, **tile)
 
     def latent_value(self, **tile: int) -> Tensor:
-        return interface.latent_value(self.mixed, self.kv_b, NOPE, **tile)
+        return cuda.latent_value(self.mixed, self.kv_b, NOPE, **tile)
 
     def run(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The chain."""

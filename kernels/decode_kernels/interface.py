@@ -1,9 +1,14 @@
-"""The operations of a decode step. On NVIDIA GPUs alone; importing needs Triton."""
+"""The operations of a decode step: Triton on NVIDIA GPUs, C on a CPU."""
 
-from decode_kernels.cuda.experts import experts
-from decode_kernels.cuda.kda import kda_decode
-from decode_kernels.cuda.latents import latent_query, latent_value
-from decode_kernels.cuda.linear import linear, norm_linear
-from decode_kernels.cuda.router import router
+import importlib
+from functools import cache
+from typing import Any
 
-__all__ = ["experts", "kda_decode", "latent_query", "latent_value", "linear", "norm_linear", "router"]
+
+@cache
+def kernels(device: str) -> Any:
+    """The module with the operations for tensors of this type of device, "cuda" or "cpu".
+
+    It has the operations of `reference`. Raises ImportError where Triton is missing, or the C library was not built.
+    """
+    return importlib.import_module(f"decode_kernels.{device}")

@@ -1,8 +1,8 @@
-"""Mixture of experts on the CPU: one pair of vLLM's packed oneDNN matrix products for each expert in use.
+"""Mixture of experts on the CPU: by the C kernels, or one pair of packed oneDNN products for each expert in use.
 
-vLLM's portable grouped kernel reads expert weights at a fraction of the memory bandwidth and multiplies at a
-fraction of oneDNN's rate on chips without AMX (docs/benchmarks/cpu.md has both). It runs where oneDNN has no product
-of the weights' dtype (`products.py`). Routing, loading, sharding and the reduction over ranks stay vLLM's.
+Which one, `products.py` says. vLLM's portable grouped kernel reads expert weights at a fraction of the memory bandwidth
+and multiplies at a fraction of oneDNN's rate on chips without AMX (docs/benchmarks/cpu.md has both). It runs where
+there is neither. Routing, loading, sharding and the reduction over ranks stay vLLM's.
 """
 
 import torch
@@ -14,18 +14,21 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.utils import replace_parameter
 
-from vllm_kimi_linear.cpu.products import has_onednn
+from decode_kernels import interface
+from vllm_kimi_linear.cpu.products import has_onednn, takes_c_kernels
 
 # oneDNN compiles a product for each number of tokens it meets; that many are kept for each expert.
 PRIMITIVES = 32
 
 
-def use_onednn_experts(runner: MoERunner) -> None:
-    """Let unquantised experts of `runner` run on oneDNN if it can. Call it before the weights are processed."""
+def use_fast_experts(runner: MoERunner) -> None:
+    """Let unquantised experts of `runner` run on the best there is. Call it before the weights are processed."""
     layer = runner.routed_experts
     if isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
         method = PackedExpertsMethod(layer.moe_config)
-        if has_onednn(layer.w13_weight.dtype):
+        if takes_c_kernels(layer.w13_weight.dtype):
+            method.experts_cls = CExperts
+        elif has_onednn(layer.w13_weight.dtype):
             method.experts_cls = OneDnnExperts
         runner._replace_quant_method(method)
 
@@ -36,6 +39,31 @@ class PackedExpertsMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.moe_kernel = None  # made anew, and packed, as at the first load
         super().process_weights_after_loading(layer)
+
+
+class CExperts(CPUUnquantizedExperts):
+    """Experts as `decode_kernels.reference.experts` has them, on weights as they are."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing is packed."""
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *_: object,
+        **__: object,
+    ) -> None:
+        """hidden_states [T, hidden], topk_weights and topk_ids [T, k] -> output [T, hidden]."""
+        ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        output.copy_(interface.kernels("cpu").experts(hidden_states, w1, w2, ids, topk_weights))
 
 
 class OneDnnExperts(CPUUnquantizedExperts):

@@ -1,8 +1,8 @@
-"""Matrix products on processors for which oneDNN has none in the weights' dtype.
+"""Which matrix products a CPU runs: our C kernels' or, in bfloat16 where there is one, oneDNN's.
 
-oneDNN multiplies bfloat16 on x86 from AVX-512 on, and on some processors with AVX2 alone. On the others vLLM leaves
-linear layers to torch, whose bfloat16 product of many tokens takes nine times as long as an fp32 one. Here inputs and
-pieces of the weights are widened on the way, so that no second copy of the weights is held.
+The C kernels (`decode_kernels.cpu`) take weights as they are. In fp32 they are faster than oneDNN's packed products
+(docs/benchmarks/cpu.md); in bfloat16 oneDNN has the better ones on processors with AVX-512 or AMX, and none on most
+that have AVX2 alone. Where the C library was not built, weights without a oneDNN product are widened to fp32 in pieces.
 """
 
 from functools import cache
@@ -15,6 +15,7 @@ from vllm import _custom_ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from decode_kernels import interface
 from vllm_kimi_linear.log import logger
 
 # Up to so many tokens torch's own product costs less than widening the weights.
@@ -34,8 +35,21 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return True
 
 
+@cache
+def takes_c_kernels(dtype: torch.dtype, latent_dim: int = 0) -> bool:
+    """Whether weights of this dtype are multiplied by the C kernels, and latents of so many channels can be."""
+    if dtype == torch.bfloat16 and has_onednn(dtype):
+        return False
+    try:
+        return bool(interface.kernels("cpu").supports(dtype, latent_dim))
+    except ImportError:
+        return False
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N], all of one dtype -> x weight^T + bias, [T, N]; sums are in fp32."""
+    if bias is None and takes_c_kernels(weight.dtype):
+        return interface.kernels("cpu").linear(x, weight)
     if has_onednn(weight.dtype) or len(x) <= FEW_TOKENS:
         return torch_linear(x, weight, bias)
     wide = x.float()
@@ -48,15 +62,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def use_plain_products(model: nn.Module) -> None:
-    """Let layers of `model` that oneDNN cannot multiply run on `linear`. Call it before the weights are processed."""
+    """Let layers of `model` run on `linear` where vLLM has no better. Call it before the weights are processed."""
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
             continue
-        if not has_onednn(module.weight.dtype):
+        dtype = module.weight.dtype
+        if takes_c_kernels(dtype) or not has_onednn(dtype):
             method.process_weights_after_loading = _keep_weight
-            name = str(module.weight.dtype).removeprefix("torch.")
-            logger.info_once("oneDNN has no %s product on this processor: weights are widened to fp32 in pieces", name)
+            way = "by the C kernels" if takes_c_kernels(dtype) else "widened to fp32 in pieces: oneDNN has no product"
+            logger.info_once("Weights in %s are multiplied %s", str(dtype).removeprefix("torch."), way)
 
 
 def _keep_weight(layer: nn.Module) -> None:

@@ -18,7 +18,7 @@ _ISA_NAMES = {1: "baseline instructions", 2: "AVX2", 3: "AVX-512"}
 _CALL = struct.Struct("=38qd")  # struct kda_call of kda.h
 _MAX_DIM, _MAX_KERNEL_SIZE = 256, 8  # as in kda.h
 _NO_MEMORY = "the C kernels could not allocate a few bytes for each state."
-_library = load(_CALL.size)
+_library = load({"run": _CALL.size})
 _isa = _library.kda_best_isa()
 
 

@@ -9,41 +9,8 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define KDA_DISPATCH 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
-#define KDA(name) kda_avx512_##name
-#define WIDTH 16
-#define KDA_AVX512
-#include "kda_simd.h"
-#undef KDA_AVX512
-#undef WIDTH
-#undef KDA
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define KDA(name) kda_avx2_##name
-#define WIDTH 8
-#define KDA_AVX2
-#include "kda_simd.h"
-#undef KDA_AVX2
-#undef WIDTH
-#undef KDA
-#pragma GCC pop_options
-#endif
-
-#define KDA(name) kda_base_##name
-#define WIDTH 4
-#include "kda_simd.h"
-#undef WIDTH
-#undef KDA
-
-enum { ISA_BASE = 1, ISA_AVX2 = 2, ISA_AVX512 = 3 };
+#define KERNELS "kda_simd.h"
+#include "each_isa.h"
 
 /* The best instruction set of this machine: 1 baseline, 2 AVX2, 3 AVX-512. */
 int64_t kda_best_isa(void) {
@@ -105,7 +72,7 @@ static int check(const kda_call *c) {
 }
 
 /* For the caller to find out whether it and this library were made for one another. */
-int64_t kda_call_size(void) { return sizeof(kda_call); }
+int64_t kda_run_call_size(void) { return sizeof(kda_call); }
 
 /* One step of a layer. 0 if done; otherwise nothing was written. */
 int64_t kda_run(const kda_call *c) {

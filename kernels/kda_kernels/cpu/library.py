@@ -1,6 +1,7 @@
 """Finds and loads the C library of the CPU kernels; ImportError says why there is none and how to get it."""
 
 import ctypes
+from collections.abc import Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -11,10 +12,10 @@ FOLDER = Path(__file__).parent
 REMEDY = "install gcc, then install this package again to build them"
 
 
-def load(call_size: int) -> ctypes.CDLL:
-    """The library, its functions typed, if its struct kda_call has `call_size` bytes.
+def load(call_sizes: Mapping[str, int]) -> ctypes.CDLL:
+    """The library, if its functions, kda_NAME, take a packed struct of so many bytes each; they return an int64.
 
-    Raises ImportError with a sentence for `ops.describe` otherwise.
+    Raises ImportError with a sentence for `interface.describe` otherwise.
     """
     built = [path for suffix in EXTENSION_SUFFIXES if (path := FOLDER / f"_kda{suffix}").is_file()]
     if not built:
@@ -22,12 +23,15 @@ def load(call_size: int) -> ctypes.CDLL:
     _share_openmp()
     try:
         library = ctypes.CDLL(str(built[0]))
-        library.kda_run.argtypes = [ctypes.c_char_p]
-        for function in (library.kda_run, library.kda_call_size, library.kda_best_isa):
-            function.restype = ctypes.c_int64
+        library.kda_best_isa.restype = ctypes.c_int64
+        sizes = {}
+        for name in call_sizes:
+            function, size = getattr(library, f"kda_{name}"), getattr(library, f"kda_{name}_call_size")
+            function.argtypes, function.restype, size.restype = [ctypes.c_char_p], ctypes.c_int64, ctypes.c_int64
+            sizes[name] = size()
     except (OSError, AttributeError) as error:
         raise ImportError(f"the C kernels in {built[0].name} cannot be loaded ({error}); {REMEDY}") from error
-    if library.kda_call_size() != call_size:
+    if sizes != call_sizes:
         raise ImportError(f"the C kernels in {built[0].name} are of another version; {REMEDY}")
     return library
 

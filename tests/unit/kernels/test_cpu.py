@@ -133,13 +133,15 @@ def test_what_it_cannot_serve_it_names():
 def test_library_that_cannot_be_used_gives_the_reason(monkeypatch, tmp_path):
     size = cpu._CALL.size
     with pytest.raises(ImportError, match="are of another version; install gcc"):
-        library.load(size + 8)
+        library.load({"run": size + 8})
+    with pytest.raises(ImportError, match="undefined symbol: kda_walk"):
+        library.load({"walk": size})
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     with pytest.raises(ImportError, match="were not built; install gcc"):
-        library.load(size)
+        library.load({"run": size})
     (tmp_path / "_kda.so").write_text("no library")
     with pytest.raises(ImportError, match="_kda\\.so cannot be loaded"):
-        library.load(size)
+        library.load({"run": size})
 
 
 def test_too_many_taps_are_refused(make_problem):

@@ -1,4 +1,4 @@
-"""The kernels of a decode step against plain torch: in Triton's interpreter (`tests/e2e/kernels`) and on GPUs.
+"""The kernels of a decode step against plain torch: in C, in Triton's interpreter (`tests/e2e/kernels`) and on GPUs.
 
 The interpreter rounds bfloat16 towards zero, so it computes in fp32.
 """
@@ -10,28 +10,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from decode_kernels import reference
+from decode_kernels import interface, reference
 from kda_kernels.interface import KdaParams, KdaState
-
-pytest.importorskip("triton")
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = 1e-5
 
 
+OUTSIDE = pytest.mark.skipif(INSIDE, reason="nothing of it is Triton")
+
+
 @pytest.fixture(
     params=[
-        pytest.param(("cpu", torch.float32), marks=pytest.mark.skipif(not INSIDE, reason="see tests/e2e/kernels")),
         pytest.param(
-            ("cuda", torch.bfloat16),
+            ("cuda", "cpu", torch.float32), marks=pytest.mark.skipif(not INSIDE, reason="see tests/e2e/kernels")
+        ),
+        pytest.param(
+            ("cuda", "cuda", torch.bfloat16),
             marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
         ),
+        pytest.param(("cpu", "cpu", torch.float32), marks=OUTSIDE),
+        pytest.param(("cpu", "cpu", torch.bfloat16), marks=OUTSIDE),
     ],
-    ids=["interpreter", "gpu"],
+    ids=["interpreter", "gpu", "C", "C-bf16"],
 )
-def make(request):
+def where(request):
+    """Which kernels, on which device, in which dtype."""
+    return request.param
+
+
+@pytest.fixture
+def make(where):
     """make(*shape, dtype=activations', scale=1): random numbers where the kernels run."""
-    device, activations = request.param
+    _, device, activations = where
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = activations, scale: float = 1.0) -> Tensor:
@@ -41,8 +52,16 @@ def make(request):
 
 
 @pytest.fixture
-def kernels(make):
-    return importlib.import_module("decode_kernels.interface")
+def kernels(where):
+    if where[0] == "cuda":
+        pytest.importorskip("triton")
+    return interface.kernels(where[0])
+
+
+def as_stored(kernels, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The C kernels round the norm of one token, too, which the reference does of several."""
+    more = 2 if kernels.__name__ == "decode_kernels.cpu" else 1
+    return x.repeat(more, 1), None if residual is None else residual.repeat(more, 1)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -60,9 +79,9 @@ def test_linear(tokens, K, N, make, kernels):
     close(kernels.linear(x, weight), reference.linear(x, weight))
     for other in (residual, None):
         found = kernels.norm_linear(x, other, norm, weight, EPS)
-        wanted = reference.norm_linear(x, other, norm, weight, EPS)
-        close(found[0], wanted[0])
-        assert torch.equal(found[1], wanted[1])
+        wanted = reference.norm_linear(*as_stored(kernels, x, other), norm, weight, EPS)
+        close(found[0], wanted[0][:tokens])
+        assert torch.equal(found[1], wanted[1][:tokens])
 
 
 def test_rows_with_a_stride(make, kernels):
@@ -74,7 +93,7 @@ def test_rows_with_a_stride(make, kernels):
 
 def route(of, x, residual, norm, gate, bias, shared, done, **options):
     more = (done,) if done is not None else ()
-    if of is not reference and INSIDE:
+    if of.__name__ == "decode_kernels.cuda" and INSIDE:
         options["BN"] = 32  # rows of a program: the interpreter takes as long for one as for many
     options = {"top_k": 8, "renormalize": True, "scale": 2.4} | options
     return of.router(x, residual, norm, EPS, gate, bias, shared, *more, **options)
@@ -92,7 +111,8 @@ def test_router(tokens, width, experts, top_k, renormalize, make, kernels):
     options = {"top_k": top_k, "renormalize": renormalize}
     for _ in range(2):  # the second step finds what the first one left
         found = route(kernels, x, residual, norm, gate, bias, shared, done, **options)
-        wanted = route(reference, x, residual, norm, gate, bias, shared, None, **options)
+        wanted = route(reference, *as_stored(kernels, x, residual), norm, gate, bias, shared, None, **options)
+        wanted = [part[:tokens] for part in wanted]
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[2], wanted[2])
         for part in (0, 3, 4):
@@ -133,11 +153,13 @@ def test_experts(same, tokens, K, width, shared, make, kernels):
     ]
     ids = torch.stack(choices).int().to(x.device)
     weights = make(tokens, top_k, dtype=torch.float32).abs()
-    parts = importlib.import_module("decode_kernels.cuda.experts")
-    acts = parts.experts_up(x, up, ids)
-    close(acts, reference.experts_up(x, up, ids))
     own = (make(tokens, shared), make(K, shared) if shared else None)
-    close(parts.experts_down(acts, down, ids, weights, *own), reference.experts_down(acts, down, ids, weights, *own))
+    if kernels.__name__ == "decode_kernels.cuda":
+        parts = importlib.import_module("decode_kernels.cuda.experts")
+        acts = parts.experts_up(x, up, ids)
+        close(acts, reference.experts_up(x, up, ids))
+        found = parts.experts_down(acts, down, ids, weights, *own)
+        close(found, reference.experts_down(acts, down, ids, weights, *own))
     both = (x, up, down, ids, weights, *own)
     close(kernels.experts(*both), reference.experts(*both))
 
@@ -198,6 +220,8 @@ def test_a_chain_in_a_graph_gives_the_same_bits_each_time():
 )
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_latents(tokens, heads, nope, rope, value, latent, make, kernels):
+    if kernels.__name__ == "decode_kernels.cpu" and not kernels.supports(torch.float32, latent):
+        pytest.skip(f"not for {latent} channels")
     projected = make(tokens, heads * (nope + rope) + latent + rope + 8)[:, : -8 if tokens == 1 else None]
     kv_b, norm = make(heads, nope + value, latent, scale=latent**-0.5), make(latent)
     packed = make(6, 2, 5, latent + rope)  # blocks of another layer between those of this one

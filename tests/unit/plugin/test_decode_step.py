@@ -11,6 +11,7 @@ from vllm.forward_context import override_forward_context
 from vllm_kimi_linear import decode_step
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.cpu import products
 from vllm_kimi_linear.decode_step import MAX_TOKENS, DecodeStep, why_not
 
 LAYER = "model.layers.0.self_attn"
@@ -18,7 +19,8 @@ LAYER = "model.layers.0.self_attn"
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_step, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    gpu = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
+    monkeypatch.setattr(decode_step, "current_platform", gpu)
 
 
 def config(**changes: Any) -> Any:
@@ -40,15 +42,28 @@ def config(**changes: Any) -> Any:
 
 
 def sizes(**changes: Any) -> ModelSizes:
-    return SimpleNamespace(**{"expert_groups": 1, "kda_layers": [0], "kda_head_dim": 128} | changes)  # type: ignore[return-value]
+    fits = {"expert_groups": 1, "kda_layers": [0], "kda_head_dim": 128, "kv_lora_rank": 512}
+    return SimpleNamespace(**fits | changes)  # type: ignore[return-value]
 
 
 def test_a_model_that_fits(on_a_gpu: None) -> None:
     assert why_not(config(), sizes(), {"TRITON"}) is None
 
 
-def test_not_on_a_cpu() -> None:
-    assert why_not(config(), sizes(), {"TRITON"}) == "they are for NVIDIA GPUs"
+def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not(config(dtype=torch.float32), sizes(), {"CPU"}) is None
+    assert "not as CPU_AMX" in str(why_not(config(dtype=torch.float32), sizes(), {"CPU_AMX"}))
+    assert "500 latent channels" in str(why_not(config(dtype=torch.float32), sizes(kv_lora_rank=500), {"CPU"}))
+    monkeypatch.setattr(products, "has_onednn", lambda dtype: True)
+    products.takes_c_kernels.cache_clear()
+    assert "torch.bfloat16" in str(why_not(config(), sizes(), {"CPU"}))  # packed for oneDNN
+    products.takes_c_kernels.cache_clear()
+
+
+def test_other_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    neither = SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False)
+    monkeypatch.setattr(decode_step, "current_platform", neither)
+    assert why_not(config(), sizes(), {"TRITON"}) == "they are for NVIDIA GPUs and for CPUs"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +126,17 @@ def metadata(**changes: Any) -> KdaMetadata:
         (2, None, CUDAGraphMode.NONE, False),  # vLLM measures memory
     ],
 )
-def test_steps(tokens: int, found: Any, mode: CUDAGraphMode, taken: bool) -> None:
+def test_steps(tokens: int, found: Any, mode: CUDAGraphMode, taken: bool, on_a_gpu: None) -> None:
     step = DecodeStep(LAYER, None)
     context: Any = SimpleNamespace(attn_metadata=found, cudagraph_runtime_mode=mode)
     with override_forward_context(context):
         assert step.takes(tokens) is taken
+
+
+def test_a_cpu_takes_any_number_of_tokens() -> None:
+    tokens = 10 * MAX_TOKENS
+    context: Any = SimpleNamespace(
+        attn_metadata={LAYER: metadata(num_decode_tokens=tokens)}, cudagraph_runtime_mode=CUDAGraphMode.NONE
+    )
+    with override_forward_context(context):
+        assert DecodeStep(LAYER, None).takes(tokens)

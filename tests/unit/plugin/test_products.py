@@ -1,4 +1,4 @@
-"""Products in bfloat16 are right where oneDNN has none."""
+"""Products in bfloat16 are right where neither oneDNN nor the C kernels have one."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from vllm_kimi_linear.cpu import products
 def test_plain_product(monkeypatch: pytest.MonkeyPatch, rows: int, biased: bool) -> None:
     """In pieces, the last a short one, and rounded once: half a unit of bfloat16 is 1 / 256."""
     monkeypatch.setattr(products, "has_onednn", lambda dtype: False)
+    monkeypatch.setattr(products, "takes_c_kernels", lambda dtype: False)
     monkeypatch.setattr(products, "PIECE", 7 * 96)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((rows, 96), (100, 96), (100,)))

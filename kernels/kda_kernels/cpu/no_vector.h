@@ -1,0 +1,4 @@
+#undef vec
+#undef bits
+#undef half
+#undef INLINE
