@@ -5,18 +5,20 @@ import struct
 import torch
 from torch import Tensor
 
+from decode_kernels.cpu.matrix import matrix
 from decode_kernels.cpu.products import padded
+from decode_kernels.weights import Weight
 from kda_kernels.cpu.library import load
 
-_CALL = struct.Struct("=28q")  # struct experts_call of products.h
+_CALL = struct.Struct("=42q")  # struct experts_call of products.h
 _library = load({"experts": _CALL.size})
 _isa = _library.kda_best_isa()
 _TOKENS = 1024  # at a time, so that scratch memory stays small
 
 
 def experts(
-    x: Tensor, up_weight: Tensor, down_weight: Tensor, ids: Tensor, weights: Tensor, shared_acts: Tensor | None = None,
-    shared_weight: Tensor | None = None,
+    x: Tensor, up_weight: Weight, down_weight: Weight, ids: Tensor, weights: Tensor, shared_acts: Tensor | None = None,
+    shared_weight: Weight | None = None,
 ) -> Tensor:  # fmt: skip
     """As `decode_kernels.reference.experts`, for any number of tokens; ids below 0 are another rank's, and add nothing.
 
@@ -31,11 +33,11 @@ def experts(
 
 
 def _some(
-    x: Tensor, up_weight: Tensor, down_weight: Tensor, ids: Tensor, weights: Tensor, shared_acts: Tensor | None,
-    shared_weight: Tensor | None, out: Tensor,
+    x: Tensor, up_weight: Weight, down_weight: Weight, ids: Tensor, weights: Tensor, shared_acts: Tensor | None,
+    shared_weight: Weight | None, out: Tensor,
 ) -> None:  # fmt: skip
     (tokens, width), (experts, twice, _), top_k = x.shape, up_weight.shape, ids.shape[1]
-    inner, narrow = twice // 2, torch.bfloat16
+    inner = twice // 2
     shared = 0 if shared_weight is None else shared_weight.shape[1]
     scratch = {
         "wide": torch.empty(tokens, padded(width)),
@@ -46,11 +48,11 @@ def _some(
         "first": torch.empty(experts + 1, dtype=torch.int32),
     }
     call = _CALL.pack(
-        *(x.data_ptr(), x.stride(0), up_weight.data_ptr(), down_weight.data_ptr(), ids.data_ptr(), weights.data_ptr()),
-        *(0 if y is None else y.data_ptr() for y in (shared_acts, shared_weight)),
+        *(x.data_ptr(), x.stride(0), *matrix(up_weight), *matrix(down_weight), *matrix(shared_weight)),
+        *(ids.data_ptr(), weights.data_ptr(), 0 if shared_acts is None else shared_acts.data_ptr()),
         *(out.data_ptr(), *(y.data_ptr() for y in scratch.values())),
         *(padded(width), padded(inner), padded(shared)),
-        *(tokens, width, inner, shared, experts, top_k, x.dtype == narrow, up_weight.dtype == narrow),
+        *(tokens, width, inner, shared, experts, top_k, x.dtype == torch.bfloat16),
         *(torch.get_num_threads(), _isa),
     )
     _library.kda_experts(call)

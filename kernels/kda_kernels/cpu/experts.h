@@ -8,15 +8,15 @@
 typedef struct {
     const char *x; /* [tokens][width] */
     int64_t x_stride;
-    const char *up, *down; /* [experts][2 inner][width], [experts][width][inner] */
+    matrix up, down, shared_down; /* [experts][2 inner][width], [experts][width][inner]; [width][shared] or none */
     const int32_t *ids;    /* [tokens][top_k]; below 0: another rank's */
     const float *weights;
-    const char *shared_acts, *shared_down; /* null, or [tokens][shared], [width][shared] */
-    char *out;                             /* [tokens][width] */
+    const char *shared_acts; /* null, or [tokens][shared] */
+    char *out;               /* [tokens][width] */
     float *wide, *acts, *shared_wide, *total; /* scratch: [tokens][..] but acts, [tokens * top_k][..] */
     int32_t *order, *first;                   /* scratch: [tokens * top_k], [experts + 1] */
     int64_t wide_stride, acts_stride, shared_stride;
-    int64_t tokens, width, inner, shared, experts, top_k, bf16, weight_bf16, threads, isa;
+    int64_t tokens, width, inner, shared, experts, top_k, bf16, threads, isa;
 } experts_call;
 
 /* This thread's part of a stage. */

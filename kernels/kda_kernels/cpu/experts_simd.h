@@ -24,41 +24,38 @@ static void KDA(experts_prepare)(const experts_call *c, int64_t me, int64_t team
 static void KDA(experts_up)(const experts_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
     float gate[TOKENS][ROWS], up[TOKENS][ROWS];
-    const int64_t size = c->weight_bf16 ? 2 : 4, groups = (c->inner + ROWS - 1) / ROWS;
-    for (int64_t e = 0; e < c->experts; e++) {
-        const char *w = c->up + e * 2 * c->inner * c->width * size;
+    const int64_t groups = (c->inner + ROWS - 1) / ROWS;
+    for (int64_t e = 0; e < c->experts; e++)
         for (int64_t at = c->first[e]; at < c->first[e + 1]; at += TOKENS) {
             const int n = (int)(c->first[e + 1] - at < TOKENS ? c->first[e + 1] - at : TOKENS);
             for (int t = 0; t < n; t++) x[t] = c->wide + c->order[at + t] / c->top_k * c->wide_stride;
             for (int64_t g = groups * me / team; g < groups * (me + 1) / team; g++) {
                 const int64_t row = g * ROWS;
                 const int rows = (int)(c->inner - row < ROWS ? c->inner - row : ROWS);
-                KDA(product)(x, n, w, c->width, row, c->width, rows, (int)c->weight_bf16, gate);
-                KDA(product)(x, n, w, c->width, c->inner + row, c->width, rows, (int)c->weight_bf16, up);
+                KDA(product)(x, n, &c->up, e * 2 * c->inner + row, c->width, rows, gate);
+                KDA(product)(x, n, &c->up, (e * 2 + 1) * c->inner + row, c->width, rows, up);
                 for (int t = 0; t < n; t++)
                     for (int r = 0; r < rows; r++)
                         c->acts[c->order[at + t] * c->acts_stride + row + r] =
                             KDA(rounded)(KDA(splat)(KDA(gated)(gate[t][r], up[t][r])), (int)c->bf16)[0];
             }
         }
-    }
 }
 
 /* This thread's part of the output's columns: every token's experts in the order of their numbers, the shared last. */
 static void KDA(experts_down)(const experts_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
     float y[TOKENS][ROWS];
-    const int64_t size = c->weight_bf16 ? 2 : 4, groups = (c->width + ROWS - 1) / ROWS;
+    const int64_t groups = (c->width + ROWS - 1) / ROWS;
     const int64_t begin = groups * me / team, end = groups * (me + 1) / team;
-    for (int64_t e = 0; e < c->experts; e++) {
-        const char *w = c->down + e * c->width * c->inner * size;
+    for (int64_t e = 0; e < c->experts; e++)
         for (int64_t at = c->first[e]; at < c->first[e + 1]; at += TOKENS) {
             const int n = (int)(c->first[e + 1] - at < TOKENS ? c->first[e + 1] - at : TOKENS);
             for (int t = 0; t < n; t++) x[t] = c->acts + c->order[at + t] * c->acts_stride;
             for (int64_t g = begin; g < end; g++) {
                 const int64_t row = g * ROWS;
                 const int rows = (int)(c->width - row < ROWS ? c->width - row : ROWS);
-                KDA(product)(x, n, w, c->inner, row, c->inner, rows, (int)c->weight_bf16, y);
+                KDA(product)(x, n, &c->down, e * c->width + row, c->inner, rows, y);
                 for (int t = 0; t < n; t++) {
                     const int64_t pair = c->order[at + t];
                     float *total = c->total + pair / c->top_k * c->width + row;
@@ -66,14 +63,13 @@ static void KDA(experts_down)(const experts_call *c, int64_t me, int64_t team) {
                 }
             }
         }
-    }
     for (int64_t first = 0; c->shared && first < c->tokens; first += TOKENS) {
         const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
         for (int t = 0; t < n; t++) x[t] = c->shared_wide + (first + t) * c->shared_stride;
         for (int64_t g = begin; g < end; g++) {
             const int64_t row = g * ROWS;
             const int rows = (int)(c->width - row < ROWS ? c->width - row : ROWS);
-            KDA(product)(x, n, c->shared_down, c->shared, row, c->shared, rows, (int)c->weight_bf16, y);
+            KDA(product)(x, n, &c->shared_down, row, c->shared, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++) c->total[(first + t) * c->width + row + r] += y[t][r];
         }

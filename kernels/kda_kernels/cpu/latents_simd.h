@@ -70,14 +70,14 @@ static void KDA(latent_value)(const latents_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
     float y[TOKENS][ROWS];
     const int64_t groups = (c->value + ROWS - 1) / ROWS, count = c->heads * groups;
+    const matrix kv_b = {c->kv_b, 0, c->bf16 ? BF16 : FP32, c->latent, 0, 0};
     for (int64_t first = 0; first < c->tokens; first += TOKENS) {
         const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
         for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
             const int64_t head = i / groups, row = i % groups * ROWS;
             const int rows = (int)(c->value - row < ROWS ? c->value - row : ROWS);
             for (int t = 0; t < n; t++) x[t] = c->wide + ((first + t) * c->heads + head) * c->latent;
-            KDA(product)(x, n, c->kv_b, c->latent, head * (c->nope + c->value) + c->nope + row, c->latent, rows,
-                         (int)c->bf16, y);
+            KDA(product)(x, n, &kv_b, head * (c->nope + c->value) + c->nope + row, c->latent, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->out, ((first + t) * c->heads + head) * c->value + row + r, y[t][r],

@@ -1,4 +1,5 @@
 #undef vec
 #undef bits
 #undef half
+#undef quarter
 #undef INLINE

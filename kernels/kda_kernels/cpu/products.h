@@ -10,12 +10,12 @@ typedef struct {
     char *total, *normed; /* null, or x + residual and its norm, [tokens][width] */
     float *wide;          /* scratch [tokens + threads][wide_stride], or null if x is fp32 and goes as it is */
     int64_t wide_stride;
-    const char *weight; /* null, or [rows][width] */
+    matrix weight; /* [rows][width] */
     char *out;
-    int64_t weight_stride, out_stride, rows, weight_bf16, out_bf16;
-    const char *pair; /* null, or gate and up, [2 pair_rows][width] */
-    char *acts;       /* [tokens][pair_rows] */
-    int64_t pair_stride, pair_rows, pair_bf16;
+    int64_t out_stride, rows, out_bf16;
+    matrix pair; /* gate and up, [2 pair_rows][width] */
+    char *acts;  /* [tokens][pair_rows] */
+    int64_t pair_rows;
     const float *bias; /* [rows] of the router; null: no choice */
     int32_t *ids;      /* [tokens][top_k] */
     float *weights;

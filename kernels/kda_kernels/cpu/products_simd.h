@@ -43,14 +43,14 @@ INLINE int KDA(inputs)(const product_call *c, int64_t first, const float **x) {
 static void KDA(multiply_rows)(const product_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
     float y[TOKENS][ROWS], up[TOKENS][ROWS];
-    const int64_t groups = c->weight ? (c->rows + ROWS - 1) / ROWS : 0;
-    const int64_t pairs = c->pair ? (c->pair_rows + ROWS - 1) / ROWS : 0;
+    const int64_t groups = c->weight.data ? (c->rows + ROWS - 1) / ROWS : 0;
+    const int64_t pairs = c->pair.data ? (c->pair_rows + ROWS - 1) / ROWS : 0;
     for (int64_t first = 0; first < c->tokens; first += TOKENS) {
         const int n = KDA(inputs)(c, first, x);
         for (int64_t g = groups * me / team; g < groups * (me + 1) / team; g++) {
             const int64_t row = g * ROWS;
             const int rows = (int)(c->rows - row < ROWS ? c->rows - row : ROWS);
-            KDA(product)(x, n, c->weight, c->weight_stride, row, c->width, rows, (int)c->weight_bf16, y);
+            KDA(product)(x, n, &c->weight, row, c->width, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->out, (first + t) * c->out_stride + row + r, y[t][r], (int)c->out_bf16);
@@ -58,8 +58,8 @@ static void KDA(multiply_rows)(const product_call *c, int64_t me, int64_t team) 
         for (int64_t g = pairs * me / team; g < pairs * (me + 1) / team; g++) {
             const int64_t row = g * ROWS;
             const int rows = (int)(c->pair_rows - row < ROWS ? c->pair_rows - row : ROWS);
-            KDA(product)(x, n, c->pair, c->pair_stride, row, c->width, rows, (int)c->pair_bf16, y);
-            KDA(product)(x, n, c->pair, c->pair_stride, c->pair_rows + row, c->width, rows, (int)c->pair_bf16, up);
+            KDA(product)(x, n, &c->pair, row, c->width, rows, y);
+            KDA(product)(x, n, &c->pair, c->pair_rows + row, c->width, rows, up);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->acts, (first + t) * c->pair_rows + row + r, KDA(gated)(y[t][r], up[t][r]),

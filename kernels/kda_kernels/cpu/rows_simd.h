@@ -8,9 +8,19 @@
 
 #include "vector.h"
 
+/* WIDTH elements of a row from column k on; `kind` is that of w. */
+INLINE vec KDA(weight)(const matrix *w, int kind, int64_t row, int64_t k) {
+    const int64_t at = row * w->stride + k;
+    if (kind == FP32 || kind == BF16) return KDA(read)(w->data, at, kind == BF16);
+    const vec stored = kind == FP8    ? KDA(read_fp8)(w->data + at)
+                       : kind == INT8 ? KDA(read_int8)(w->data + at)
+                                      : KDA(read_int4)(w->data + at / 2);
+    return stored * w->scales[row * w->scale_stride + (k >> w->shift)];
+}
+
 /* Rows of W times tokens: sums[token][row] += over columns from k to end. */
-INLINE void KDA(tile)(const float *const *x, const char *w, int64_t stride, int64_t k, int64_t end, int rows,
-                      int tokens, int bf16, vec (*sums)[ROWS]) {
+INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t k, int64_t end, int rows, int tokens,
+                      vec (*sums)[ROWS]) {
     vec s[6][ROWS];
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) s[t][r] = sums[t][r];
@@ -18,7 +28,7 @@ INLINE void KDA(tile)(const float *const *x, const char *w, int64_t stride, int6
         vec xs[6];
         for (int t = 0; t < tokens; t++) xs[t] = KDA(load)(x[t] + k);
         for (int r = 0; r < rows; r++) {
-            const vec weight = KDA(read)(w, r * stride + k, bf16);
+            const vec weight = KDA(weight)(w, kind, r, k);
             for (int t = 0; t < tokens; t++) s[t][r] = KDA(fma)(weight, xs[t], s[t][r]);
         }
     }
@@ -27,66 +37,89 @@ INLINE void KDA(tile)(const float *const *x, const char *w, int64_t stride, int6
 }
 
 /* As many tokens at once as registers hold sums of. */
-INLINE void KDA(tiles)(const float *const *x, int tokens, const char *w, int64_t stride, int64_t k, int64_t end,
-                       int rows, int bf16, vec (*sums)[ROWS]) {
+INLINE void KDA(tiles)(const float *const *x, int tokens, const matrix *w, int kind, int64_t k, int64_t end, int rows,
+                       vec (*sums)[ROWS]) {
     int t = 0;
 #if defined(KDA_AVX512)
-    for (; t + 6 <= tokens; t += 6) KDA(tile)(x + t, w, stride, k, end, rows, 6, bf16, sums + t);
+    for (; t + 6 <= tokens; t += 6) KDA(tile)(x + t, w, kind, k, end, rows, 6, sums + t);
 #endif
-    for (; t + 3 <= tokens; t += 3) KDA(tile)(x + t, w, stride, k, end, rows, 3, bf16, sums + t);
-    if (tokens - t == 2) KDA(tile)(x + t, w, stride, k, end, rows, 2, bf16, sums + t);
-    if (tokens - t == 1) KDA(tile)(x + t, w, stride, k, end, rows, 1, bf16, sums + t);
+    for (; t + 3 <= tokens; t += 3) KDA(tile)(x + t, w, kind, k, end, rows, 3, sums + t);
+    if (tokens - t == 2) KDA(tile)(x + t, w, kind, k, end, rows, 2, sums + t);
+    if (tokens - t == 1) KDA(tile)(x + t, w, kind, k, end, rows, 1, sums + t);
 }
 
-INLINE void KDA(multiply)(const float *const *x, int tokens, const char *w, int64_t stride, int64_t width, int rows,
-                          int bf16, float (*y)[ROWS]) {
+/* The matrix from row and column on. */
+INLINE matrix KDA(from)(const matrix *w, int kind, int64_t row, int64_t column) {
+    matrix part = *w;
+    part.data += bytes_of(kind, row * w->stride + column);
+    if (kind >= FP8) part.scales += row * w->scale_stride + (column >> w->shift);
+    return part;
+}
+
+INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, int kind, int64_t width, int rows,
+                          float (*y)[ROWS]) {
     vec sums[TOKENS][ROWS];
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) sums[t][r] = (vec){0};
     const int64_t whole = width - width % WIDTH;
     for (int64_t k = 0; k < whole; k += DEPTH) {
         const int64_t end = k + DEPTH < whole ? k + DEPTH : whole;
-        if (!bf16 || tokens < 2 * 3) {
-            KDA(tiles)(x, tokens, w, stride, k, end, rows, bf16, sums);
+        if (kind == FP32 || tokens < 2 * 3) {
+            KDA(tiles)(x, tokens, w, kind, k, end, rows, sums);
             continue;
         }
         float wide[ROWS * DEPTH]; /* for several tokens a weight is widened once */
+        const matrix widened = {(const char *)wide, 0, FP32, DEPTH, 0, 0};
         const float *piece[TOKENS];
         for (int r = 0; r < rows; r++)
             for (int64_t i = k; i < end; i += WIDTH) {
-                __builtin_prefetch(w + 2 * (r * stride + i + DEPTH)); /* the next piece, or rows', while this multiplies */
-                KDA(store)(wide + r * DEPTH + i - k, KDA(read)(w, r * stride + i, 1));
+                /* the next piece, or rows', while this multiplies */
+                __builtin_prefetch(w->data + bytes_of(kind, r * w->stride + i + DEPTH));
+                KDA(store)(wide + r * DEPTH + i - k, KDA(weight)(w, kind, r, i));
             }
         for (int t = 0; t < tokens; t++) piece[t] = x[t] + k;
-        KDA(tiles)(piece, tokens, (const char *)wide, DEPTH, 0, end - k, rows, 0, sums);
+        KDA(tiles)(piece, tokens, &widened, FP32, 0, end - k, rows, sums);
     }
     if (whole < width) { /* the last columns, behind which there may be nothing */
-        const int size = bf16 ? 2 : 4;
         char rest[ROWS * WIDTH * 4] = {0};
-        const float *last[TOKENS];
+        matrix last = KDA(from)(w, kind, 0, whole);
+        const float *ends[TOKENS];
         for (int r = 0; r < rows; r++)
-            __builtin_memcpy(rest + r * WIDTH * size, w + (r * stride + whole) * size, (width - whole) * size);
-        for (int t = 0; t < tokens; t++) last[t] = x[t] + whole;
-        KDA(tiles)(last, tokens, rest, WIDTH, 0, WIDTH, rows, bf16, sums);
+            __builtin_memcpy(rest + bytes_of(kind, r * WIDTH), w->data + bytes_of(kind, r * w->stride + whole),
+                             bytes_of(kind, width - whole));
+        last.data = rest;
+        last.stride = WIDTH;
+        for (int t = 0; t < tokens; t++) ends[t] = x[t] + whole;
+        KDA(tiles)(ends, tokens, &last, kind, 0, WIDTH, rows, sums);
     }
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) y[t][r] = KDA(sum)(sums[t][r])[0];
 }
 
+/* Of ROWS rows, or of one. */
+INLINE void KDA(multiply_kind)(const float *const *x, int tokens, const matrix *w, int64_t width, int rows,
+                               float (*y)[ROWS]) {
+    if (w->kind == FP32) KDA(multiply)(x, tokens, w, FP32, width, rows, y);
+    else if (w->kind == BF16) KDA(multiply)(x, tokens, w, BF16, width, rows, y);
+    else if (w->kind == FP8) KDA(multiply)(x, tokens, w, FP8, width, rows, y);
+    else if (w->kind == INT8) KDA(multiply)(x, tokens, w, INT8, width, rows, y);
+    else KDA(multiply)(x, tokens, w, INT4, width, rows, y);
+}
+
 /* y[token][row] for `rows` (1 to ROWS) rows of W from row `first` on. */
-static __attribute__((noinline)) void KDA(product)(const float *const *x, int tokens, const char *weight,
-                                                   int64_t stride, int64_t first, int64_t width, int rows, int bf16,
-                                                   float (*y)[ROWS]) {
-    const char *w = weight + first * stride * (bf16 ? 2 : 4);
-    if (rows == ROWS && bf16) KDA(multiply)(x, tokens, w, stride, width, ROWS, 1, y);
-    else if (rows == ROWS) KDA(multiply)(x, tokens, w, stride, width, ROWS, 0, y);
-    else
-        for (int r = 0; r < rows; r++, w += stride * (bf16 ? 2 : 4)) {
-            float one[TOKENS][ROWS];
-            if (bf16) KDA(multiply)(x, tokens, w, stride, width, 1, 1, one);
-            else KDA(multiply)(x, tokens, w, stride, width, 1, 0, one);
-            for (int t = 0; t < tokens; t++) y[t][r] = one[t][0];
-        }
+static __attribute__((noinline)) void KDA(product)(const float *const *x, int tokens, const matrix *w, int64_t first,
+                                                   int64_t width, int rows, float (*y)[ROWS]) {
+    if (rows == ROWS) {
+        const matrix part = KDA(from)(w, (int)w->kind, first, 0);
+        KDA(multiply_kind)(x, tokens, &part, width, ROWS, y);
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        const matrix part = KDA(from)(w, (int)w->kind, first + r, 0);
+        float one[TOKENS][ROWS];
+        KDA(multiply_kind)(x, tokens, &part, width, 1, one);
+        for (int t = 0; t < tokens; t++) y[t][r] = one[t][0];
+    }
 }
 
 INLINE float KDA(gated)(float gate, float up) { return gate * KDA(sigmoid)(KDA(splat)(gate))[0] * up; }

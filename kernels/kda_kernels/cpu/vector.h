@@ -8,10 +8,12 @@
 
 typedef float KDA(vec) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t KDA(bits) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint8_t KDA(quarter) __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 typedef uint16_t KDA(half) __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 #define vec KDA(vec)
 #define bits KDA(bits)
 #define half KDA(half)
+#define quarter KDA(quarter)
 
 /* ---- the few operations that plain vector arithmetic does not give ---- */
 
@@ -61,6 +63,36 @@ INLINE vec KDA(read)(const char *base, int64_t i, int is_bf16) {
 #else
     return (vec)(__builtin_convertvector(*(const half *)((const uint16_t *)base + i), bits) << 16);
 #endif
+}
+
+/* as `read`, of e4m3: its exponent is 120 less than it says where an fp32's would be; not a number counts as 480 */
+INLINE vec KDA(read_fp8)(const char *p) {
+    const bits x = __builtin_convertvector(*(const quarter *)p, bits);
+    return (vec)((x & 0x80) << 24 | (x & 0x7F) << 20) * 0x1p120f;
+}
+
+INLINE vec KDA(read_int8)(const char *p) {
+    typedef int32_t wide __attribute__((vector_size(4 * WIDTH)));
+    return __builtin_convertvector((wide)(__builtin_convertvector(*(const quarter *)p, bits) << 24) >> 24, vec);
+}
+
+INLINE vec KDA(read_int4)(const char *p) {
+    typedef int32_t wide __attribute__((vector_size(4 * WIDTH)));
+    uint32_t first = 0, second = 0;
+    __builtin_memcpy(&first, p, WIDTH < 8 ? WIDTH / 2 : 4);
+#if WIDTH == 16
+    __builtin_memcpy(&second, p + 4, 4);
+    const bits x = {first, first, first, first, first, first, first, first,
+                    second, second, second, second, second, second, second, second};
+    const bits place = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+#elif WIDTH == 8
+    (void)second;
+    const bits x = {first, first, first, first, first, first, first, first}, place = {0, 4, 8, 12, 16, 20, 24, 28};
+#else
+    (void)second;
+    const bits x = {first, first, first, first}, place = {0, 4, 8, 12};
+#endif
+    return __builtin_convertvector((wide)(x >> place & 15), vec) - 8.0f;
 }
 
 /* to nearest, ties to even; in the low half of each lane */
