@@ -34,7 +34,7 @@ class InputProjection(MergedColumnParallelLinear):
             sizes.append(padding * ranks)
         super().__init__(hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
         self.local_sizes = [divide(size, ranks) for size in sizes]
-        if padding and quant_config is None:
+        if padding and isinstance(getattr(self, "weight", None), nn.Parameter):
             self.weight.data[-padding:].zero_()
 
     def weight_loader(

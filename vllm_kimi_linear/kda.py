@@ -79,7 +79,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.width = divide(width, self.tp_size)
         heads = divide(model_sizes.kda_heads, self.tp_size)
 
-        # q | k | v | beta | f_a | g_a, in the order of `weights.KDA_IN_PROJ`; every rank needs f_a and g_a whole.
+        # q | k | v | beta | f_a | g_a, in the order of `parameters.KDA_IN_PROJ`; every rank needs f_a and g_a whole.
         self.in_proj = InputProjection(
             model_sizes.hidden_size,
             {"split": [width, width, width, model_sizes.kda_heads], "whole": [head_dim, head_dim]},

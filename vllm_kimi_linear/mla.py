@@ -32,7 +32,7 @@ class KimiLatentAttention(nn.Module):
         self.latent_dim, self.shared_dim, self.value_dim = g.kv_lora_rank, g.qk_rope_head_dim, g.v_head_dim
         self.key_dim = g.qk_nope_head_dim + g.qk_rope_head_dim
 
-        # q | kv_a, in the order of `weights.MLA_IN_PROJ`; every rank needs kv_a whole.
+        # q | kv_a, in the order of `parameters.MLA_IN_PROJ`; every rank needs kv_a whole.
         self.in_proj = InputProjection(
             g.hidden_size,
             {"split": [g.attention_heads * self.key_dim], "whole": [self.latent_dim + self.shared_dim]},

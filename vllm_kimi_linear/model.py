@@ -29,6 +29,7 @@ from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
+from vllm_kimi_linear.stored_weights import weight_of
 
 
 class KimiDecoderLayer(nn.Module):
@@ -63,9 +64,9 @@ class KimiDecoderLayer(nn.Module):
         kernels = interface.kernels(hidden_states.device.type)
         mixer, norm = self.self_attn, self.input_layernorm
         projected, residual = kernels.norm_linear(
-            hidden_states, residual, norm.weight, mixer.in_proj.weight, norm.variance_epsilon
+            hidden_states, residual, norm.weight, weight_of(mixer.in_proj), norm.variance_epsilon
         )
-        mixed = kernels.linear(mixer.decode(projected), mixer.o_proj.weight)
+        mixed = kernels.linear(mixer.decode(projected), weight_of(mixer.o_proj))
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward.decode(all_reduce(mixed), residual, self.post_attention_layernorm)
 
@@ -126,6 +127,10 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         super().__init__()
         self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
+        if current_platform.is_cpu() and self.sizes.quantization:
+            from vllm_kimi_linear.cpu.quantized import CpuQuantization
+
+            vllm_config.quant_config = CpuQuantization(self.sizes)
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from decode_kernels import interface
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.fused_moe_configs import use_tables
+from vllm_kimi_linear.stored_weights import weight_of
 from vllm_kimi_linear.warmup import expert_warmup
 
 
@@ -50,9 +51,9 @@ class GatedMlp(nn.Module):
         """`forward` behind the residual's addition and `norm`, in a step that `DecodeStep` takes; and the residual."""
         kernels = interface.kernels(hidden_states.device.type)
         gate_up, residual = kernels.norm_linear(
-            hidden_states, residual, norm.weight, self.gate_up_proj.weight, norm.variance_epsilon
+            hidden_states, residual, norm.weight, weight_of(self.gate_up_proj), norm.variance_epsilon
         )
-        return all_reduce(kernels.linear(self.activation(gate_up), self.down_proj.weight)), residual
+        return all_reduce(kernels.linear(self.activation(gate_up), weight_of(self.down_proj))), residual
 
 
 class MixtureOfExperts(nn.Module):
@@ -131,7 +132,7 @@ class MixtureOfExperts(nn.Module):
             norm.variance_epsilon,
             self.gate.weight,
             self.gate.e_score_correction_bias,
-            shared and shared.gate_up_proj.weight,
+            None if shared is None else weight_of(shared.gate_up_proj),
             self.routed,
             top_k=self.top_k,
             renormalize=self.renormalize,
@@ -139,11 +140,11 @@ class MixtureOfExperts(nn.Module):
         )
         out = kernels.experts(
             normed,
-            routed.w13_weight,
-            routed.w2_weight,
+            weight_of(routed, "w13_weight"),
+            weight_of(routed, "w2_weight"),
             ids,
             weights,
             shared_acts,
-            shared and shared.down_proj.weight,
+            None if shared is None else weight_of(shared.down_proj),
         )
         return all_reduce(out), residual

@@ -16,7 +16,7 @@ from vllm_kimi_linear import ARCHITECTURE, __version__
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
-from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_device
 from vllm_kimi_linear.log import logger
 from vllm_kimi_linear.patches.patch import serve_ours
 from vllm_kimi_linear.supported import install_check, versions
@@ -34,8 +34,7 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
             logger.warning_once("Kimi Linear: %s.", versions.unsupported())
         else:
             serve_ours()
-        if device == "cpu":
-            check_cpu(sizes)
+        check_device(sizes, device)
         check_cache_dtypes(cache.cache_dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype, device)
         check_flags(vllm_config, states=bool(sizes.kda_layers))
         check_tokenizer(vllm_config.model_config)

@@ -10,16 +10,10 @@ from torch import nn
 
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.config.parameters import held_as, parameter_of, stored_as
+from vllm_kimi_linear.config.quantization import Scheme
 from vllm_kimi_linear.log import logger
-
-# Parts of a mixer's input projection, of the gates' second factors and of the packed convolution, as they lie there.
-MLA_IN_PROJ = ("q_proj", "kv_a_proj_with_mqa")
-KDA_IN_PROJ = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
-GATES_B = ("f_b_proj", "g_b_proj")
-CONV = ("q_conv1d", "k_conv1d", "v_conv1d")
-GATE_UP = ("gate_proj", "up_proj")
-EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
-
+from vllm_kimi_linear.stored_weights import plain, row_scales
 
 # A buffer that older code saved; nothing here rotates.
 SPARE = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -35,51 +29,43 @@ class WeightError(ValueError):
 class Target:
     """Where one checkpoint tensor goes: a parameter of the model, the shapes it may have, its loader's arguments."""
 
-    parameter: str
+    parameter: str  # "": it only says what another one's shape is
     shapes: tuple[tensors.Shape, ...]
     arguments: tuple[object, ...] = ()
+    part: tuple[str, str, Scheme] | None = None  # of the plain weight of a name: which of its two tensors, how stored
+    scales: tuple[Scheme, int] | None = None  # those of so many rows
 
 
 @cache  # a trainer may send tensors one by one
 def targets(model_sizes: ModelSizes) -> dict[str, Target]:
-    """The target of every tensor of the original layout, by checkpoint name."""
-    table = {}
+    """The target of every tensor of the checkpoint, by its name there."""
+    table, held = {}, held_as(model_sizes)
     for weight in tensors.weights(model_sizes):
-        kda = weight.layer is not None and model_sizes.layer_types[weight.layer] == "kda"
-        parameter, arguments = _parameter(weight.name, kda)
-        shapes: tuple[tensors.Shape, ...] = (weight.shape,)
-        if weight.name.endswith("A_log"):
-            shapes += ((model_sizes.kda_heads,),)
-        table[weight.name] = Target(parameter, shapes, arguments)
+        parameter, arguments = parameter_of(weight, model_sizes)
+        scheme = stored_as(weight, model_sizes)
+        if scheme is None:
+            shapes: tuple[tensors.Shape, ...] = (weight.shape,)
+            if weight.name.endswith("A_log"):
+                shapes += ((model_sizes.kda_heads,),)
+            table[weight.name] = Target(parameter, shapes, arguments)
+            continue
+        rows, columns = weight.shape
+        for suffix, (shape, _) in scheme.tensors(rows, columns).items():
+            name = weight.name.removesuffix("weight") + suffix
+            if suffix == "weight_shape":
+                table[name] = Target("", (weight.shape,))
+            elif held[parameter] is None:
+                table[name] = Target(parameter, (shape,), arguments, (weight.name, suffix, scheme))
+            else:
+                stored = parameter.removesuffix("weight") + suffix
+                own = tuple(stored if argument == parameter else argument for argument in arguments)
+                table[name] = Target(stored, (shape,), own, scales=(scheme, rows) if suffix == "weight_scale" else None)
     return table
 
 
 def other_names(table: dict[str, Target]) -> dict[str, str]:
     """Names that transformers saves tensors under -> those of `table`: a dense feed-forward as block_sparse_moe."""
     return {name.replace(".mlp.", ".block_sparse_moe."): name for name in table if ".mlp." in name}
-
-
-def _parameter(name: str, kda: bool) -> tuple[str, tuple[object, ...]]:
-    """Parameter and loader arguments of one tensor; the projections of a mixer's input are packed."""
-    expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w[123])\.weight", name)
-    if expert:
-        parameter = f"{expert[1]}.routed_experts.{EXPERTS[expert[3]]}"
-        return parameter, (parameter, expert[3], int(expert[2]))
-    stem, _, _ = name.removesuffix(".weight").rpartition(".")
-    part = name.removesuffix(".weight").removeprefix(f"{stem}.")
-    if part in GATE_UP:
-        return f"{stem}.gate_up_proj.weight", (GATE_UP.index(part),)
-    in_proj = KDA_IN_PROJ if kda else MLA_IN_PROJ
-    if stem.endswith("self_attn") and part in in_proj:
-        return f"{stem}.in_proj.weight", (in_proj.index(part),)
-    if kda and stem.endswith("self_attn"):
-        if part in GATES_B:
-            return f"{stem}.gates_b", (GATES_B.index(part),)
-        if part in CONV:
-            return f"{stem}.conv_weight", (CONV.index(part),)
-        if part == "o_norm":
-            return f"{stem}.o_norm_weight", ()
-    return name, ()
 
 
 def load(
@@ -94,6 +80,7 @@ def load(
     others = other_names(table)
     parameters = dict(model.named_parameters())
     missing, loaded = set(table), set()
+    parts: dict[str, dict[str, torch.Tensor]] = {}  # of weights that come in several tensors and are held in one
     for name, tensor in weights:
         if SPARE.fullmatch(name):
             logger.info_once("Skipping rotary_emb.inv_freq of the checkpoint: this model rotates nothing")
@@ -105,17 +92,28 @@ def load(
             if RUNNING.fullmatch(name):
                 remedy = "save the model by transformers' save_pretrained, in the original layout"
             raise WeightError(f"checkpoint tensor {name} is not part of this model: {remedy}")
-        if tuple(tensor.shape) not in target.shapes:
+        found = tuple(tensor.shape if target.parameter else tensor.tolist())
+        if found not in target.shapes:
             wanted = " or ".join(str(list(shape)) for shape in target.shapes)
             raise WeightError(
-                f"checkpoint tensor {name} has shape {list(tensor.shape)} where config.json asks for {wanted}: "
-                "correct the sizes in config.json or use the checkpoint they belong to"
+                f"checkpoint tensor {name} {'has shape' if target.parameter else 'is'} {list(found)} where config.json "
+                f"asks for {wanted}: correct the sizes in config.json or use the checkpoint they belong to"
             )
         if original not in missing:
             raise WeightError(f"checkpoint tensor {name} is stored twice: remove one of the two")
         missing.discard(original)
+        if target.part is not None:
+            weight, suffix, scheme = target.part
+            gathered = parts.setdefault(weight, {})
+            gathered[suffix] = tensor
+            if len(gathered) < 2:
+                continue
+            tensor = plain(scheme, parts.pop(weight))
         if target.parameter in parameters:  # else another pipeline stage holds its layer
-            _load_one(parameters[target.parameter], tensor, target.arguments)
+            parameter = parameters[target.parameter]
+            if target.scales is not None and hasattr(parameter, "has_row_scales"):
+                tensor = row_scales(target.scales[0], tensor, target.scales[1])
+            _load_one(parameter, tensor, target.arguments)
             loaded.add(target.parameter)
     if whole and missing:
         first, more = min(missing), len(missing) - 1

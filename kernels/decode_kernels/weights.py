@@ -13,8 +13,8 @@ class QuantizedWeight:
     """[..., N, K]: what is stored, times its scales.
 
     values: float8_e4m3fn or int8 [..., N, K]; or int32 [..., N, K / 8], each with eight 4-bit integers above -8, the
-    first in its lowest bits. scales: fp32 [..., N, G], row n's for columns k with k // group = g; `group`, a power of two
-    of 16 or more, is at least K where a row has one scale. All contiguous. Raises ValueError for any other.
+    first in its lowest bits. scales: fp32 [..., N, G], row n's for columns k with k // group = g; `group` is a power of
+    two of 16 or more, and at least K where a row has one scale. All contiguous. Raises ValueError for any other.
     """
 
     values: Tensor
@@ -23,7 +23,9 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         if self.values.dtype not in (torch.float8_e4m3fn, torch.int8, torch.int32):
-            raise ValueError(f"values are {self.values.dtype}; give float8_e4m3fn, int8, or int32 of eight integers each")
+            raise ValueError(
+                f"values are {self.values.dtype}; give float8_e4m3fn, int8, or int32 of eight integers each"
+            )
         if self.scales.dtype != torch.float32 or not (self.scales.is_contiguous() and self.values.is_contiguous()):
             raise ValueError("give contiguous values and scales, scales in float32")
         if self.group < 16 or self.group & (self.group - 1):

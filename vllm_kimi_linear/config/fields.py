@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.config.quantization import FIELD, Quantization
 
 # The kernels tile a head by powers of two, and tensor cores need at least 16.
 KDA_HEAD_DIMS = (16, 32, 64, 128)
@@ -46,6 +47,7 @@ def checked_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "layer_moe": moe,
         "rms_norm_eps": _positive_number(config, "rms_norm_eps"),
         "tied_embeddings": _flag(config, "tie_word_embeddings", False),
+        "quantization": None if (found := config.get(FIELD)) is None else Quantization.from_config(found),
         **_mla_fields(config),
         **(_kda_fields(config) if "kda" in kinds else {}),
         **({} if all(moe) else {"intermediate_size": _positive(config, "intermediate_size")}),
@@ -143,12 +145,6 @@ def _check_fixed_fields(config: Mapping[str, Any]) -> None:
         if config.get(name) not in values:
             wanted = " or ".join("unset" if v is None else str(v).lower() for v in values)
             raise ConfigError(f"{name} is {config[name]!r}; that is not implemented, it must be {wanted}")
-    if (quantised := config.get("quantization_config")) is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ConfigError(
-            f"quantization_config is of {method!r}; quantised checkpoints are not implemented for this model, "
-            "serve the one in bfloat16"
-        )
     _only(config, "hidden_act", "silu", "only 'silu' is implemented")
     _only(config, "mla_use_nope", True, "it must be true, attention with rotary positions is not implemented")
     # rope_theta alone rotates nothing. A scaling rule may also change the softmax scale, so it is not harmless.

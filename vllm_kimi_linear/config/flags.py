@@ -35,7 +35,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
-        ("quantization", model.quantization, (None,), unset),
+        ("quantization", model.quantization, (None, "compressed-tensors"), unset),
         ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
         ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),

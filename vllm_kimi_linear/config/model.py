@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.fields import checked_fields, original_keys
+from vllm_kimi_linear.config.quantization import FIELD, Quantization
 
 CPU_LATENT = (512, 64)
 # The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
@@ -31,6 +32,7 @@ class ModelSizes:
     kv_lora_rank: int
     rms_norm_eps: float
     tied_embeddings: bool  # the output matrix is the embedding
+    quantization: Quantization | None = None
     # Without KDA layers.
     kda_heads: int = 0
     kda_head_dim: int = 0  # K = V
@@ -83,8 +85,12 @@ class ModelSizes:
         return cls.from_config(hf_config.to_dict())
 
 
-def check_cpu(model_sizes: ModelSizes) -> None:
-    """Raises ConfigError if the CPU's MLA kernel cannot hold this model's latent."""
+def check_device(model_sizes: ModelSizes, device: str) -> None:
+    """Raises ConfigError for what the device, "cpu" or "cuda", does not serve: latents, weights as they are stored."""
+    if device != "cpu":
+        if model_sizes.quantization is not None:
+            raise ConfigError(f"{FIELD} is given; on GPUs only a checkpoint in bfloat16 is served so far, choose one")
+        return
     for name, needed in zip(("kv_lora_rank", "qk_rope_head_dim"), CPU_LATENT, strict=True):
         found = getattr(model_sizes, name)
         if found != needed:

@@ -20,6 +20,13 @@ class Weight:
     layer: int | None = None  # None for embedding, final norm and output matrix
     fp32: bool = False  # stored in fp32 whatever the model's dtype
 
+    @property
+    def linear_layer(self) -> str | None:
+        """Its layer's name where it is the matrix of a linear layer, which a checkpoint may quantise."""
+        stem, _, kind = self.name.rpartition(".")
+        others = stem.endswith("embed_tokens") or stem.endswith(".gate")  # the router is a module of its own
+        return stem if kind == "weight" and len(self.shape) == 2 and not others else None
+
 
 def weights(model_sizes: ModelSizes) -> Iterator[Weight]:
     """Every tensor of the original checkpoint, whole shapes (docs/kda.md sections 1 and 9)."""

@@ -13,7 +13,7 @@ from kimi_server.planner.gpus import Machine
 from kimi_server.planner.sizes import gib
 from vllm_kimi_linear.cache.layout import longest_context
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_cpu
+from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_device
 from vllm_kimi_linear.config.parallel import ParallelSizes
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
@@ -118,8 +118,7 @@ def _layouts(request: Request, machine: Machine) -> tuple[Layout, ...]:
         try:
             model_sizes = ModelSizes.from_config(request.config)
             ParallelSizes(ranks).check(model_sizes)
-            if machine.device == "cpu":
-                check_cpu(model_sizes)
+            check_device(model_sizes, machine.device)
         except ConfigError as error:
             refusals.append(error)
             continue

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from math import prod
 
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.config.parameters import held_as, parameter_of, stored_as
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES, weights
 
 
@@ -20,5 +21,10 @@ def weight_bytes(
             beside = {last}
         if layers is None or not beside.isdisjoint(layers):
             ranks = tensor_parallel if w.split else 1
-            total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
+            scheme = stored_as(w, model_sizes)
+            if scheme is None or held_as(model_sizes)[parameter_of(w, model_sizes)[0]] is None:
+                total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
+                continue
+            rows, columns = w.shape
+            total += sum(prod(shape) * size // ranks for shape, size in scheme.tensors(rows, columns).values())
     return total

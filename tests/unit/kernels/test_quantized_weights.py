@@ -63,7 +63,10 @@ class Layer:
         self.x, self.residual = (draw(TOKENS, K, dtype=dtype, seed=seed) for seed in (1, 2))
         self.norm, self.gate = draw(K, dtype=dtype), draw(EXPERTS, K, dtype=torch.float32)
         self.weight = stored(37, K, kind=kind, seed=3)
-        self.up, self.down = stored(EXPERTS, 2 * INTER, K, kind=kind, seed=4), stored(EXPERTS, K, INTER, kind=kind, seed=5)
+        self.up, self.down = (
+            stored(EXPERTS, 2 * INTER, K, kind=kind, seed=4),
+            stored(EXPERTS, K, INTER, kind=kind, seed=5),
+        )
         self.shared_up, self.shared_down = stored(2 * INTER, K, kind=kind, seed=6), stored(K, INTER, kind=kind, seed=7)
         self.acts = draw(TOKENS, INTER, dtype=dtype, seed=8)
         generator = torch.Generator().manual_seed(9)
@@ -115,4 +118,4 @@ def test_a_number_stands_for_what_torch_says(kind: tuple[torch.dtype, int], isa:
 def test_what_is_no_quantized_weight_is_refused(change: dict[str, object], words: str) -> None:
     right = {"values": torch.zeros(4, 64, dtype=torch.int8), "scales": torch.ones(4, 2), "group": 32}
     with pytest.raises(ValueError, match=words):
-        QuantizedWeight(**(right | change))  # type: ignore[arg-type]
+        QuantizedWeight(**(right | change))
