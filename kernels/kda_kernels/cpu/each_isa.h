@@ -6,7 +6,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KDA_DISPATCH 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")
 #define KDA(name) kda_avx512_##name
 #define WIDTH 16
 #define KDA_AVX512
@@ -16,7 +16,7 @@
 #undef KDA
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define KDA(name) kda_avx2_##name
 #define WIDTH 8
 #define KDA_AVX2

@@ -8,32 +8,63 @@
 
 #include "vector.h"
 
-/* WIDTH elements of a row from column k on; `kind` is that of w. */
-INLINE vec KDA(weight)(const matrix *w, int kind, int64_t row, int64_t k) {
+/* WIDTH elements of a row from column k on, without their scale; `kind` is that of w. */
+INLINE vec KDA(stored)(const matrix *w, int kind, int64_t row, int64_t k) {
     const int64_t at = row * w->stride + k;
     if (kind == FP32 || kind == BF16) return KDA(read)(w->data, at, kind == BF16);
-    const vec stored = kind == FP8    ? KDA(read_fp8)(w->data + at)
-                       : kind == INT8 ? KDA(read_int8)(w->data + at)
-                                      : KDA(read_int4)(w->data + at / 2);
-    return stored * w->scales[row * w->scale_stride + (k >> w->shift)];
+    return kind == FP8    ? KDA(read_fp8)(w->data + at)
+           : kind == INT8 ? KDA(read_int8)(w->data + at)
+                          : KDA(read_int4)(w->data + at / 2);
+}
+
+INLINE vec KDA(scale)(const matrix *w, int64_t row, int64_t k) {
+    return KDA(splat)(w->scales[row * w->scale_stride + (k >> w->shift)]);
+}
+
+/* Where the columns that share a scale with column k end. */
+INLINE int64_t KDA(group_end)(const matrix *w, int kind, int64_t k, int64_t end) {
+    if (kind < FP8) return end;
+    const int64_t next = ((k >> w->shift) + 1) << w->shift;
+    return next < end ? next : end;
 }
 
 /* Rows of W times tokens: sums[token][row] += over columns from k to end. */
 INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t k, int64_t end, int rows, int tokens,
                       vec (*sums)[ROWS]) {
-    vec s[6][ROWS];
+    vec s[6][ROWS], scales[ROWS];
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) s[t][r] = sums[t][r];
-    for (; k < end; k += WIDTH) {
-        vec xs[6];
-        for (int t = 0; t < tokens; t++) xs[t] = KDA(load)(x[t] + k);
-        for (int r = 0; r < rows; r++) {
-            const vec weight = KDA(weight)(w, kind, r, k);
-            for (int t = 0; t < tokens; t++) s[t][r] = KDA(fma)(weight, xs[t], s[t][r]);
+    while (k < end) {
+        const int64_t group = KDA(group_end)(w, kind, k, end);
+        if (kind >= FP8)
+            for (int r = 0; r < rows; r++) scales[r] = KDA(scale)(w, r, k);
+        for (; k < group; k += WIDTH) {
+            vec xs[6];
+            for (int t = 0; t < tokens; t++) xs[t] = KDA(load)(x[t] + k);
+            for (int r = 0; r < rows; r++) {
+                vec weight = KDA(stored)(w, kind, r, k);
+                if (kind >= FP8) weight *= scales[r];
+                for (int t = 0; t < tokens; t++) s[t][r] = KDA(fma)(weight, xs[t], s[t][r]);
+            }
         }
     }
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) sums[t][r] = s[t][r];
+}
+
+/* Columns k to end of rows of W in fp32, DEPTH apart. What comes next is fetched meanwhile. */
+INLINE void KDA(widen_rows)(const matrix *w, int kind, int64_t k, int64_t end, int rows, float *wide) {
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = k; i < end;) {
+            const int64_t group = KDA(group_end)(w, kind, i, end);
+            vec scale = {0};
+            if (kind >= FP8) scale = KDA(scale)(w, r, i);
+            for (; i < group; i += WIDTH) {
+                const vec weight = KDA(stored)(w, kind, r, i);
+                __builtin_prefetch(w->data + bytes_of(kind, r * w->stride + i + DEPTH));
+                KDA(store)(wide + r * DEPTH + i - k, kind >= FP8 ? (vec)(weight * scale) : weight);
+            }
+        }
 }
 
 /* As many tokens at once as registers hold sums of. */
@@ -56,6 +87,13 @@ INLINE matrix KDA(from)(const matrix *w, int kind, int64_t row, int64_t column) 
     return part;
 }
 
+/* Of ROWS rows in fp32, by itself: each kind of weights would have this loop once more, and in the longest functions
+ * compilers no longer keep its sums in registers. */
+static __attribute__((noinline)) void KDA(widened_tiles)(const float *const *x, int tokens, const matrix *w, int64_t end,
+                                                         vec (*sums)[ROWS]) {
+    KDA(tiles)(x, tokens, w, FP32, 0, end, ROWS, sums);
+}
+
 INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, int kind, int64_t width, int rows,
                           float (*y)[ROWS]) {
     vec sums[TOKENS][ROWS];
@@ -64,21 +102,17 @@ INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, in
     const int64_t whole = width - width % WIDTH;
     for (int64_t k = 0; k < whole; k += DEPTH) {
         const int64_t end = k + DEPTH < whole ? k + DEPTH : whole;
-        if (kind == FP32 || tokens < 2 * 3) {
+        if (kind == FP32 || tokens < (kind == BF16 ? 2 * 3 : 2)) {
             KDA(tiles)(x, tokens, w, kind, k, end, rows, sums);
             continue;
         }
         float wide[ROWS * DEPTH]; /* for several tokens a weight is widened once */
         const matrix widened = {(const char *)wide, 0, FP32, DEPTH, 0, 0};
         const float *piece[TOKENS];
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = k; i < end; i += WIDTH) {
-                /* the next piece, or rows', while this multiplies */
-                __builtin_prefetch(w->data + bytes_of(kind, r * w->stride + i + DEPTH));
-                KDA(store)(wide + r * DEPTH + i - k, KDA(weight)(w, kind, r, i));
-            }
+        KDA(widen_rows)(w, kind, k, end, rows, wide);
         for (int t = 0; t < tokens; t++) piece[t] = x[t] + k;
-        KDA(tiles)(piece, tokens, &widened, FP32, 0, end - k, rows, sums);
+        if (rows == ROWS) KDA(widened_tiles)(piece, tokens, &widened, end - k, sums);
+        else KDA(tiles)(piece, tokens, &widened, FP32, 0, end - k, rows, sums);
     }
     if (whole < width) { /* the last columns, behind which there may be nothing */
         char rest[ROWS * WIDTH * 4] = {0};
