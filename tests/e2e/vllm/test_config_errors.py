@@ -10,7 +10,7 @@ from tests.support.starts import REMOVED, Refused, check_refused, linear, outcom
 
 
 def compressed(name: str) -> dict[str, Any]:
-    """The quantization_config that compressed-tensors writes for a scheme."""
+    """The quantization_config that compressed-tensors has for a scheme before anything is stored."""
     scheme = preset_name_to_scheme(name, ["Linear"])
     return QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]).model_dump(mode="json")
 
@@ -56,13 +56,8 @@ REFUSED: Refused = {
     "MLA output gate": ({"mla_use_output_gate": True}, {}, "mla_use_output_gate", "True"),
     "quantised checkpoint": ({"quantization_config": GPTQ}, {}, "quantization_config", "gptq"),
     **{
-        f"quantised checkpoint, {name}": (
-            {"quantization_config": compressed(name)},
-            {},
-            "quantization_config",
-            "compressed-tensors",
-        )
-        for name in ("W4A16", "FP8_BLOCK", "FP8_DYNAMIC")
+        f"quantised checkpoint, {name}": ({"quantization_config": compressed(name)}, {}, "quantization_config", word)
+        for name, word in {"FP8_BLOCK": "fakequant", "NVFP4A16": "float of 4 bits", "W4A16_ASYM": "symmetric"}.items()
     },
     "overridden field": ({}, {"hf_overrides": {"q_lora_rank": 5}}, "q_lora_rank", "5"),
 }
