@@ -12,7 +12,7 @@ def weight_bytes(
     model_sizes: ModelSizes, dtype: str, layers: Collection[int] | None = None, tensor_parallel: int = 1
 ) -> int:
     """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total, last = 0, model_sizes.num_layers - 1
+    total, last, held = 0, model_sizes.num_layers - 1, held_as(model_sizes)
     for w in weights(model_sizes):
         beside = {w.layer}
         if w.name.startswith("model.embed_tokens"):
@@ -22,7 +22,7 @@ def weight_bytes(
         if layers is None or not beside.isdisjoint(layers):
             ranks = tensor_parallel if w.split else 1
             scheme = stored_as(w, model_sizes)
-            if scheme is None or held_as(model_sizes)[parameter_of(w, model_sizes)[0]] is None:
+            if scheme is None or held[parameter_of(w, model_sizes)[0]] is None:
                 total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
                 continue
             rows, columns = w.shape
