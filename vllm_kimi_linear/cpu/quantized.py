@@ -21,9 +21,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.utils import set_weight_attrs
 
 from decode_kernels import interface
+from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as
-from vllm_kimi_linear.config.quantization import Scheme
+from vllm_kimi_linear.config.quantization import FIELD, Scheme
 from vllm_kimi_linear.stored_weights import quantized
 
 VALUES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "packed4": torch.int32, "packed8": torch.int32}
@@ -34,6 +35,12 @@ class CpuQuantization(CompressedTensorsConfig):
 
     def __init__(self, model_sizes: ModelSizes) -> None:
         super().__init__({}, [], "")
+        try:
+            interface.kernels("cpu")
+        except ImportError as error:
+            raise ConfigError(
+                f"{FIELD} needs the C kernels: install again where there is a C compiler ({error})"
+            ) from None
         self.held_as = held_as(model_sizes)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:

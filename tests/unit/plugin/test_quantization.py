@@ -14,6 +14,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import ModelSizes, check_device
 from vllm_kimi_linear.config.parameters import held_as
 from vllm_kimi_linear.config.quantization import Quantization, Scheme
+from vllm_kimi_linear.cpu import quantized
 from vllm_kimi_linear.weights import WeightError, load, targets
 
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -166,3 +167,12 @@ SHAPE = "model.layers.3.block_sparse_moe.experts.7.w1.weight_shape"
 def test_a_scale_too_many_too_few_or_misshapen_names_itself(name: str, tensor: torch.Tensor, words: str) -> None:
     with pytest.raises(WeightError, match=words):
         load(torch.nn.Module(), sizes(EXPERTS), [(name, tensor)])
+
+
+def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch):
+    def missing(device: str) -> None:
+        raise ImportError(f"no kernels for {device}")
+
+    monkeypatch.setattr(quantized.interface, "kernels", missing)
+    with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
+        quantized.CpuQuantization(sizes(EXPERTS))
