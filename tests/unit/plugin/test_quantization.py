@@ -173,6 +173,6 @@ def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch
     def missing(device: str) -> None:
         raise ImportError(f"no kernels for {device}")
 
-    monkeypatch.setattr(quantized.interface, "kernels", missing)
+    monkeypatch.setattr("decode_kernels.interface.kernels", missing)
     with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
         quantized.CpuQuantization(sizes(EXPERTS))
