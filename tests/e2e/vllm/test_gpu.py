@@ -39,6 +39,11 @@ WAYS = {
         "--num-gpu-blocks-override=25",  # one sequence of the full length needs 23
         "--no-enable-prefix-caching",
     ),
+    "graphs, short of blocks": (
+        "--max-num-seqs=32",
+        "--num-gpu-blocks-override=25",
+        "--no-enable-prefix-caching",
+    ),
     "drafts": (NGRAM, "--no-enable-prefix-caching"),
     "drafts, prefixes kept": (NGRAM, "--enable-prefix-caching"),
     "drafts, prefixes kept, chunks of few blocks": (
