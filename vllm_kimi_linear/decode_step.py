@@ -37,8 +37,6 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
             return f"the C kernels do not take {model.dtype} and {sizes.kv_lora_rank} latent channels on this processor"
     elif model.dtype != torch.bfloat16:
         return f"they take bfloat16, not {model.dtype}"
-    if vllm_config.quant_config is not None and not cpu:
-        return "they do not take quantised weights"
     if vllm_config.lora_config is not None:
         return "they do not take LoRA"
     if vllm_config.num_speculative_tokens:
@@ -53,7 +51,7 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     name, reason = interface.describe(device, model.dtype, sizes.kda_head_dim, state)
     if name != device:
         return reason
-    if others := set(moe_backends) - ({"CPU", "QuantizedExperts"} if cpu else {"TRITON"}):
+    if others := set(moe_backends) - ({"CPU", "QuantizedExperts"} if cpu else {"TRITON", "VLLM_CUTLASS"}):
         return f"they take experts as a checkpoint has them, not as {min(others)}"
     return None
 

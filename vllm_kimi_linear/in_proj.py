@@ -8,7 +8,7 @@ from vllm.distributed import divide, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
-ROW_MULTIPLE = 8  # elements
+ROW_MULTIPLE = 16  # elements: 32 bytes, and what fp8 products ask for
 
 
 class Parts(TypedDict):
@@ -22,7 +22,7 @@ class InputProjection(MergedColumnParallelLinear):
     """x -> its parts, side by side, in one GEMM.
 
     The weights of what each rank needs whole are repeated once a rank before they are split. Where the parts leave a
-    row that does not end on 16 bytes (4 heads), zeros are appended: GEMMs and kernels then read whole vectors.
+    row that is no multiple of 16 elements (4 heads), zeros are appended: GEMMs and kernels then read whole vectors.
     """
 
     def __init__(self, hidden_size: int, parts: Parts, quant_config: QuantizationConfig | None, prefix: str) -> None:

@@ -21,15 +21,15 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from decode_kernels import interface
 from vllm_kimi_linear import validation, weights
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.decode_products import linear, norm_linear
 from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
-from vllm_kimi_linear.stored_weights import weight_of
+from vllm_kimi_linear.quantized import quantization
 
 
 class KimiDecoderLayer(nn.Module):
@@ -61,12 +61,9 @@ class KimiDecoderLayer(nn.Module):
 
     def decode(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` of a step that `DecodeStep` takes."""
-        kernels = interface.kernels(hidden_states.device.type)
-        mixer, norm = self.self_attn, self.input_layernorm
-        projected, residual = kernels.norm_linear(
-            hidden_states, residual, norm.weight, weight_of(mixer.in_proj), norm.variance_epsilon
-        )
-        mixed = kernels.linear(mixer.decode(projected), weight_of(mixer.o_proj))
+        mixer = self.self_attn
+        projected, residual = norm_linear(hidden_states, residual, self.input_layernorm, mixer.in_proj)
+        mixed = linear(mixer.decode(projected), mixer.o_proj)
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward.decode(all_reduce(mixed), residual, self.post_attention_layernorm)
 
@@ -127,10 +124,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         super().__init__()
         self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
-        if current_platform.is_cpu() and self.sizes.quantization:
-            from vllm_kimi_linear.cpu.quantized import CpuQuantization
-
-            vllm_config.quant_config = CpuQuantization(self.sizes)
+        if self.sizes.quantization:
+            vllm_config.quant_config = quantization(self.sizes, vllm_config.quant_config)
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:
@@ -165,7 +160,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, checkpoint: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return weights.load(self, self.sizes, checkpoint, whole=not self.serving)
+        return weights.load(self, self.sizes, checkpoint, device=current_platform.device_type, whole=not self.serving)
 
     def process_weights_after_loading(self) -> None:
         """vLLM calls it once, after the first load; what is loaded later may come from a trainer, in pieces."""

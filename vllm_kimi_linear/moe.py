@@ -16,8 +16,8 @@ from vllm.platforms import current_platform
 
 from decode_kernels import interface
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.decode_products import linear, norm_linear, weight_of
 from vllm_kimi_linear.fused_moe_configs import use_tables
-from vllm_kimi_linear.stored_weights import weight_of
 from vllm_kimi_linear.warmup import expert_warmup
 
 
@@ -49,11 +49,8 @@ class GatedMlp(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` behind the residual's addition and `norm`, in a step that `DecodeStep` takes; and the residual."""
-        kernels = interface.kernels(hidden_states.device.type)
-        gate_up, residual = kernels.norm_linear(
-            hidden_states, residual, norm.weight, weight_of(self.gate_up_proj), norm.variance_epsilon
-        )
-        return all_reduce(kernels.linear(self.activation(gate_up), weight_of(self.down_proj))), residual
+        gate_up, residual = norm_linear(hidden_states, residual, norm, self.gate_up_proj)
+        return all_reduce(linear(self.activation(gate_up), self.down_proj)), residual
 
 
 class MixtureOfExperts(nn.Module):
@@ -112,8 +109,8 @@ class MixtureOfExperts(nn.Module):
     def backend(self) -> str:
         """vLLM's name of what runs the experts, or of their quantisation's method."""
         method = self.experts.routed_experts.quant_method
-        chosen = getattr(method, "unquantized_backend", None)
-        return chosen.value if chosen else type(method).__name__
+        chosen = [getattr(method, f"{kind}_backend", None) for kind in ("unquantized", "fp8", "wna16")]
+        return next((backend.value for backend in chosen if backend), type(method).__name__)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x)
@@ -125,6 +122,9 @@ class MixtureOfExperts(nn.Module):
         """As `GatedMlp.decode`."""
         kernels = interface.kernels(hidden_states.device.type)
         shared, routed = self.shared_experts, self.experts.routed_experts
+        up, down = (None, None) if shared is None else map(weight_of, (shared.gate_up_proj, shared.down_proj))
+        if apart := up is None or down is None:  # the shared expert by its own layers, if there is one
+            up = down = None
         normed, residual, ids, weights, shared_acts = kernels.router(
             hidden_states,
             residual,
@@ -132,7 +132,7 @@ class MixtureOfExperts(nn.Module):
             norm.variance_epsilon,
             self.gate.weight,
             self.gate.e_score_correction_bias,
-            None if shared is None else weight_of(shared.gate_up_proj),
+            up,
             self.routed,
             top_k=self.top_k,
             renormalize=self.renormalize,
@@ -145,6 +145,8 @@ class MixtureOfExperts(nn.Module):
             ids,
             weights,
             shared_acts,
-            None if shared is None else weight_of(shared.down_proj),
+            down,
         )
+        if apart and shared is not None:
+            out += linear(shared.activation(linear(normed, shared.gate_up_proj)), shared.down_proj)
         return all_reduce(out), residual

@@ -13,7 +13,7 @@ from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as, parameter_of, stored_as
 from vllm_kimi_linear.config.quantization import Scheme
 from vllm_kimi_linear.log import logger
-from vllm_kimi_linear.stored_weights import plain, row_scales
+from vllm_kimi_linear.quantized.weights import plain, row_scales
 
 # A buffer that older code saved; nothing here rotates.
 SPARE = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -37,9 +37,9 @@ class Target:
 
 
 @cache  # a trainer may send tensors one by one
-def targets(model_sizes: ModelSizes) -> dict[str, Target]:
+def targets(model_sizes: ModelSizes, device: str = "cpu") -> dict[str, Target]:
     """The target of every tensor of the checkpoint, by its name there."""
-    table, held = {}, held_as(model_sizes)
+    table, held = {}, held_as(model_sizes, device)
     for weight in tensors.weights(model_sizes):
         parameter, arguments = parameter_of(weight, model_sizes)
         scheme = stored_as(weight, model_sizes)
@@ -69,14 +69,19 @@ def other_names(table: dict[str, Target]) -> dict[str, str]:
 
 
 def load(
-    model: nn.Module, model_sizes: ModelSizes, weights: Iterable[tuple[str, torch.Tensor]], *, whole: bool = True
+    model: nn.Module,
+    model_sizes: ModelSizes,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    device: str = "cpu",
+    whole: bool = True,
 ) -> set[str]:
     """Load `weights`, of a whole checkpoint or not, into `model`; return the names of the parameters written.
 
     Tensors of pipeline stages held elsewhere are checked and skipped. Raises WeightError, naming the tensor,
     for one that the config does not call for, one whose shape is wrong, one stored twice, or one that is missing.
     """
-    table = targets(model_sizes)
+    table = targets(model_sizes, device)
     others = other_names(table)
     parameters = dict(model.named_parameters())
     missing, loaded = set(table), set()

@@ -6,7 +6,7 @@ serves the 48B's config (benchmarks/config_48b.json) with random weights once fo
 rows of the run, the most telling first, and keeps every figure as it comes: in --results, and in the table. Begun
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
 none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. The routers are real, with
-weights that spread tokens evenly (`even_routers.py`).
+weights that spread tokens evenly (`even_routers.py`). --weights serves a quantised checkpoint of the same sizes.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import httpx
 from benchmarks import trace
 from benchmarks.common import CONFIG
 from benchmarks.h200.even_routers import SAMPLE, expected
+from benchmarks.h200.quantised import WEIGHTS, quantised
 from benchmarks.h200.results import Results
 from benchmarks.h200.rows import Rows
 from benchmarks.h200.runs import DUMMY, ENV, FLAGS, LAYERS, RUNS, START_LIMIT, model_config
@@ -36,7 +37,7 @@ def serve(name: str, args: argparse.Namespace, results: Results, deadline: float
     rows = results.missing(name, [row for row in run.rows if not args.rows or row in args.rows])
     if not rows:
         return
-    base = json.loads((args.config or CONFIG).read_text())
+    base = json.loads((args.config or CONFIG).read_text()) | quantised(args.weights)
     config = base if args.config else model_config(run, base, args.layers)
     flags = [*DUMMY.split(), *args.flags.split(), *run.flags, f"--tensor-parallel-size={args.gpus}"]
     stem = f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}"
@@ -88,9 +89,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths, for a trial")
     parser.add_argument("--config", type=Path, help="another config.json, for a trial")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bf16", help="how the checkpoint stores them")
     parser.add_argument("--flags", default=FLAGS, help="of every server, in one string")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
+    args.results /= args.weights
     args.results.mkdir(parents=True, exist_ok=True)
     results = Results(args.results, args.layers, args.gpus, args.out, args.note)
     for name in args.only:

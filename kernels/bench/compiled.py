@@ -137,6 +137,7 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, str], Flags, Flags]]]:
     """What is launched meanwhile, in place of running it: (kernel, argument types, launch options, constants)."""
     found = []
     names = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    names |= {torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
 
     def run(kernel: Any, *args: Any, grid: object, warmup: bool, **more: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | more
@@ -155,11 +156,11 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, str], Flags, Flags]]]:
         yield found
 
 
-def decode_steps(tokens: int) -> Iterator[tuple[str, Any, dict[str, str], Flags, Flags]]:
-    """As `variants`, of the kernels of a decode step of the 48B on one rank."""
+def decode_steps(tokens: int, kind: str = "bf16") -> Iterator[tuple[str, Any, dict[str, str], Flags, Flags]]:
+    """As `variants`, of the kernels of a decode step of the 48B on one rank, with weights of a kind."""
     from bench.decode_layer import Layer
 
-    layer = Layer(tokens, 1, "meta")
+    layer = Layer(tokens, 1, "meta", kind)
     for operation, (call, _, _) in layer.calls().items():
         with recorded() as found:
             call()

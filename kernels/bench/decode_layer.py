@@ -1,6 +1,6 @@
 """A decode step's layer in few launches: every kernel alone and the layer as a chain, beside the bytes they read.
 
-PYTHONPATH=kernels python -m bench.decode_layer [--ranks 4] [--tokens 1 2 4] [--tune]
+PYTHONPATH=kernels python -m bench.decode_layer [--ranks 4] [--tokens 1 2 4] [--weights fp8] [--tune]
 """
 
 import argparse
@@ -13,17 +13,39 @@ from torch import Tensor
 from bench.timing import copy_bandwidth, graph_time
 from decode_kernels import cuda
 from decode_kernels.cuda.experts import experts_down, experts_up
+from decode_kernels.weights import QuantizedWeight, Weight
 from kda_kernels.interface import KdaParams, KdaState
 
 HIDDEN, HEADS, DIM, EXPERTS, TOP_K, INTER, CONV, EPS = 2304, 32, 128, 256, 8, 1024, 4, 1e-5
 NOPE, ROPE, VALUE, LATENT, PAGE = 128, 64, 128, 512, 64  # of an MLA layer
 LAYERS = 4  # with weights of their own, more than the second cache holds
+# As public checkpoints have them: all linear layers by channel; the same in blocks, or 4 bits, of experts alone.
+KINDS = ("bf16", "fp8", "fp8-block", "int4")
+
+
+def stored(weight: Tensor, kind: str) -> Weight:
+    """A weight of this kind and shape; its values are any."""
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=weight.device)
+
+    *outer, rows, columns = weight.shape
+    if kind == "fp8":
+        scales = zeros(*outer, rows, 1, dtype=torch.float32)
+        return QuantizedWeight(weight.to(torch.float8_e4m3fn), scales, 1 << (columns - 1).bit_length())
+    if kind == "fp8-block":
+        scales = zeros(*outer, -(-rows // 128), -(-columns // 128), dtype=torch.float32)
+        return QuantizedWeight(weight.to(torch.float8_e4m3fn), scales, 128, 128)
+    if kind == "int4":
+        scales = zeros(*outer, rows, columns // 32, dtype=torch.bfloat16)
+        return QuantizedWeight(weight.view(torch.int32)[..., : columns // 8].contiguous(), scales, 32)
+    return weight
 
 
 class Layer:
     """One KDA layer of the 48B with its experts, of one of `ranks` ranks, and a batch of `tokens` tokens."""
 
-    def __init__(self, tokens: int, ranks: int, device: str = "cuda") -> None:
+    def __init__(self, tokens: int, ranks: int, device: str = "cuda", kind: str = "bf16") -> None:
         def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale).to(dtype)
 
@@ -37,6 +59,11 @@ class Layer:
         self.bias = random(EXPERTS, dtype=torch.float32, scale=0.01)
         self.up, self.down = random(EXPERTS, 2 * inter, HIDDEN, scale=HIDDEN**-0.5), random(EXPERTS, HIDDEN, inter)
         self.shared_up, self.shared_down = random(2 * inter, HIDDEN, scale=HIDDEN**-0.5), random(HIDDEN, inter)
+        self.up, self.down = stored(self.up, kind), stored(self.down, kind)
+        if kind == "fp8":
+            self.in_proj, self.o_proj = stored(self.in_proj, kind), stored(self.o_proj, kind)
+        if kind.startswith("fp8"):
+            self.shared_up, self.shared_down = stored(self.shared_up, kind), stored(self.shared_down, kind)
         self.done = torch.zeros(1, dtype=torch.int32, device=device)
         A_log, dt_bias = random(heads, dtype=torch.float32), random(width, dtype=torch.float32)
         self.params = KdaParams(random(3 * width, CONV), A_log, dt_bias, random(DIM), EPS)
@@ -97,6 +124,8 @@ class Layer:
         """Name -> the call, the bytes that it has to move, the launch options to try. First those of `run`."""
         tokens, used = len(self.x), self.used
         rows = {"BN": (1, 2, 4, 8), "num_warps": (2, 4, 8)}
+        if isinstance(self.up, QuantizedWeight):
+            rows["BN"] = (2, 4, 8, 16)
         state = 2 * tokens * size(self.state.recurrent[0])
         return {
             "in_proj": (self.in_projection, size(self.in_proj), tiles(**rows) if tokens < 3 else []),
@@ -114,15 +143,16 @@ def tiles(**values: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def size(*weights: Weight) -> int:
+    parts = [part for w in weights for part in ((w.values, w.scales) if isinstance(w, QuantizedWeight) else (w,))]
+    return sum(t.numel() * t.element_size() for t in parts)
 
 
-def measure(tokens: int, ranks: int, bandwidth: float, tune: bool) -> None:
-    layers = [Layer(tokens, ranks) for _ in range(LAYERS)]
+def measure(tokens: int, ranks: int, kind: str, bandwidth: float, tune: bool) -> None:
+    layers = [Layer(tokens, ranks, kind=kind) for _ in range(LAYERS)]
     calls = [layer.calls() for layer in layers]
     total = 0.0
-    print(f"\n{tokens} tokens, {ranks} ranks", flush=True)
+    print(f"\n{tokens} tokens, {ranks} ranks, {kind}", flush=True)
     for name, (_, count, ways) in calls[0].items():
         found = []
         for way in [{}, *ways] if tune else [{}]:
@@ -148,7 +178,7 @@ def measure(tokens: int, ranks: int, bandwidth: float, tune: bool) -> None:
     us = graph_time(chain, 3) * 1e6 / LAYERS
     floor = total / bandwidth * 1e6
     print(f"  layer in a chain: {us:.1f} us, floor {floor:.1f} us ({100 * floor / us:.0f}%)", flush=True)
-    for name in ("in_proj", "o_proj"):
+    for name in ("in_proj", "o_proj") if kind == "bf16" else ():
 
         def product(i: int, name: str = name) -> Tensor:
             layer = layers[i % LAYERS]
@@ -161,13 +191,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--weights", nargs="+", choices=KINDS, default=["bf16"])
     parser.add_argument("--tune", action="store_true", help="try other launch options, too")
     args = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
-    for ranks, tokens in itertools.product(args.ranks, args.tokens):
-        measure(tokens, ranks, bandwidth, args.tune)
+    for ranks, kind, tokens in itertools.product(args.ranks, args.weights, args.tokens):
+        measure(tokens, ranks, kind, bandwidth, args.tune)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ INT = {"type": "int", "symmetric": True, "dynamic": False}
 # What public checkpoints have (docs/guide): name -> format, weights, activations.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "fp8 by channel": ("float-quantized", FP8 | {"strategy": "channel"}, TOKEN),
-    "fp8 by block": ("float-quantized", FP8 | {"strategy": "block", "block_structure": [128, 128]}, TOKEN),
+    "fp8 by block": (
+        "float-quantized",
+        FP8 | {"strategy": "block", "block_structure": [128, 128]},
+        TOKEN | {"strategy": "group", "group_size": 128},
+    ),
     "int8": ("int-quantized", INT | {"num_bits": 8, "strategy": "channel"}, TOKEN | {"type": "int"}),
     "int4, groups of 32": ("pack-quantized", INT | {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
     "int4, groups of 16": ("pack-quantized", INT | {"num_bits": 4, "strategy": "group", "group_size": 16}, None),

@@ -12,6 +12,7 @@ from vllm_kimi_linear.config.fields import checked_fields, original_keys
 from vllm_kimi_linear.config.quantization import FIELD, Quantization
 
 CPU_LATENT = (512, 64)
+GPU_FORMS = ("fp8", "packed4")  # of quantised weights
 # The reference leaves the latent norm at its default, which is not the model's rms_norm_eps of 1e-5.
 LATENT_NORM_EPS = 1e-6
 
@@ -88,8 +89,10 @@ class ModelSizes:
 def check_device(model_sizes: ModelSizes, device: str) -> None:
     """Raises ConfigError for what the device, "cpu" or "cuda", does not serve: latents, weights as they are stored."""
     if device != "cpu":
-        if model_sizes.quantization is not None:
-            raise ConfigError(f"{FIELD} is given; on GPUs only a checkpoint in bfloat16 is served so far, choose one")
+        schemes = [scheme for _, scheme in model_sizes.quantization.targets] if model_sizes.quantization else []
+        for scheme in schemes:
+            if scheme.form not in GPU_FORMS:
+                raise ConfigError(f"{FIELD} stores {scheme.form}; on GPUs {' and '.join(GPU_FORMS)} are served")
         return
     for name, needed in zip(("kv_lora_rank", "qk_rope_head_dim"), CPU_LATENT, strict=True):
         found = getattr(model_sizes, name)

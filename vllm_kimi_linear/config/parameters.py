@@ -18,23 +18,28 @@ EXPERTS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
 
 
 @cache
-def held_as(model_sizes: ModelSizes) -> dict[str, Scheme | None]:
+def held_as(model_sizes: ModelSizes, device: str = "cpu") -> dict[str, Scheme | None]:
     """How each parameter made of linear layers is held: as its checkpoint has it, or None for plain.
 
-    Plain are those that the kernels of attention read (`gates_b`, `kv_b_proj`) and those made of layers that differ.
-    Raises ConfigError for experts of one layer that do.
+    Plain are those that the kernels of attention read (`gates_b`, `kv_b_proj`), those made of layers that differ and,
+    on a GPU ("cuda"), those made of layers that end within a block of scales. Raises ConfigError for experts of one
+    layer that differ.
     """
     found: dict[str, set[Scheme | None]] = {}
+    cut: set[str] = set()
     for weight in tensors.weights(model_sizes):
         if weight.linear_layer is not None:
             parameter, _ = parameter_of(weight, model_sizes)
-            found.setdefault(parameter, set()).add(stored_as(weight, model_sizes))
+            scheme = stored_as(weight, model_sizes)
+            found.setdefault(parameter, set()).add(scheme)
+            if device == "cuda" and scheme is not None and scheme.block and weight.shape[0] % scheme.block[0]:
+                cut.add(parameter)
     table: dict[str, Scheme | None] = {}
     for parameter, kinds in found.items():
         experts, _, _ = parameter.partition(".routed_experts.")
         if experts != parameter and len(kinds | found[f"{experts}.routed_experts.w13_weight"]) > 1:
             raise ConfigError(f"{FIELD} stores the parts of {experts} in several ways; give all its experts one")
-        plain = len(kinds) > 1 or parameter.endswith(("gates_b", "kv_b_proj.weight"))
+        plain = len(kinds) > 1 or parameter in cut or parameter.endswith(("gates_b", "kv_b_proj.weight"))
         table[parameter] = None if plain else next(iter(kinds))
     return table
 

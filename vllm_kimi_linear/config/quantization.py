@@ -60,12 +60,17 @@ class Quantization:
     targets: tuple[tuple[str, Scheme], ...]
     ignore: tuple[str, ...] = field(default=())
 
-    def scheme(self, layer: str) -> Scheme | None:
-        """Of the linear layer of this name in the checkpoint; None where it is stored as it is."""
+    def target(self, layer: str) -> str | None:
+        """The target that the linear layer of this name in the checkpoint fits; None where it is stored as it is."""
         if any(_names(pattern, layer) for pattern in self.ignore):
             return None
-        named = (scheme for pattern, scheme in self.targets if _names(pattern, layer))
-        return next(named, None) or next((scheme for pattern, scheme in self.targets if pattern == LINEAR), None)
+        named = [pattern for pattern, _ in self.targets if _names(pattern, layer) or pattern == LINEAR]
+        return min(named, key=lambda pattern: pattern == LINEAR, default=None)
+
+    def scheme(self, layer: str) -> Scheme | None:
+        """How it is stored."""
+        target = self.target(layer)
+        return next((scheme for pattern, scheme in self.targets if pattern == target), None)
 
     @classmethod
     def from_config(cls, found: Any) -> "Quantization":

@@ -15,6 +15,8 @@ def matrix(weight: Weight | None) -> tuple[int, ...]:
         return NONE
     if isinstance(weight, QuantizedWeight):
         values, scales = weight.values, weight.scales
+        if weight.rows != 1 or scales.dtype != torch.float32:
+            raise ValueError("a CPU's kernels take scales of each row, in float32")
         shift = weight.group.bit_length() - 1
         return values.data_ptr(), scales.data_ptr(), _KINDS[values.dtype], weight.shape[-1], scales.shape[-1], shift
     return weight.data_ptr(), 0, _KINDS[weight.dtype], weight.stride(-2), 0, 0

@@ -11,31 +11,37 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
-from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
+from decode_kernels.cuda.vectors import add, load_vector, rms_scale, split, store_vector
+from decode_kernels.cuda.weights import PLAIN, load_weight, multiply, stored
+from decode_kernels.weights import QuantizedWeight, Weight
 
 MANY = 3  # tokens
 
 
 @triton.jit
 def linear_kernel(
-    x, residual, norm_weight, weight, y, new_residual, x_stride, residual_stride, y_stride, eps,
-    TOKENS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr,
-    NORM: tl.constexpr, ADD: tl.constexpr,
+    x, residual, norm_weight, weight, scales, y, new_residual, x_stride, residual_stride, y_stride, eps,
+    FORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    start = tl.program_id(0) * BN
+    row = start + tl.arange(0, BN)
     launch_next()
-    w_head, w_tail = load_rows(weight, row, N, K, HEAD, TAIL)
+    w_head, w_tail = load_weight(weight, row, N, K, HEAD, TAIL, FORM)
     if NORM:
         n_head, n_tail = load_vector(norm_weight, K, HEAD, TAIL)
     wait_for_last()
     for token in tl.static_range(TOKENS):
         head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, ADD)
         if NORM:
-            out = dot_rows(w_head, w_tail, head * n_head, tail * n_tail) * rms_scale(head, tail, eps, K)
+            out = multiply(
+                w_head, w_tail, head * n_head, tail * n_tail, scales, start, row, N, K, HEAD, TAIL, FORM, GROUP
+            )
+            out *= rms_scale(head, tail, eps, K)
             if tl.program_id(0) == 0:
                 store_vector(new_residual + token * K, head, tail, K, HEAD, TAIL)
         else:
-            out = dot_rows(w_head, w_tail, head, tail)
+            out = multiply(w_head, w_tail, head, tail, scales, start, row, N, K, HEAD, TAIL, FORM, GROUP)
         tl.store(y + token * y_stride + row, out.to(y.dtype.element_ty), mask=row < N)
 
 
@@ -67,15 +73,16 @@ def add_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float
     return y, new_residual
 
 
-def linear(x: Tensor, weight: Tensor, **tile: int) -> Tensor:
+def linear(x: Tensor, weight: Weight, **tile: int) -> Tensor:
     tokens, (N, K) = x.shape[0], weight.shape
-    if tokens >= MANY:
+    if tokens >= MANY and not isinstance(weight, QuantizedWeight):
         return torch.nn.functional.linear(x, weight)
+    values, scales, *form = stored(weight, x)
     y = x.new_empty(tokens, N)
-    tile = _tile(K, 4) | tile
+    tile = (_tile(K, 4) if form[0] == PLAIN.value else _tile(K, 8)) | tile
     linear_kernel[(triton.cdiv(N, tile["BN"]),)](
-        *(x, x, weight, weight, y, y, x.stride(0), x.stride(0), y.stride(0), 0.0),
-        *(tokens, N, K, *split(K)),
+        *(x, x, x, values, scales, y, y, x.stride(0), x.stride(0), y.stride(0), 0.0),
+        *(*form, tokens, N, K, *split(K)),
         NORM=False,
         ADD=False,
         **tile,
@@ -85,18 +92,19 @@ def linear(x: Tensor, weight: Tensor, **tile: int) -> Tensor:
 
 
 def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, eps: float, **tile: int
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Weight, eps: float, **tile: int
 ) -> tuple[Tensor, Tensor]:
     tokens, (N, K) = x.shape[0], weight.shape
+    values, scales, *form = stored(weight, x)
     if tokens > 1:
         normed, new_residual = add_norm(x, residual, norm_weight, eps)
         return linear(normed, weight, **tile), new_residual
     y, new_residual = x.new_empty(tokens, N), x.new_empty(tokens, K)
-    tile = _tile(K, 2) | tile
+    tile = (_tile(K, 2) if form[0] == PLAIN.value else _tile(K, 4, 65536)) | tile
     other = x if residual is None else residual
     linear_kernel[(triton.cdiv(N, tile["BN"]),)](
-        *(x, other, norm_weight, weight, y, new_residual, x.stride(0), other.stride(0), y.stride(0), eps),
-        *(tokens, N, K, *split(K)),
+        *(x, other, norm_weight, values, scales, y, new_residual, x.stride(0), other.stride(0), y.stride(0), eps),
+        *(*form, tokens, N, K, *split(K)),
         NORM=True,
         ADD=residual is not None,
         **tile,
@@ -105,6 +113,6 @@ def norm_linear(
     return y, new_residual
 
 
-def _tile(K: int, num_warps: int) -> dict[str, int]:
-    """Four rows of a few thousand weights, as many as their bytes make of other lengths."""
-    return {"BN": max(1, min(16, 16384 // triton.next_power_of_2(K))), "num_warps": num_warps}
+def _tile(K: int, num_warps: int, elements: int = 16384) -> dict[str, int]:
+    """Four rows of a few thousand weights, as many as these elements make of other lengths."""
+    return {"BN": max(1, min(16, elements // triton.next_power_of_2(K))), "num_warps": num_warps}

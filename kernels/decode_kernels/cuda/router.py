@@ -12,6 +12,8 @@ from torch import Tensor
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
 from decode_kernels.cuda.linear import add_norm
 from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
+from decode_kernels.cuda.weights import PACKED, load_weight, multiply, stored
+from decode_kernels.weights import Weight
 from kda_kernels.cuda.elementwise import sigmoid, silu
 
 
@@ -44,8 +46,9 @@ def _choose(
 
 @triton.jit
 def router_kernel(
-    x, residual, norm_weight, router, bias, shared, normed, new_residual, logits, ids, weights, shared_out, done,
-    x_stride, residual_stride, eps, scale,
+    x, residual, norm_weight, router, bias, shared, shared_scales, normed, new_residual, logits, ids, weights,
+    shared_out, done,
+    x_stride, residual_stride, eps, scale, FORM: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
     TOP_KP: tl.constexpr, RENORMALIZE: tl.constexpr, INTER: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
     NORM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
@@ -77,31 +80,38 @@ def router_kernel(
             _choose(logits, bias, ids, weights, TOKENS, scale, E, EP, TOP_K, TOP_KP, PADDED, RENORMALIZE)
             tl.store(done, 0)  # for the next step
     else:
-        pair = (pid - ROUTING) * PAIRS + tl.arange(0, PAIRS)
-        g_head, g_tail = load_rows(shared, pair, INTER, K, HEAD, TAIL)
-        u_head, u_tail = load_rows(shared + INTER * K, pair, INTER, K, HEAD, TAIL)
+        start = (pid - ROUTING) * PAIRS
+        pair = start + tl.arange(0, PAIRS)
+        STORED: tl.constexpr = K // 8 if FORM == PACKED else K  # elements of a row
+        g_head, g_tail = load_weight(shared, pair, INTER, K, HEAD, TAIL, FORM)
+        u_head, u_tail = load_weight(shared + INTER * STORED, pair, INTER, K, HEAD, TAIL, FORM)
+        up_scales = shared_scales + SCALES
         wait_for_last()
         for token in tl.static_range(TOKENS):
             if NORM:
                 head, tail = add(x + token * x_stride, residual + token * residual_stride, K, HEAD, TAIL, True)
                 n = rms_scale(head, tail, eps, K)
-                gate = dot_rows(g_head, g_tail, head * n_head, tail * n_tail) * n
-                up = dot_rows(u_head, u_tail, head * n_head, tail * n_tail) * n
+                head, tail = head * n_head, tail * n_tail
             else:
                 head, tail = load_vector(normed + token * K, K, HEAD, TAIL)
-                gate, up = dot_rows(g_head, g_tail, head, tail), dot_rows(u_head, u_tail, head, tail)
+            gate = multiply(g_head, g_tail, head, tail, shared_scales, start, pair, INTER, K, HEAD, TAIL, FORM, GROUP)
+            up = multiply(u_head, u_tail, head, tail, up_scales, start, pair, INTER, K, HEAD, TAIL, FORM, GROUP)
+            if NORM:
+                gate, up = gate * n, up * n
             out = silu(gate) * up
             tl.store(shared_out + token * INTER + pair, out.to(shared_out.dtype.element_ty), mask=pair < INTER)
 
 
 def router(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor, shared: Tensor | None,
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor, shared: Weight | None,
     done: Tensor, *, top_k: int, renormalize: bool, scale: float, **tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, (E, K) = x.shape[0], gate.shape
     width = 0 if shared is None else shared.shape[0] // 2
-    tile = {"BN": 1 if tokens == 1 else 4, "PAIRS": 4, "num_warps": 4} | tile
-    if tokens == 1:
+    values, scales, *form = stored(shared, gate)
+    alone = tokens == 1  # then the norm is in the kernel
+    tile = {"BN": 1 if alone else 4, "PAIRS": 4, "num_warps": 4} | tile
+    if alone:
         normed, new_residual = (x.new_empty(tokens, K) for _ in range(2))
     else:
         normed, new_residual = add_norm(x, residual, norm_weight, eps)
@@ -110,11 +120,11 @@ def router(
     weights = x.new_empty(tokens, top_k, dtype=torch.float32)
     shared_out = x.new_empty(tokens, width)
     router_kernel[(triton.cdiv(E, tile["BN"]) + triton.cdiv(width, tile["PAIRS"]),)](
-        *(x, residual, norm_weight, gate, bias, gate if shared is None else shared),
+        *(x, residual, norm_weight, gate, bias, values, scales),
         *(normed, new_residual, logits, ids, weights, shared_out, done),
-        *(x.stride(0), residual.stride(0), eps, scale),
+        *(x.stride(0), residual.stride(0), eps, scale, *form, scales.numel() // 2),
         *(K, *split(K), E, triton.next_power_of_2(E), top_k, triton.next_power_of_2(top_k), renormalize),
-        *(width, tokens, triton.next_power_of_2(tokens), tokens == 1),
+        *(width, tokens, triton.next_power_of_2(tokens), alone),
         **tile,
         **LAUNCH,
     )

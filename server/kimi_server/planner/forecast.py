@@ -16,7 +16,7 @@ from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.tensors import DTYPE_BYTES
 
 # vLLM pads the vocabulary, and we the rows of KDA's input projection, to multiples of these.
-VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 8
+VOCABULARY_MULTIPLE, PROJECTION_MULTIPLE = 64, 16
 # Tokens of earlier chunks whose latents are expanded at a time: vLLM's largest workspace, and our backend's on a CPU.
 CONTEXT_TOKENS = {"cuda": 64 * 1024, "cpu": 1024}
 # CUDA context, communicators and graphs of a rank: an allowance. On a CPU `memory` is given without the processes' own.
@@ -24,7 +24,7 @@ RUNTIME = {"cuda": 2 * GIB, "cpu": 0}
 
 
 @cache  # of one layout it is asked for several numbers of servers
-def held_weight_bytes(model_sizes: ModelSizes, dtype: str, tensor_parallel: int = 1) -> int:
+def held_weight_bytes(model_sizes: ModelSizes, dtype: str, tensor_parallel: int = 1, device: str = "cpu") -> int:
     """Bytes of weights that one rank of the loaded model holds.
 
     Beside the checkpoint's: the padding of the vocabulary and of KDA's input projection, the router in fp32 (GPUs
@@ -36,7 +36,8 @@ def held_weight_bytes(model_sizes: ModelSizes, dtype: str, tensor_parallel: int 
     projection = -_projection_rows(g, ranks) % PROJECTION_MULTIPLE * g.hidden_size * len(g.kda_layers)
     absorbed = g.attention_heads // ranks * (g.qk_nope_head_dim + g.v_head_dim) * g.kv_lora_rank * len(g.mla_layers)
     router = g.num_experts * g.hidden_size * sum(g.layer_moe) * (DTYPE_BYTES["float32"] - size)
-    return weight_bytes(g, dtype, tensor_parallel=ranks) + (vocabulary + projection + absorbed) * size + router
+    own = weight_bytes(g, dtype, tensor_parallel=ranks, device=device)
+    return own + (vocabulary + projection + absorbed) * size + router
 
 
 def _projection_rows(g: ModelSizes, ranks: int) -> int:
@@ -136,7 +137,7 @@ def forecast(
     context_parallel: int = 1,
 ) -> Forecast:
     """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
-    weights = held_weight_bytes(model_sizes, dtype, tensor_parallel)
+    weights = held_weight_bytes(model_sizes, dtype, tensor_parallel, device)
     activations = activation_bytes(model_sizes, dtype, device, batch_tokens, batch_sequences, tensor_parallel)
     plan = layout.cache_layout(
         model_sizes,

@@ -9,10 +9,14 @@ from vllm_kimi_linear.config.tensors import DTYPE_BYTES, weights
 
 
 def weight_bytes(
-    model_sizes: ModelSizes, dtype: str, layers: Collection[int] | None = None, tensor_parallel: int = 1
+    model_sizes: ModelSizes,
+    dtype: str,
+    layers: Collection[int] | None = None,
+    tensor_parallel: int = 1,
+    device: str = "cpu",
 ) -> int:
     """Bytes of weights on one rank; a stage with the first layer embeds, one with the last has the head."""
-    total, last, held = 0, model_sizes.num_layers - 1, held_as(model_sizes)
+    total, last, held = 0, model_sizes.num_layers - 1, held_as(model_sizes, device)
     for w in weights(model_sizes):
         beside = {w.layer}
         if w.name.startswith("model.embed_tokens"):

@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parents[3]
 # Two run on every backend; their `backend` is the one for GPUs there.
 @pytest.mark.parametrize("selected", ["not soak", pytest.param("soak", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
-    "name", ["test_cuda_interpreter", "test_decode_step", "test_prefill_checkpoints", "test_spec_decode"]
+    "name",
+    [
+        "test_cuda_interpreter",
+        "test_decode_step",
+        "test_prefill_checkpoints",
+        "test_spec_decode",
+        "test_stored_weights",
+    ],
 )
 def test_in_the_interpreter(name: str, selected: str) -> None:
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")]

@@ -15,6 +15,7 @@ import torch
 
 from kimi_demo.reference import HfReference, Score
 from kimi_demo.server import Server
+from tests.support import quantized_checkpoint
 from tests.support.completions import Answer, Completions
 from tests.support.prompts import LENGTHS, Stream
 
@@ -93,7 +94,7 @@ class Judge:
             self.scores[key] = self.reference.score(prompt, answer), self.rough.score(prompt, answer).argmax
         return self.scores[key]
 
-    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
+    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer], ratio: float = RATIO) -> str:
         """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
         tokens, others, rough_others, clear = 0, 0, 0, 0
         missed = []  # (length of the prompt, place in the answer, lead of the reference's choice)
@@ -111,8 +112,50 @@ class Judge:
             rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
         seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
         assert not missed, f"{seen}; missed: {missed}"
-        assert others <= RATIO * rough_others, seen
+        assert others <= ratio * rough_others, seen
         return seen
+
+
+# Checkpoint -> (groups, what is left out), and how often others than the reference's tokens may be taken, of what
+# transformers in bf16 takes on the same weights: fp8 rounds activations, too.
+CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None, float]] = {
+    "fp8 by channel": ({"group_0": ("fp8 by channel", ["Linear"])}, None, 2.0),
+    "fp8 by block": ({"group_0": ("fp8 by block", ["Linear"])}, ["lm_head", "re:.*self_attn.*"], 2.0),
+    "int4 experts": ({"group_0": ("int4, groups of 32", ["Linear"])}, quantized_checkpoint.EXPERTS_ALONE, RATIO),
+    "int4": ({"group_0": ("int4, groups of 32", ["Linear"])}, ["lm_head", "re:.*(b|f_a|g_a|f_b|g_b)_proj"], RATIO),
+    "several ways": (
+        {
+            "group_0": ("fp8 by channel", [r"re:.*self_attn\.(q|k|b|f_a)_proj.*", r"re:.*down_proj"]),
+            "group_1": ("int4, groups of 32", [r"re:.*experts\.\d+\..*", r"re:.*o_proj", r"re:.*up_proj"]),
+        },
+        [],
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size=2",)], ids=["one rank", "two ranks"])
+def test_quantised(
+    name: str,
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    demo_model: Path,
+    servers: Callable[..., Server],
+    asked: list[tuple[list[int], int]],
+    record_property: Callable[[str, object], None],
+):
+    if torch.cuda.device_count() < 1 + len(flags):
+        pytest.skip("needs 2 GPUs")
+    groups, ignore, ratio = CHECKPOINTS[name]
+    stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
+    server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *flags))
+    assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
+    judge = Judge(plain)
+    for way, answers in {"alone": server.one_by_one(asked), "together": server.at_once(asked)}.items():
+        seen = judge.check(asked, answers, ratio)
+        record_property(way, seen)
+        print(f"{way}: {seen}")
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_a_number_stands_for_what_torch_says(kind: tuple[torch.dtype, int], isa:
         ({"values": torch.zeros(4, 64)}, "values are torch.float32"),
         ({"group": 24}, "group is 24; give a power of two from 16"),
         ({"scales": torch.ones(4, 1)}, r"scales have shape \[4, 1\]; give \[4, 2\]"),
-        ({"scales": torch.ones(4, 2, dtype=torch.bfloat16)}, "scales in float32"),
+        ({"scales": torch.ones(4, 2, dtype=torch.float16)}, "scales in float32 or bfloat16"),
         ({"values": torch.zeros(64, 4, dtype=torch.int8).T}, "contiguous"),
     ],
 )

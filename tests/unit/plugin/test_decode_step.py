@@ -71,7 +71,6 @@ def test_other_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"additional_config": {"decode_kernels": False}}, "turned off by --additional-config"),
         ({"dtype": torch.float32}, "bfloat16, not torch.float32"),
-        ({"quant_config": object()}, "quantised weights"),
         ({"lora_config": object()}, "LoRA"),
         ({"num_speculative_tokens": 2}, "drafted tokens"),
         ({"enable_expert_parallel": True}, "expert or data parallelism"),

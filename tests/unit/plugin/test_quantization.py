@@ -14,7 +14,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import ModelSizes, check_device
 from vllm_kimi_linear.config.parameters import held_as
 from vllm_kimi_linear.config.quantization import Quantization, Scheme
-from vllm_kimi_linear.cpu import quantized
+from vllm_kimi_linear.quantized import cpu
 from vllm_kimi_linear.weights import WeightError, load, targets
 
 CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -32,6 +32,13 @@ EXPERTS: dict[str, Any] = {
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4, "input_activations": None}},
     "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*\.mlp\..*"],
 }
+
+INT8 = FP8 | {
+    "format": "int-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": CHANNEL | {"type": "int"}}},
+}
+BLOCK = CHANNEL | {"strategy": "block", "block_structure": [128, 128]}
+BLOCKS = FP8 | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": BLOCK, "input_activations": TOKEN}}}
 
 
 def config() -> dict[str, Any]:
@@ -140,10 +147,19 @@ def test_groups_that_do_not_divide_a_row():
         targets(sizes(wide))
 
 
-def test_a_gpu_does_not_serve_them_yet():
-    check_device(sizes(EXPERTS), "cpu")
-    with pytest.raises(ConfigError, match="quantization_config is given; on GPUs only a checkpoint in bfloat16"):
-        check_device(sizes(EXPERTS), "cuda")
+def test_what_a_gpu_does_not_serve():
+    check_device(sizes(EXPERTS), "cuda")
+    check_device(sizes(INT8), "cpu")
+    with pytest.raises(ConfigError, match="quantization_config stores int8; on GPUs fp8 and packed4 are served"):
+        check_device(sizes(INT8), "cuda")
+
+
+def test_layers_that_end_within_a_block_are_plain_on_a_gpu():
+    on_cpu, on_gpu = (held_as(sizes(BLOCKS), device) for device in ("cpu", "cuda"))
+    first = "model.layers.0.self_attn"
+    assert on_cpu[f"{first}.in_proj.weight"] == on_gpu[f"{first}.o_proj.weight"] == Scheme("fp8", block=(128, 128))
+    assert on_gpu[f"{first}.in_proj.weight"] is None  # beta has 32 rows
+    assert on_gpu["model.layers.1.block_sparse_moe.experts.routed_experts.w13_weight"] is not None
 
 
 SCALE = "model.layers.3.block_sparse_moe.experts.7.w1.weight_scale"
@@ -175,4 +191,4 @@ def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("decode_kernels.interface.kernels", missing)
     with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
-        quantized.CpuQuantization(sizes(EXPERTS))
+        cpu.CpuQuantization(sizes(EXPERTS))

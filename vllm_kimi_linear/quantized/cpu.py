@@ -25,7 +25,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as
 from vllm_kimi_linear.config.quantization import FIELD, Scheme
-from vllm_kimi_linear.stored_weights import quantized
+from vllm_kimi_linear.quantized.weights import quantized
 
 VALUES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "packed4": torch.int32, "packed8": torch.int32}
 

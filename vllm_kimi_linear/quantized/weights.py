@@ -1,18 +1,11 @@
-"""Weights as a quantised checkpoint stores them: what stands for a plain tensor, and what a CPU's kernels read."""
+"""Weights as a quantised checkpoint stores them: the plain tensor they stand for, and what a CPU's kernels read."""
 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from decode_kernels.weights import QuantizedWeight, Weight
+from decode_kernels.weights import QuantizedWeight
 from vllm_kimi_linear.config.quantization import Scheme
-
-
-def weight_of(layer: nn.Module, name: str = "weight") -> Weight:
-    """What the kernels of a decode step read: the parameter, or what stands for it in a quantised checkpoint."""
-    found = getattr(layer, f"quantized_{name}", None)
-    return getattr(layer, name) if found is None else found
 
 
 def plain(scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
