@@ -165,7 +165,8 @@ def decode_steps(tokens: int, kind: str = "bf16") -> Iterator[tuple[str, Any, di
         with recorded() as found:
             call()
         for kernel, *more in found:
-            yield f"{operation}: {kernel.__name__}, {tokens} tokens", kernel, *more
+            weights = "" if kind == "bf16" else f", {kind} weights"
+            yield f"{operation}: {kernel.__name__}, {tokens} tokens{weights}", kernel, *more
 
 
 def rounded_by_lane(ptx: str) -> int:
@@ -195,6 +196,10 @@ def main() -> None:
     ]
     rows = [(dim, row) for dim in arguments.dims for row in variants(dim)]
     rows += [(128, row) for tokens in (1, 2, 8) for row in decode_steps(tokens)]
+    quantised = [
+        row for kind in ("fp8", "fp8-block", "int4") for tokens in (1, 8) for row in decode_steps(tokens, kind)
+    ]
+    rows += [(128, row) for row in quantised if row[0].startswith(("in_proj: l", "o_proj", "router: r", "experts"))]
     for dim, (name, *compiled) in rows:
         if arguments.only in name:
             lines.append(f"| {name} | {dim} | " + " | ".join(report(*compiled)) + " |")

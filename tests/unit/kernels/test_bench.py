@@ -25,24 +25,28 @@ COMPILED = pytest.mark.skipif(
 
 
 @COMPILED
+@pytest.mark.parametrize(
+    "kind", ["bf16", *(pytest.param(k, marks=pytest.mark.soak) for k in ("fp8", "fp8-block", "int4"))]
+)
 @pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.soak)])
-def test_the_kernels_of_a_decode_step_compile_without_spills(tokens):
+def test_the_kernels_of_a_decode_step_compile_without_spills(tokens, kind):
     pytest.importorskip("triton")
     compiled = importlib.import_module("bench.compiled")
-    found = {name: compiled.report(*more) for name, *more in compiled.decode_steps(tokens)}
+    found = {name: compiled.report(*more) for name, *more in compiled.decode_steps(tokens, kind)}
     assert {name.partition(":")[0] for name in found} >= {"router", "experts_up", "experts_down", "latent_query"}
     assert {name: row for name, row in found.items() if int(row[1]) > 64} == {}  # bytes a thread
 
 
 @COMPILED
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_no_sum_of_few_products_depends_on_the_lane(tokens, monkeypatch):
+@pytest.mark.parametrize("kind", ["bf16", "fp8", pytest.param("fp8-block", marks=pytest.mark.soak), "int4"])
+@pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.soak)])
+def test_no_sum_of_few_products_depends_on_the_lane(tokens, kind, monkeypatch):
     """Seen by racecheck with these sizes: two lanes of a warp wrote different sums to one place in shared memory."""
     pytest.importorskip("triton")
     compiled, layer = (importlib.import_module(f"bench.{name}") for name in ("compiled", "decode_layer"))
     for name, value in {"HIDDEN": 96, "INTER": 64, "LATENT": 128, "VALUE": 64}.items():
         monkeypatch.setattr(layer, name, value)
-    found = {name: compiled.compiled_variant(*more).asm["ptx"] for name, *more in compiled.decode_steps(tokens)}
+    found = {name: compiled.compiled_variant(*more).asm["ptx"] for name, *more in compiled.decode_steps(tokens, kind)}
     found = {name: ptx for name, ptx in found.items() if not name.startswith("kda:")}  # each lane uses its own sum
     assert len(found) > 5
     assert all("shfl.sync.bfly" in ptx for name, ptx in found.items() if name.startswith("router"))

@@ -58,7 +58,10 @@ def make(where):
     return draw
 
 
-@pytest.fixture(params=FORMS)
+LONG = ("int8, a scale a row", "int4, 128 columns")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.soak] * (name in LONG and INSIDE)) for name in FORMS])
 def store(request, where):
     """store(*shape): a weight with every value that one of this form can have, and scales of very different sizes."""
     values, columns, rows = FORMS[request.param]
@@ -90,7 +93,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 # 384: no power of two; 128: less than two blocks.
 @pytest.mark.parametrize(("K", "N"), [(384, 256), (128, 128)])
-@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 2, pytest.param(5, marks=[pytest.mark.soak] * INSIDE)])
 def test_linear(tokens, K, N, make, store, kernels):
     x, residual, norm, weight = make(tokens, 2 * K)[:, K:], make(tokens, K), make(K), store(N, K)
     close(kernels.linear(x, weight), reference.linear(x, weight))
