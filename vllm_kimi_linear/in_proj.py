@@ -29,23 +29,28 @@ class InputProjection(MergedColumnParallelLinear):
         ranks = get_tensor_model_parallel_world_size()
         sizes = [*parts["split"], *(size * ranks for size in parts["whole"])]
         self.whole = range(len(parts["split"]), len(sizes))
-        padding = -sum(sizes) // ranks % ROW_MULTIPLE
-        if padding:
-            sizes.append(padding * ranks)
+        self.padding = -sum(sizes) // ranks % ROW_MULTIPLE
+        if self.padding:
+            sizes.append(self.padding * ranks)
         super().__init__(hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
         self.local_sizes = [divide(size, ranks) for size in sizes]
-        if padding and isinstance(getattr(self, "weight", None), nn.Parameter):
-            self.weight.data[-padding:].zero_()
 
     def weight_loader(
         self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
     ) -> None:
+        self._pad(param)
         super().weight_loader(param, self._for_ranks(loaded_weight, loaded_shard_id), loaded_shard_id)
 
     def weight_loader_v2(
         self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None
     ) -> None:
+        self._pad(param)
         super().weight_loader_v2(param, self._for_ranks(loaded_weight, loaded_shard_id), loaded_shard_id)
+
+    def _pad(self, param: nn.Parameter) -> None:
+        """Done as parts are loaded: what is quantised online has no memory before."""
+        if self.padding and param.shape[:1] == (sum(self.local_sizes),):
+            param.data[-self.padding :].zero_()
 
     def _for_ranks(self, weight: torch.Tensor, shard: int | None) -> torch.Tensor:
         if shard in self.whole and weight.dim() > 0:

@@ -43,8 +43,8 @@ class KimiLatentAttention(nn.Module):
         self.kv_b_proj = ColumnParallelLinear(
             self.latent_dim,
             g.attention_heads * (g.qk_nope_head_dim + self.value_dim),
-            prefix=f"{prefix}.kv_b_proj",
-            **plain,
+            bias=False,
+            prefix=f"{prefix}.kv_b_proj",  # plain in any checkpoint: attention reads it
         )
         self.o_proj = RowParallelLinear(
             g.attention_heads * self.value_dim, g.hidden_size, prefix=f"{prefix}.o_proj", **plain

@@ -124,8 +124,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         super().__init__()
         self.sizes = configured.model_sizes(vllm_config)
         self.serving = False
-        if self.sizes.quantization:
-            vllm_config.quant_config = quantization(self.sizes, vllm_config.quant_config)
+        vllm_config.quant_config = quantization(self.sizes, vllm_config.quant_config)
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:

@@ -12,6 +12,10 @@ from vllm.platforms import current_platform
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
 from vllm_kimi_linear.config.errors import ConfigError
 
+# What vLLM's methods make of a plain checkpoint as it is loaded, on GPUs; a quantised one names its own.
+ONLINE = ("fp8", "fp8_per_tensor", "fp8_per_channel")
+QUANTIZATIONS = {"cpu": (None, "compressed-tensors"), "cuda": (None, "compressed-tensors", *ONLINE)}
+
 
 def check_block_size(tokens: int, device: str) -> None:
     """Raises ConfigError for blocks at whose ends a prefill on the device can keep no state for the prefix cache."""
@@ -35,7 +39,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
-        ("quantization", model.quantization, (None, "compressed-tensors"), unset),
+        ("quantization", model.quantization, QUANTIZATIONS[current_platform.device_type], unset),
         ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
         ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),

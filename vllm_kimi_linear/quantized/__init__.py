@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what layers hold, and which methods they run by, on a CPU and on a GPU."""
+"""Quantised weights: what layers hold, and which methods they run by, on a CPU and on a GPU."""
 
 from typing import Any
 
@@ -8,11 +8,13 @@ from vllm_kimi_linear.config.model import ModelSizes
 
 
 def quantization(model_sizes: ModelSizes, theirs: Any) -> Any:
-    """What gives layers their methods, in the place of vLLM's own reading of the checkpoint's config."""
+    """What gives layers their methods, in the place of `theirs`, as vLLM read the flags and the checkpoint's config."""
+    if theirs is None:
+        return None
     if current_platform.is_cpu():
         from vllm_kimi_linear.quantized.cpu import CpuQuantization
 
         return CpuQuantization(model_sizes)
-    from vllm_kimi_linear.quantized.gpu import GpuQuantization
+    from vllm_kimi_linear.quantized.gpu import GpuQuantization, OnlineQuantization
 
-    return GpuQuantization(theirs, model_sizes)
+    return OnlineQuantization(theirs.args) if theirs.get_name() == "online" else GpuQuantization(theirs, model_sizes)

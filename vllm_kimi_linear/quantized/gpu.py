@@ -1,4 +1,4 @@
-"""Quantised checkpoints on a GPU: vLLM's own methods of compressed-tensors, asked by the names of our parameters.
+"""Quantised weights on a GPU: vLLM's own methods, those of compressed-tensors asked by the names of our parameters.
 
 vLLM finds how a layer is stored by the names of its parts, which it knows of its own models' fused layers, and by the
 name of its class. Our fused layers have other parts, some of them plain by `held_as`, so it is looked up here.
@@ -11,6 +11,7 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from decode_kernels.weights import QuantizedWeight, Weight
 from vllm_kimi_linear.config import tensors
@@ -18,6 +19,15 @@ from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as, parameter_of
 
 BLOCK = 128  # rows and columns that share a scale
+
+
+class OnlineQuantization(OnlineQuantizationConfig):
+    """`theirs`, with experts left in the order of the checkpoint, as the decode kernels read them."""
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts) and layer.moe_config.moe_backend == "auto":
+            layer.moe_config.moe_backend = "triton"
+        return super().get_quant_method(layer, prefix)
 
 
 class GpuQuantization(CompressedTensorsConfig):
@@ -65,7 +75,9 @@ def readable(layer: nn.Module, name: str) -> Weight | None:
         return None
     *outer, rows, columns = values.shape
     columns *= 8 if values.dtype == torch.int32 else 1
-    if scales.shape == (*outer, rows, 1):
+    if scales.numel() == values.numel() // (rows * columns) and values.dtype != torch.int32:
+        scales, group, shared = scales.view(*outer, 1, 1), 1 << max(columns - 1, 15).bit_length(), max(rows, 2)
+    elif scales.shape == (*outer, rows, 1):
         group, shared = 1 << max(columns - 1, 15).bit_length(), 1
     elif values.dtype == torch.int32:
         group, shared = columns // scales.shape[-1], 1

@@ -14,6 +14,7 @@ from decode_kernels.cuda.weights import (
     ABOVE,
     BLOCK,
     BLOCK_SCALES,
+    ONE_SCALE,
     PACKED,
     PLAIN,
     ROW_SCALES,
@@ -25,7 +26,7 @@ from decode_kernels.cuda.weights import (
 from decode_kernels.weights import Weight
 from kda_kernels.cuda.elementwise import silu
 
-EIGHT_BITS = (ROW_SCALES.value, BLOCK_SCALES.value)
+EIGHT_BITS = (ROW_SCALES.value, BLOCK_SCALES.value, ONE_SCALE.value)
 _DOWN = {form: {"BN": 8, "num_warps": 4} for form in EIGHT_BITS}
 _DOWN |= {PLAIN.value: {"BN": 2, "num_warps": 4}, PACKED.value: {"BN": 8, "num_warps": 8}}
 
@@ -43,12 +44,13 @@ def experts_up_kernel(
     wait_for_last()
     expert = tl.load(ids + slot).to(tl.int64)
     STORED: tl.constexpr = K // 8 if FORM == PACKED else K  # elements of a row
-    weight, scales = up_weight + expert * (2 * INTER * STORED), up_scales + expert * (2 * SCALES)
+    weight, scales = up_weight + expert * (2 * INTER * STORED), up_scales + expert * SCALES
+    HALF: tl.constexpr = SCALES // 2  # none of one
     g_head, g_tail = load_weight(weight, row, INTER, K, HEAD, TAIL, FORM)
     u_head, u_tail = load_weight(weight + INTER * STORED, row, INTER, K, HEAD, TAIL, FORM)
     head, tail = load_vector(x + (slot // TOP_K) * K, K, HEAD, TAIL)
     gate = multiply(g_head, g_tail, head, tail, scales, start, row, INTER, K, HEAD, TAIL, FORM, GROUP)
-    up = multiply(u_head, u_tail, head, tail, scales + SCALES, start, row, INTER, K, HEAD, TAIL, FORM, GROUP)
+    up = multiply(u_head, u_tail, head, tail, scales + HALF, start, row, INTER, K, HEAD, TAIL, FORM, GROUP)
     value = silu(gate) * up
     tl.store(out + slot * INTER + row, value.to(out.dtype.element_ty), mask=row < INTER)
 
@@ -86,6 +88,8 @@ def _chosen_rows(
         if FORM == ROW_SCALES:
             rows = chosen[:, None] & (row[None, :] < N)
             each *= tl.load(scales + expert[:, None] * SCALES + row[None, :], mask=rows, other=0.0).to(tl.float32)
+        if FORM == ONE_SCALE:
+            each *= tl.load(scales + expert * SCALES, mask=chosen, other=0.0)[:, None]
     return tl.sum(each, 0)
 
 
@@ -134,7 +138,7 @@ def experts_up(x: Tensor, up_weight: Weight, ids: Tensor, **tile: int) -> Tensor
     out = x.new_empty(slots, width)
     experts_up_kernel[(slots, triton.cdiv(width, tile["BN"]))](
         *(x, values, scales, ids, out),
-        *(*form, scales[0].numel() // 2, K, *split(K), width, top_k),
+        *(*form, scales[0].numel(), K, *split(K), width, top_k),
         **tile,
         **LAUNCH,
     )

@@ -1,8 +1,8 @@
 """A matrix as a kernel takes it: plain, or as a quantised checkpoint stores it, widened in registers.
 
-FORM says which. ROW_SCALES: fp8 or int8, each row with a scale. BLOCK_SCALES: fp8, each 128 x 128 with one, which
-multiplies the vector instead, for the rows of a program lie in one block. PACKED: eight 4-bit integers in a word, each
-GROUP columns of a row with a scale.
+FORM says which. ROW_SCALES: fp8 or int8, each row with a scale; ONE_SCALE: one for all. BLOCK_SCALES: fp8, each
+128 x 128 with one, which multiplies the vector instead, for the rows of a program lie in one block. PACKED: eight 4-bit
+integers in a word, each GROUP columns of a row with a scale.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from decode_kernels.cuda.vectors import dot_rows, load_rows, product
 from decode_kernels.weights import INT4_ZERO, QuantizedWeight, Weight
 from kda_kernels.cuda.elementwise import INTERPRETED
 
-PLAIN, ROW_SCALES, BLOCK_SCALES, PACKED = (tl.constexpr(i) for i in range(4))
+PLAIN, ROW_SCALES, BLOCK_SCALES, PACKED, ONE_SCALE = (tl.constexpr(i) for i in range(5))
 BLOCK = tl.constexpr(128)
 # A 4-bit integer v in bits 16 to 19 of a float whose other bits say 128 makes it 128 + v.
 ABOVE = tl.constexpr(128.0 + INT4_ZERO)
@@ -35,21 +35,11 @@ def stored(weight: Weight | None, instead: Tensor) -> Stored:
     """Of [..., N, K]; `instead` stands for a tensor that is not there."""
     if not isinstance(weight, QuantizedWeight):
         return Stored(instead if weight is None else weight, instead, PLAIN.value, 0)
-    one_each = PACKED if weight.values.dtype == torch.int32 else ROW_SCALES
-    form = BLOCK_SCALES if weight.rows == BLOCK.value else one_each
+    if weight.rows == 1:
+        form = PACKED if weight.values.dtype == torch.int32 else ROW_SCALES
+    else:
+        form = ONE_SCALE if weight.scales.shape[-2:] == (1, 1) else BLOCK_SCALES
     return Stored(weight.values, weight.scales, form.value, min(weight.group, weight.shape[-1]))
-
-
-def supports(weight: Weight) -> bool:
-    """Whether the kernels take it."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight.dtype == torch.bfloat16
-    group, columns = weight.group, weight.shape[-1]
-    if weight.values.dtype == torch.int32:
-        return weight.rows == 1 and group <= columns
-    if weight.rows == BLOCK.value:
-        return group == BLOCK.value and weight.shape[-2] % BLOCK.value == 0
-    return weight.rows == 1 and group >= columns
 
 
 @triton.jit
@@ -128,4 +118,6 @@ def multiply(
         out = dot_rows(w_head, w_tail, head, tail)
         if FORM == ROW_SCALES:
             out *= row_scales(scales, row, rows)
+        if FORM == ONE_SCALE:
+            out *= tl.load(scales)
     return out

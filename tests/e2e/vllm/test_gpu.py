@@ -6,6 +6,7 @@ server must have taken it, and over all it may not take others much more often t
 `test_bfloat16.py`, which runs here too, bounds the mean divergence.
 """
 
+import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.demo_model.conversations import KINDS, Asker, make_log
+from kimi_demo.demo import TRAINED
 from kimi_demo.reference import HfReference, Score
 from kimi_demo.server import Server
 from tests.support import quantized_checkpoint
 from tests.support.completions import Answer, Completions
+from tests.support.logs import ask_all
 from tests.support.prompts import LENGTHS, Stream
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +160,22 @@ def test_quantised(
         seen = judge.check(asked, answers, ratio)
         record_property(way, seen)
         print(f"{way}: {seen}")
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
+def test_quantised_as_it_is_loaded(quantization: str, servers: Callable[..., Server]):
+    """What the weights become is vLLM's; the small trained model still answers right, alone and many at once."""
+    rng = random.Random(7)
+    log = make_log(rng, 3000)
+    asker = Asker(log, rng)
+    questions = [asker.ask(kind) for kind in KINDS for _ in range(8)]
+    server = servers(TRAINED / "checkpoint", *FLAGS, "--enable-prefix-caching", f"--quantization={quantization}")
+    assert "decode steps of up to 8 tokens take kernels of our own" in server.log
+    for several in ([[question] for question in questions], [questions]):
+        answers = [text for some in several for text, _ in asyncio.run(ask_all(server, log, some))]
+        right = sum(text == question.answer for text, question in zip(answers, questions, strict=True))
+        print(f"{quantization}: {right} of {len(questions)} right")
+        assert right >= 0.9 * len(questions)
 
 
 @pytest.fixture(scope="module")

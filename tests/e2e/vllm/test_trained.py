@@ -5,14 +5,14 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
-from examples.demo_model.conversations import KINDS, Asker, Log, Question, make_log
+from examples.demo_model.conversations import KINDS, Asker, make_log
 from kimi_demo.demo import TRAINED
 from kimi_demo.server import Server
 from tests.support.cold_runs import cold_run
 from tests.support.completions import Completions
+from tests.support.logs import ask_all
 
 FLAGS = (
     "--dtype=float32",
@@ -22,24 +22,6 @@ FLAGS = (
     "--enable-prompt-tokens-details",
 )
 NGRAM = '--speculative-config={"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'
-
-
-async def ask_all(server: Server, log: Log, questions: list[Question]) -> list[tuple[str, int]]:
-    """Answers and how many tokens of their prompts were cached."""
-    client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
-
-    async def ask(question: Question) -> tuple[str, int]:
-        reply = await client.chat.completions.create(
-            model=server.model,
-            messages=[{"role": "user", "content": log.text + question.text}],
-            temperature=0,
-            max_tokens=64,
-        )
-        assert reply.usage and reply.usage.prompt_tokens_details
-        return reply.choices[0].message.content or "", reply.usage.prompt_tokens_details.cached_tokens or 0
-
-    async with client:
-        return await asyncio.gather(*map(ask, questions))
 
 
 def test_answers_are_right(servers: Callable[..., Server]):

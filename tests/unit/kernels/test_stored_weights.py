@@ -15,6 +15,7 @@ EPS = 1e-5
 # dtype of the values; columns and rows that share a scale, None for all of a row
 FORMS = {
     "fp8, a scale a row": (torch.float8_e4m3fn, None, 1),
+    "fp8, one scale": (torch.float8_e4m3fn, None, 1 << 20),
     "fp8, blocks": (torch.float8_e4m3fn, 128, 128),
     "int8, a scale a row": (torch.int8, None, 1),
     "int4, 32 columns": (torch.int32, 32, 1),
@@ -58,7 +59,7 @@ def make(where):
     return draw
 
 
-LONG = ("int8, a scale a row", "int4, 128 columns")
+LONG = ("int8, a scale a row", "fp8, one scale", "int4, 128 columns")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.soak] * (name in LONG and INSIDE)) for name in FORMS])

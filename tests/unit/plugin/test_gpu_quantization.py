@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.config.quantization import resolve_quantization_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from benchmarks.common import CONFIG
 from benchmarks.h200.quantised import quantised
@@ -72,6 +74,14 @@ def test_4_bits_stay_as_they_are_stored_unless_asked(
     assert layer.moe_config.moe_backend == taken
 
 
+def test_experts_quantised_as_they_are_loaded_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnlineQuantizationConfig, "get_quant_method", lambda *_: "vLLM's")
+    theirs = OnlineQuantizationConfig(resolve_quantization_config("fp8_per_channel", None))
+    layer = experts()
+    assert gpu.OnlineQuantization(theirs.args).get_quant_method(layer, "experts") == "vLLM's"
+    assert layer.moe_config.moe_backend == "triton"
+
+
 def layer_of(**tensors: Any) -> nn.Module:
     layer = nn.Module()
     for name, tensor in tensors.items():
@@ -87,9 +97,10 @@ FP8 = torch.zeros(256, 384).to(torch.float8_e4m3fn)
     [
         ({"weight": FP8.t(), "weight_scale": torch.ones(256, 1)}, 512, 1),  # as vLLM's product takes it
         ({"weight": FP8, "weight_scale": torch.ones(2, 3)}, 128, 128),
+        ({"weight": FP8.t(), "weight_scale": torch.ones(1)}, 512, 256),
         ({"weight": torch.zeros(256, 192, dtype=torch.uint8), "weight_scale": torch.ones(256, 12).bfloat16()}, 32, 1),
     ],
-    ids=["by channel", "by block", "4 bits"],
+    ids=["by channel", "by block", "one scale", "4 bits"],
 )
 def test_what_the_decode_kernels_read(tensors: dict[str, torch.Tensor], group: int, rows: int) -> None:
     found = gpu.readable(layer_of(**tensors), "weight")
@@ -102,10 +113,9 @@ def test_what_the_decode_kernels_read(tensors: dict[str, torch.Tensor], group: i
     "tensors",
     [
         {"weight": torch.zeros(24, 512, dtype=torch.int32), "weight_scale": torch.ones(12, 256)},  # packed for Marlin
-        {"weight": FP8.t(), "weight_scale": torch.ones(1)},  # one for all
         {"weight_packed": torch.zeros(256, 48, dtype=torch.int32), "weight_scale": torch.ones(256, 12)},
     ],
-    ids=["another order", "one scale", "no weight"],
+    ids=["another order", "no weight"],
 )
 def test_what_they_do_not(tensors: dict[str, torch.Tensor]) -> None:
     assert gpu.readable(layer_of(**tensors), "weight") is None
