@@ -1,10 +1,11 @@
 """The tiles of vLLM's Triton kernel for experts at this model's shapes: tried one by one, and the fastest kept.
 
-    PYTHONPATH=kernels python -m bench.expert_tiles --out docs/benchmarks/expert-tiles.md
+    PYTHONPATH=kernels python -m bench.expert_tiles --out docs/benchmarks/expert-tiles.md [--fp8]
 
-vLLM ships tables of tiles for many shapes and GPUs, none for 256 experts of 1,024 in bf16 on a Hopper. Where a table
-is missing it goes by a rule. This writes the missing one into the package, as vLLM names and reads it, and how much it
-gains over the rule. Tokens choose their experts evenly. A tile whose output differs from the rule's is not taken.
+vLLM ships tables of tiles for many shapes and GPUs, none for 256 experts of 1,024 in bf16 or in fp8 by channel on a
+Hopper. Where a table is missing it goes by a rule. This writes the missing one into the package, as vLLM names and reads
+it, and how much it gains over the rule. Tokens choose their experts evenly. A tile whose output differs from the rule's
+is not taken.
 """
 
 import argparse
@@ -40,19 +41,23 @@ class Shape:
     width: int  # rows of gate, and of up
     hidden: int
     chosen: int  # experts a token
+    fp8: bool = False  # weights by channel, activations by token
 
 
 def candidates(shape: Shape, tokens: int) -> Iterator[Tile]:
     """Tiles worth trying: few rows where an expert has few, many stages where weights are waited for."""
-    rows = tokens * shape.chosen / shape.experts
-    if rows <= 8:
+    each, size = tokens * shape.chosen / shape.experts, 1 if shape.fp8 else 2
+    if each <= 8:
         choices = product((16,), (32, 64, 128), (64, 128, 256), (1,), (4,), (3, 4, 5))
-    elif rows <= 64:
+    elif shape.fp8:
+        rows = (16, 32, 64) if each <= 64 else (64, 128)
+        choices = product(rows, (64, 128, 256), (128,), (1,), (4, 8), (3, 4))
+    elif each <= 64:
         choices = product((16, 32, 64), (64, 128, 256), (64, 128), (1,), (4, 8), (3,))
     else:
         choices = product((64, 128), (128, 256), (64,), (1, 16), (4, 8), (3, 4))
     for m, n, k, group, warps, stages in choices:
-        if (m + n) * k * 2 * stages <= SHARED_MEMORY:
+        if (m + n) * k * size * stages <= SHARED_MEMORY:
             yield {
                 "BLOCK_SIZE_M": m,
                 "BLOCK_SIZE_N": n,
@@ -71,10 +76,21 @@ class Experts:
         torch.manual_seed(0)
         self.up = self.weight(shape.experts, 2 * shape.width, shape.hidden)
         self.down = self.weight(shape.experts, shape.hidden, shape.width)
+        self.config = None
+        if shape.fp8:
+            from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+            (self.up, up), (self.down, down) = self.by_channel(self.up), self.by_channel(self.down)
+            self.config = fp8_w8a8_moe_quant_config(up, down, per_act_token_quant=True, per_out_ch_quant=True)
 
     @staticmethod
     def weight(*sizes: int) -> Tensor:
         return torch.randn(*sizes, dtype=torch.bfloat16, device="cuda") * sizes[-1] ** -0.5
+
+    @staticmethod
+    def by_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+        scales = weight.float().abs().amax(-1, keepdim=True) / 448
+        return (weight.float() / scales).to(torch.float8_e4m3fn), scales
 
     def call(self, tokens: int) -> Callable[[], Tensor]:
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
@@ -82,7 +98,7 @@ class Experts:
         x = torch.randn(tokens, self.shape.hidden, dtype=torch.bfloat16, device="cuda")
         ids = torch.rand(tokens, self.shape.experts, device="cuda").argsort(1)[:, : self.shape.chosen].int()
         weights = torch.rand(tokens, self.shape.chosen, device="cuda")
-        return lambda: fused_experts(x, self.up, self.down, weights, ids)
+        return lambda: fused_experts(x, self.up, self.down, weights, ids, quant_config=self.config)
 
 
 def attempt(call: Callable[[], Tensor], tile: Tile | None) -> Tensor | None:
@@ -128,20 +144,21 @@ def tune(experts: Experts, tokens: int) -> tuple[float, float, Tile]:
 def floor(shape: Shape, tokens: int, bytes_a_second: float) -> float:
     """Microseconds to read the weights of the experts that `tokens` choose evenly."""
     touched = 1 - (1 - shape.chosen / shape.experts) ** tokens
-    return 1e6 * touched * shape.experts * 3 * shape.width * shape.hidden * 2 / bytes_a_second
+    size = 1 if shape.fp8 else 2
+    return 1e6 * touched * shape.experts * 3 * shape.width * shape.hidden * size / bytes_a_second
 
 
 def page(shape: Shape, found: dict[int, tuple[float, float, Tile]], command: str) -> str:
     """The Markdown table of what was found."""
     device = torch.cuda.get_device_name()
-    bytes_a_second = bandwidth(device)
+    bytes_a_second, weights = bandwidth(device), "fp8 by channel" if shape.fp8 else "bf16"
     lines = [
         f"# Tiles for {shape.experts} experts of {shape.width}",
         "",
         f"    {command}",
         "",
         f"{device}, torch {torch.__version__}, Triton {triton.__version__}. Both products of a layer's experts and "
-        f"what lies between, bf16, {shape.chosen} experts a token, by vLLM's rule and tuned. The floor reads the "
+        f"what lies between, {weights}, {shape.chosen} experts a token, by vLLM's rule and tuned. The floor reads the "
         f"weights at {bytes_a_second / 1e12} TB/s.",
         "",
         "| tokens | rule us | tuned us | times faster | floor us | rows x columns x depth, group, warps, stages |",
@@ -161,11 +178,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="write what was gained here")
     parser.add_argument("--tables", type=Path, default=TABLES, help="the folder that gets the table")
     parser.add_argument("--ranks", type=int, default=1, help="that share each expert (tensor parallel)")
+    parser.add_argument("--fp8", action="store_true", help="weights by channel, activations by token")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="the numbers of tokens to tune for")
     args = parser.parse_args()
     from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
-    shape = Shape(EXPERTS, WIDTH // args.ranks, HIDDEN, CHOSEN)
+    shape = Shape(EXPERTS, WIDTH // args.ranks, HIDDEN, CHOSEN, args.fp8)
     pairs = [(tokens, tile) for tokens in args.tokens for tile in candidates(shape, tokens)]
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -179,10 +197,10 @@ def main() -> None:
         print(tokens, *found[tokens], flush=True)
         table = {str(tokens): tile for tokens, (_, _, tile) in found.items()}
         args.tables.mkdir(parents=True, exist_ok=True)
-        name = get_config_file_name(shape.experts, shape.width, None)
+        name = get_config_file_name(shape.experts, shape.width, "fp8_w8a8" if args.fp8 else None)
         (args.tables / name).write_text(json.dumps({"triton_version": triton.__version__, **table}, indent=1) + "\n")
         tuned = " ".join(map(str, found))
-        command = f"{COMMAND} --ranks {args.ranks} --tokens {tuned} --out {args.out}"
+        command = f"{COMMAND}{' --fp8' * args.fp8} --ranks {args.ranks} --tokens {tuned} --out {args.out}"
         args.out.write_text(page(shape, found, command))
 
 

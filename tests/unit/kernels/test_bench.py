@@ -8,15 +8,17 @@ import pytest
 from bench import expert_tiles
 
 
-def test_tiles_worth_trying_fit_a_hopper():
-    shape = expert_tiles.Shape(experts=256, width=1024, hidden=2304, chosen=8)
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_tiles_worth_trying_fit_a_hopper(fp8):
+    shape = expert_tiles.Shape(experts=256, width=1024, hidden=2304, chosen=8, fp8=fp8)
     for tokens in expert_tiles.TOKENS:
-        tiles = list(expert_tiles.candidates(shape, tokens))
+        tiles, size = list(expert_tiles.candidates(shape, tokens)), 1 if fp8 else 2
         assert 10 < len(tiles) < 50
         assert all(
-            (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * 2 * t["num_stages"] < 1 << 18 for t in tiles
+            (t["BLOCK_SIZE_M"] + t["BLOCK_SIZE_N"]) * t["BLOCK_SIZE_K"] * size * t["num_stages"] < 1 << 18
+            for t in tiles
         )
-    assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * 2 / 4.8e6)
+    assert expert_tiles.floor(shape, 1, 4.8e12) == pytest.approx(8 * 3 * 1024 * 2304 * size / 4.8e6)
 
 
 COMPILED = pytest.mark.skipif(
