@@ -3,9 +3,9 @@
     PYTHONPATH=kernels python -m bench.expert_tiles --out docs/benchmarks/expert-tiles.md [--fp8]
 
 vLLM ships tables of tiles for many shapes and GPUs, none for 256 experts of 1,024 in bf16 or in fp8 by channel on a
-Hopper. Where a table is missing it goes by a rule. This writes the missing one into the package, as vLLM names and reads
-it, and how much it gains over the rule. Tokens choose their experts evenly. A tile whose output differs from the rule's
-is not taken.
+Hopper. Where a table is missing it goes by a rule. This writes the missing one into the package, as vLLM names and
+reads it, and how much it gains over the rule. Tokens choose their experts evenly. A tile whose output differs from
+the rule's is not taken.
 """
 
 import argparse
