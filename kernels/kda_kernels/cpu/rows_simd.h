@@ -8,17 +8,25 @@
 
 #include "vector.h"
 
-/* WIDTH elements of a row from column k on, without their scale; `kind` is that of w. */
-INLINE vec KDA(stored)(const matrix *w, int kind, int64_t row, int64_t k) {
+#define LINE 64 /* bytes of the cache */
+
+/* WIDTH elements of a row from column k on; `kind` is that of w, `scale` that of these columns. */
+INLINE vec KDA(elements)(const matrix *w, int kind, int64_t row, int64_t k, vec scale) {
     const int64_t at = row * w->stride + k;
     if (kind == FP32 || kind == BF16) return KDA(read)(w->data, at, kind == BF16);
-    return kind == FP8    ? KDA(read_fp8)(w->data + at)
-           : kind == INT8 ? KDA(read_int8)(w->data + at)
-                          : KDA(read_int4)(w->data + at / 2);
+    return kind == FP8    ? KDA(read_fp8)(w->data + at, scale)
+           : kind == INT8 ? KDA(read_int8)(w->data + at, scale)
+                          : KDA(read_int4)(w->data + at / 2, scale);
 }
 
-INLINE vec KDA(scale)(const matrix *w, int64_t row, int64_t k) {
-    return KDA(splat)(w->scales[row * w->scale_stride + (k >> w->shift)]);
+INLINE vec KDA(scale)(const matrix *w, int kind, int64_t row, int64_t k) {
+    const float scale = w->scales[row * w->scale_stride + (k >> w->shift)];
+    return kind == FP8 ? KDA(scale_fp8)(scale) : kind == INT8 ? KDA(splat)(scale) : KDA(scale_int4)(scale);
+}
+
+/* Columns from k on of the row that is read after this one: no processor foresees rows this short. */
+INLINE void KDA(fetch)(const matrix *w, int kind, int64_t row, int64_t k) {
+    __builtin_prefetch((const char *)((uintptr_t)w->data + bytes_of(kind, (row + ROWS) * w->stride + k)));
 }
 
 /* Where the columns that share a scale with column k end. */
@@ -31,19 +39,19 @@ INLINE int64_t KDA(group_end)(const matrix *w, int kind, int64_t k, int64_t end)
 /* Rows of W times tokens: sums[token][row] += over columns from k to end. */
 INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t k, int64_t end, int rows, int tokens,
                       vec (*sums)[ROWS]) {
-    vec s[6][ROWS], scales[ROWS];
+    vec s[6][ROWS], scales[ROWS] = {{0}};
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) s[t][r] = sums[t][r];
     while (k < end) {
         const int64_t group = KDA(group_end)(w, kind, k, end);
         if (kind >= FP8)
-            for (int r = 0; r < rows; r++) scales[r] = KDA(scale)(w, r, k);
+            for (int r = 0; r < rows; r++) scales[r] = KDA(scale)(w, kind, r, k);
         for (; k < group; k += WIDTH) {
             vec xs[6];
             for (int t = 0; t < tokens; t++) xs[t] = KDA(load)(x[t] + k);
             for (int r = 0; r < rows; r++) {
-                vec weight = KDA(stored)(w, kind, r, k);
-                if (kind >= FP8) weight *= scales[r];
+                const vec weight = KDA(elements)(w, kind, r, k, scales[r]);
+                if (tokens == 1 && bytes_of(kind, k) % LINE == 0) KDA(fetch)(w, kind, r, k);
                 for (int t = 0; t < tokens; t++) s[t][r] = KDA(fma)(weight, xs[t], s[t][r]);
             }
         }
@@ -52,17 +60,16 @@ INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t 
         for (int r = 0; r < rows; r++) sums[t][r] = s[t][r];
 }
 
-/* Columns k to end of rows of W in fp32, DEPTH apart. What comes next is fetched meanwhile. */
+/* Columns k to end of rows of W in fp32, DEPTH apart. */
 INLINE void KDA(widen_rows)(const matrix *w, int kind, int64_t k, int64_t end, int rows, float *wide) {
     for (int r = 0; r < rows; r++)
         for (int64_t i = k; i < end;) {
             const int64_t group = KDA(group_end)(w, kind, i, end);
             vec scale = {0};
-            if (kind >= FP8) scale = KDA(scale)(w, r, i);
+            if (kind >= FP8) scale = KDA(scale)(w, kind, r, i);
             for (; i < group; i += WIDTH) {
-                const vec weight = KDA(stored)(w, kind, r, i);
-                __builtin_prefetch(w->data + bytes_of(kind, r * w->stride + i + DEPTH));
-                KDA(store)(wide + r * DEPTH + i - k, kind >= FP8 ? (vec)(weight * scale) : weight);
+                KDA(fetch)(w, kind, r, i);
+                KDA(store)(wide + r * DEPTH + i - k, KDA(elements)(w, kind, r, i, scale));
             }
         }
 }

@@ -65,54 +65,62 @@ INLINE vec KDA(read)(const char *base, int64_t i, int is_bf16) {
 #endif
 }
 
-/* as `read`, of e4m3; not a number counts as 480. Its bits are those of an fp16 2^8 times smaller, or of an fp32 2^120 times
- * smaller, of which the smallest are slow to multiply. */
-INLINE vec KDA(read_fp8)(const char *p) {
+/* As `read`, of weights in 8 and 4 bits, times their scale, rounded once. `scale` is what `scale_*` makes of it. */
+
+/* e4m3; not a number counts as 480. Its bits are those of an fp16 2^8 times smaller, or of an fp32 2^120 times smaller, of
+ * which the smallest are slow to multiply. */
+INLINE vec KDA(read_fp8)(const char *p, vec scale) {
 #if defined(KDA_AVX512)
-    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
-    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
-    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7F)), 7);
-    return (vec)_mm512_cvtph_ps(_mm256_or_si256(sign, rest)) * 0x1p8f;
+    const __m256i x = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p)), 7);
+    return (vec)_mm512_cvtph_ps(_mm256_and_si256(x, _mm256_set1_epi16((short)0xBF80))) * scale;
 #elif defined(KDA_AVX2)
-    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)p));
-    const __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
-    const __m128i rest = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7F)), 7);
-    return (vec)_mm256_cvtph_ps(_mm_or_si128(sign, rest)) * 0x1p8f;
+    const __m128i x = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)p)), 7);
+    return (vec)_mm256_cvtph_ps(_mm_and_si128(x, _mm_set1_epi16((short)0xBF80))) * scale;
 #else
     const bits x = __builtin_convertvector(*(const quarter *)p, bits);
-    return (vec)((x & 0x80) << 24 | (x & 0x7F) << 20) * 0x1p120f;
+    return (vec)((x & 0x80) << 24 | (x & 0x7F) << 20) * 0x1p112f * scale;
 #endif
 }
 
-INLINE vec KDA(read_int8)(const char *p) {
+INLINE vec KDA(scale_fp8)(float scale) { return KDA(splat)(scale * 0x1p8f); }
+
+INLINE vec KDA(read_int8)(const char *p, vec scale) {
 #if defined(KDA_AVX512)
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))) * scale;
 #elif defined(KDA_AVX2)
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))) * scale;
 #else
     typedef int32_t wide __attribute__((vector_size(4 * WIDTH)));
-    return __builtin_convertvector((wide)(__builtin_convertvector(*(const quarter *)p, bits) << 24) >> 24, vec);
+    return __builtin_convertvector((wide)(__builtin_convertvector(*(const quarter *)p, bits) << 24) >> 24, vec) * scale;
 #endif
 }
 
-INLINE vec KDA(read_int4)(const char *p) {
+/* With AVX-512 `scale` holds what each of the sixteen integers stands for. */
+INLINE vec KDA(read_int4)(const char *p, vec scale) {
 #if defined(KDA_AVX512)
     const __m512i place = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
     const __m512i pair = _mm512_broadcastq_epi64(_mm_loadl_epi64((const void *)p));
     const __m512i each = _mm512_permutexvar_epi32(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), pair);
-    const __m512i x = _mm512_and_si512(_mm512_srlv_epi32(each, place), _mm512_set1_epi32(15));
-    return (vec)_mm512_cvtepi32_ps(x) - 8.0f;
+    return (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(each, place), (__m512)scale);
 #elif defined(KDA_AVX2)
     int32_t word;
     __builtin_memcpy(&word, p, 4);
     const __m256i x = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0));
-    return (vec)_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15))) - 8.0f;
+    return KDA(fma)((vec)_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15))), scale, scale * -8.0f);
 #else
     uint16_t word;
     __builtin_memcpy(&word, p, 2);
     const bits x = {word, word, word, word}, place = {0, 4, 8, 12};
     typedef int32_t wide __attribute__((vector_size(4 * WIDTH)));
-    return __builtin_convertvector((wide)(x >> place & 15), vec) - 8.0f;
+    return (__builtin_convertvector((wide)(x >> place & 15), vec) - 8.0f) * scale;
+#endif
+}
+
+INLINE vec KDA(scale_int4)(float scale) {
+#if defined(KDA_AVX512)
+    return (vec){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7} * scale;
+#else
+    return KDA(splat)(scale);
 #endif
 }
 
