@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cpu.decode_profile import measure_profile
-from benchmarks.cpu.engines import measure_llama, measure_ours, measure_transformers
+from benchmarks.cpu.engines import WEIGHTS, measure_llama, measure_narrow, measure_ours, measure_transformers
 from benchmarks.cpu.floor import BYTES, measure_floor
 from benchmarks.cpu.page import table
 from benchmarks.cpu.rows import DECODES, sizes_of
@@ -38,6 +38,7 @@ def main() -> None:
         measures: dict[str, Callable[..., dict[str, float]]] = {
             "floor": measure_floor,
             "ours": lambda dtype: measure_ours(args.model, dtype),
+            "narrow": lambda weights: measure_narrow(args.model, weights),
             "transformers": lambda dtype: measure_transformers(args.model, dtype),
             "start": lambda: measure_start(small),
             "profile": lambda sequences: measure_profile(args.model, int(sequences)),
@@ -51,6 +52,7 @@ def main() -> None:
     results = {}
     jobs = ["floor", "start", *(f"profile {sequences}" for sequences in DECODES)]
     jobs += [f"{who} {dtype}" for dtype in BYTES for who in ("ours", "transformers")]
+    jobs += [f"narrow {weights}" for weights in WEIGHTS]
     for job in jobs:
         print(f"{job} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.cpu", "--model", str(args.model), "--only", *job.split()]

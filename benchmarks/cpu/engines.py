@@ -1,19 +1,54 @@
 """The engines that are compared: ours in vLLM, transformers, and llama.cpp where it is at hand."""
 
 import json
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cpu.rows import DECODE_TOKENS, PREFILLS, measure, sizes_of, token_ids
 
+WEIGHTS = {
+    "fp8": ("float-quantized", "float", 8),
+    "int8": ("int-quantized", "int", 8),
+    "int4": ("pack-quantized", "int", 4),
+}
 
-def measure_ours(model: Path, dtype: str) -> dict[str, float]:
+
+def narrow(weights: str) -> dict[str, Any]:
+    """config.json's quantization_config of a checkpoint with all linear layers but the output matrix in these."""
+    stored, kind, bits = WEIGHTS[weights]
+    both = {"num_bits": bits, "type": kind, "symmetric": True}
+    shared = {"strategy": "group", "group_size": 32} if bits == 4 else {"strategy": "channel"}
+    inputs = None if bits == 4 else both | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": both | shared | {"dynamic": False}, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored,
+        "config_groups": {"all": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def measure_narrow(model: Path, weights: str) -> dict[str, float]:
+    """As `measure_ours` in bfloat16, with weights in fewer bits and no values in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in model.glob("*.json"):
+            shutil.copy(file, folder)
+        config = json.loads((model / "config.json").read_text()) | {"quantization_config": narrow(weights)}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return measure_ours(Path(folder), "bfloat16", load_format="dummy")
+
+
+def measure_ours(model: Path, dtype: str, load_format: str = "auto") -> dict[str, float]:
     """Tokens a second through vLLM's engine."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         str(model),
         dtype=dtype,
+        load_format=load_format,
         max_model_len=8192,
         max_num_batched_tokens=4096,
         kv_cache_memory_bytes=1 << 30,

@@ -4,6 +4,7 @@ import os
 from datetime import date
 
 from benchmarks.common import processor, versions
+from benchmarks.cpu.engines import WEIGHTS
 from benchmarks.cpu.floor import BYTES, floor_rates
 from benchmarks.cpu.rows import DECODES
 from vllm_kimi_linear.config.model import ModelSizes
@@ -43,6 +44,17 @@ def table(results: dict[str, dict[str, float]], model_sizes: ModelSizes, command
                 f"{ours[row] / theirs[row]:.1f}x | {target} | {floor:.0f} |"
             )
         lines.append("")
+    lines += [
+        "Ours with weights in fewer bits, activations in bfloat16 (all linear layers but the output matrix; int4 in "
+        "groups of 32), in brackets times the rate with weights in bfloat16:",
+        "",
+        f"| | {' | '.join(WEIGHTS)} |",
+        "| --- " * (1 + len(WEIGHTS)) + "|",
+    ]
+    for row, plain in results["ours bfloat16"].items():
+        rates = [results[f"narrow {weights}"][row] for weights in WEIGHTS]
+        lines.append(f"| {row} | " + " | ".join(f"{rate:.1f} ({rate / plain:.2f})" for rate in rates) + " |")
+    lines.append("")
     for sequences in DECODES:
         lines += [
             f"Where a decode step of {sequences} goes, bf16 (vLLM's torch profiler, self time; the rest is smaller):",

@@ -34,13 +34,14 @@ CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None]
 
 TWO_RANKS = ("--tensor-parallel-size=2",)
 NGRAM = ('--speculative-config={"method":"ngram","num_speculative_tokens":2,"prompt_lookup_min":1}',)
+BF16 = ("--dtype=bfloat16",)
 CASES = [
-    pytest.param("fp8 by block, projections plain", (), id="fp8 by block, projections plain"),
+    pytest.param("fp8 by block, projections plain", BF16, id="fp8 by block, projections plain, bfloat16"),
     pytest.param("several ways", TWO_RANKS, id="several ways, two ranks"),
     *(
         pytest.param(name, flags, marks=pytest.mark.soak, id=f"{name} {' '.join(flags)}"[:60])
         for name in CHECKPOINTS
-        for flags in ((), TWO_RANKS, NGRAM, ("--num-gpu-blocks-override=12", "--max-num-seqs=8"))
+        for flags in ((), BF16, TWO_RANKS, NGRAM, ("--num-gpu-blocks-override=12", "--max-num-seqs=8"))
     ),
 ]
 
@@ -58,6 +59,9 @@ def test_tokens_are_those_of_the_weights_it_stands_for(
     reference, decided = HfReference(plain), 0
     for (prompt, _), answer in zip(asked, completions.at_once(asked), strict=True):
         score = reference.score(prompt, answer.tokens)
-        assert score.agrees or not is_well_posed(score)
+        if flags == BF16:
+            assert not score.clearly_wrong()
+        else:
+            assert score.agrees or not is_well_posed(score)
         decided += is_well_posed(score)
     assert decided > len(asked) // 2

@@ -192,3 +192,13 @@ def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("decode_kernels.interface.kernels", missing)
     with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
         cpu.CpuQuantization(sizes(EXPERTS))
+
+
+def test_scales_are_held_in_float32_whatever_the_model_is_in():
+    plain = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model in it
+    try:
+        parts = cpu._empty(Scheme("int8"), 4, 64)
+    finally:
+        torch.set_default_dtype(plain)
+    assert parts["weight_scale"].dtype == torch.float32
