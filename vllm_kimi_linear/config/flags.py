@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
 from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.log import logger
 
 
 def check_block_size(tokens: int, device: str) -> None:
@@ -23,6 +24,7 @@ def check_block_size(tokens: int, device: str) -> None:
 def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read.
 
+    Warns once of one that is let through although no test has compared its answers.
     `states`: whether any layer keeps a state, which vLLM's connectors would have to move beside the latents.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -86,3 +88,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
+    if parallel.decode_context_parallel_size > 1:
+        logger.warning_once(
+            "Kimi Linear: --decode-context-parallel-size is %d; its answers have not been compared with one rank's on "
+            "GPUs yet, compare yours or leave it out.",
+            parallel.decode_context_parallel_size,
+        )

@@ -1,5 +1,6 @@
 """A flag that this model cannot honour stops the start with one sentence; what can be honoured is accepted."""
 
+import logging
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -153,17 +154,22 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
 }
 
 
-def check_elsewhere(model: str) -> dict[str, str]:
-    """Flag -> the sentence of `check_flags` where the platform is no CPU."""
+def check_elsewhere(model: str) -> tuple[dict[str, str], list[str]]:
+    """Flag -> the sentence of `check_flags` where the platform is no CPU; and the warnings of what it lets through."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
     from vllm_kimi_linear.config.errors import ConfigError
     from vllm_kimi_linear.config.flags import check_flags
+    from vllm_kimi_linear.log import logger
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since
-    said = {}
+    said: dict[str, str] = {}
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
     with mock.patch.object(type(current_platform), "is_cpu", lambda self: False):
         check_flags(config, states=True)
         for flag, (path, value) in ELSEWHERE.items():
@@ -176,17 +182,22 @@ def check_elsewhere(model: str) -> dict[str, str]:
                 said[flag] = str(error)
             setattr(owner, name, before)
         config.cache_config.enable_prefix_caching = False
-        config.parallel_config.decode_context_parallel_size = 4
         check_flags(config, states=True)
-    return said
+        assert not warned
+        config.parallel_config.decode_context_parallel_size = 4
+        for _ in range(2):
+            check_flags(config, states=True)
+    return said, warned
 
 
 def test_refused_elsewhere(demo_model: Path) -> None:
-    said = in_own_process(check_elsewhere, str(demo_model))
+    said, warned = in_own_process(check_elsewhere, str(demo_model))
     assert said.keys() == ELSEWHERE.keys()
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
+    [warning] = warned
+    assert "--decode-context-parallel-size is 4; " in warning and "leave it out" in warning
 
 
 @pytest.fixture(scope="module")
