@@ -136,7 +136,10 @@ def forecast(
     state_dtype: str = "float32",
     context_parallel: int = 1,
 ) -> Forecast:
-    """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
+    """The memory of one rank that may use `memory_bytes`. `device` is "cpu" or "cuda".
+
+    With prefix caching, but where `context_parallel` ranks share the latents: together they are refused.
+    """
     weights = held_weight_bytes(model_sizes, dtype, tensor_parallel, device)
     activations = activation_bytes(model_sizes, dtype, device, batch_tokens, batch_sequences, tensor_parallel)
     plan = layout.cache_layout(
@@ -145,7 +148,7 @@ def forecast(
         kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),
         state_dtype=state_dtype,
         tensor_parallel=tensor_parallel,
-        prefix_caching=True,
+        prefix_caching=context_parallel == 1,
         device=device,
     )
     return Forecast(memory_bytes, weights, activations, RUNTIME[device], plan, context_parallel)

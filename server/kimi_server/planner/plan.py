@@ -53,7 +53,8 @@ class Layout:
 
     def spread(self) -> "Layout":
         """The same layout with the latent KV spread over all ranks of a server (decode context parallelism)."""
-        return replace(self, forecast=replace(self.forecast, context_parallel=self.tensor_parallel))
+        plan = replace(self.forecast.plan, state_pages=1)  # without prefix caching
+        return replace(self, forecast=replace(self.forecast, plan=plan, context_parallel=self.tensor_parallel))
 
     def describe(self) -> str:
         servers = "1 server" if self.servers == 1 else f"{self.servers} servers"
