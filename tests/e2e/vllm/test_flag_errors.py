@@ -17,6 +17,13 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 REFUSED: Refused = {
     "quantization": ({}, {"quantization": "fp8"}, "--quantization", "fp8"),
+    "quantised at the start": (
+        {},
+        {"quantization_config": {"linear": "fp8_per_tensor"}},
+        "--quantization-config",
+        "float8",
+    ),
+    "queries on every rank": ({}, {"dcp_q_replicate": True}, "--dcp-q-replicate", "True"),
     "float16": ({}, {"dtype": "float16"}, "--dtype", "float16"),
     "pooling": ({}, {"runner": "pooling"}, "--runner", "pooling"),
     "KV in fp8": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype", "fp8"),
@@ -79,6 +86,12 @@ REFUSED: Refused = {
         {},
         {"attention_backend": "CPU_MLA"},
         "--attention-backend",
+        "CPU_MLA",
+    ),
+    "another attention backend, by kind": (
+        {},
+        {"attention_config": {"backend_per_kind": {"mla_attention": "CPU_MLA"}}},
+        "--attention-config backend_per_kind",
         "CPU_MLA",
     ),
     "another Mamba kernel": ({}, {"mamba_backend": "flashinfer"}, "--mamba-backend", "FLASHINFER"),
@@ -151,6 +164,7 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
     "ubatch_size": ("parallel_config.ubatch_size", 2),
     "enable_eplb": ("parallel_config.enable_eplb", True),
     "enable_elastic_ep": ("parallel_config.enable_elastic_ep", True),
+    "enable_return_routed_experts": ("aux_output_config.enable_return_routed_experts", True),
 }
 
 
