@@ -168,11 +168,15 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
 }
 
 
-def check_elsewhere(model: str) -> tuple[dict[str, str], list[str]]:
-    """Flag -> the sentence of `check_flags` where the platform is no CPU; and the warnings of what it lets through."""
+def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
+    """Flag -> the sentence of `check_flags` where the platform is no CPU.
+
+    And of four ranks that share latents, which are let through: the warnings, and what the log says of their cache.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
+    from vllm_kimi_linear.cache import configured
     from vllm_kimi_linear.config.errors import ConfigError
     from vllm_kimi_linear.config.flags import check_flags
     from vllm_kimi_linear.log import logger
@@ -201,17 +205,18 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str]]:
         config.parallel_config.decode_context_parallel_size = 4
         for _ in range(2):
             check_flags(config, states=True)
-    return said, warned
+    return said, warned, configured.cache_layout(config, 1000).describe(4096)
 
 
 def test_refused_elsewhere(demo_model: Path) -> None:
-    said, warned = in_own_process(check_elsewhere, str(demo_model))
+    said, warned, cache = in_own_process(check_elsewhere, str(demo_model))
     assert said.keys() == ELSEWHERE.keys()
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
     [warning] = warned
     assert "--decode-context-parallel-size is 4; " in warning and "leave it out" in warning
+    assert "bytes a token of latent cache on one rank of 4" in cache
 
 
 @pytest.fixture(scope="module")
