@@ -35,5 +35,6 @@ def cache_layout(vllm_config: VllmConfig, num_blocks: int, sizes: ModelSizes | N
         speculative=vllm_config.num_speculative_tokens,
         prefix_caching=bool(cache.enable_prefix_caching),
         device=current_platform.device_type,
+        context_parallel=vllm_config.parallel_config.decode_context_parallel_size,
     )
     return replace(layout, num_blocks=num_blocks)

@@ -51,6 +51,7 @@ class CacheLayout:
     mla_groups: int
     state_pages: int  # blocks per KDA group and sequence: the running state, and one before it for a step or two
     num_blocks: int  # the null block included
+    context_parallel: int = 1  # ranks that the latents of a sequence are spread over
 
     @property
     def kda_state_bytes_per_sequence(self) -> int:
@@ -66,9 +67,14 @@ class CacheLayout:
         """A state of every KDA layer, kept for the prefix cache."""
         return self.kda_groups * self.block_bytes
 
+    def held_tokens(self, context: int) -> int:
+        """Tokens of a sequence whose latents this rank holds."""
+        return ceil(context / self.context_parallel)
+
     def blocks_per_sequence(self, context: int) -> int:
         """Blocks that a sequence of `context` tokens takes."""
-        return self.mla_groups * ceil(context / self.block_tokens) + self.kda_groups * self.state_pages
+        latents = ceil(self.held_tokens(context) / self.block_tokens)
+        return self.mla_groups * latents + self.kda_groups * self.state_pages
 
     def bytes_per_sequence(self, context: int) -> int:
         """Memory that a sequence of `context` tokens takes, padding included."""
@@ -85,12 +91,13 @@ class CacheLayout:
     def describe(self, context: int) -> str:
         """What fits, in a person's words."""
         fitting, each = self.sequences(context), self.bytes_per_sequence(context)
+        shared = f" on one rank of {self.context_parallel}" if self.context_parallel > 1 else ""
         return (
             f"the cache of {self.num_blocks * self.block_bytes / GIB:.2f} GiB a rank holds {fitting:,} "
             f"sequence{'' if fitting == 1 else 's'} of "
             f"{context:,} tokens at once, {each / GIB:.3f} GiB each: {self.kda_state_bytes_per_sequence / MIB:.2f} MiB "
-            f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache, and what "
-            f"blocks of {self.block_tokens:,} tokens leave over"
+            f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache{shared}, "
+            f"and what blocks of {self.block_tokens:,} tokens leave over"
         )
 
 
@@ -111,6 +118,7 @@ def cache_layout(
     prefix_caching: bool = False,
     layers: Collection[int] | None = None,
     device: str = "cpu",
+    context_parallel: int = 1,
 ) -> CacheLayout:
     """The cache that vLLM makes of `kv_bytes` of memory on one rank.
 
@@ -142,6 +150,7 @@ def cache_layout(
         mla_groups=1 if mla else 0,
         state_pages=(2 if prefix_caching else 1) + speculative,
         num_blocks=kv_bytes // block_bytes,
+        context_parallel=context_parallel,
     )
 
 

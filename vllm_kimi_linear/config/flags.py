@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
 from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.log import logger
 
 # What vLLM's methods make of a plain checkpoint as it is loaded, on GPUs; a quantised one names its own.
 ONLINE = ("fp8", "fp8_per_tensor", "fp8_per_channel")
@@ -27,11 +28,14 @@ def check_block_size(tokens: int, device: str) -> None:
 def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     """Raises ConfigError for a flag that asks for what is not implemented here, or that nothing would read.
 
+    Warns once of one that is let through although no test has compared its answers.
     `states`: whether any layer keeps a state, which vLLM's connectors would have to move beside the latents.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
     mamba, offload, scheduler = vllm_config.mamba_config, vllm_config.offload_config, vllm_config.scheduler_config
+    attention = vllm_config.attention_config
+    online = model.quantization in ONLINE  # of which vLLM makes such a config itself
     unset = "it is not implemented for this model, leave it out"
     unread = "nothing reads it for this model, leave it out"
     spaced = "states are kept at distances of the model's own, leave it out"
@@ -40,6 +44,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
         ("quantization", model.quantization, QUANTIZATIONS[current_platform.device_type], unset),
+        ("quantization-config", not online and model.quantization_config, (False, None), unset),
         ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
         ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
@@ -57,10 +62,13 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("gdn-prefill-backend", extra.get("gdn_prefill_backend"), (None,), unread),
         ("kda-prefill-backend", extra.get("kda_prefill_backend"), (None,), unread),
         ("kda-decode-backend", extra.get("kda_decode_backend"), (None,), unread),
+        # Steps by kernels of our own choose experts where vLLM does not look.
+        ("enable-return-routed-experts", vllm_config.aux_output_config.enable_return_routed_experts, (False,), unset),
         ("disable-chunked-mm-input", scheduler.disable_chunked_mm_input, (False,), unread),
         ("prefill-context-parallel-size", parallel.prefill_context_parallel_size, (1,), unset),
         ("enable-dbo", parallel.enable_dbo, (False,), unset),
         ("ubatch-size", parallel.ubatch_size, (0, 1), unset),
+        ("dcp-q-replicate", parallel.dcp_q_replicate, (None, False), unread),
         ("enable-eplb", parallel.enable_eplb, (False,), unset),
         ("enable-elastic-ep", parallel.enable_elastic_ep, (False,), unset),
         ("enable-hc-sp", parallel.enable_hc_sp, (False,), unread),
@@ -72,7 +80,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         method = speculative and speculative.rejection_sample_method
         remedy = "a CPU has only the standard one, leave it out"
         flags += [
-            ("attention-backend", vllm_config.attention_config.backend, (None,), unread),
+            ("attention-backend", attention.backend, (None,), unread),
+            ("attention-config backend_per_kind", attention.backend_per_kind, ({},), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
@@ -90,3 +99,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
+    if parallel.decode_context_parallel_size > 1:
+        logger.warning_once(
+            "Kimi Linear: --decode-context-parallel-size is %d; its answers have not been compared with one rank's on "
+            "GPUs yet, compare yours or leave it out.",
+            parallel.decode_context_parallel_size,
+        )

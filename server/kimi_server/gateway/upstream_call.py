@@ -26,6 +26,7 @@ from kimi_server.gateway.routing import replica_order, session_hash
 from kimi_server.gateway.upstream.body import chunks, with_fields
 from kimi_server.gateway.upstream.replicas import Replica
 from kimi_server.gateway.upstream.response import UpstreamResponse
+from kimi_server.gateway.upstream.stored_responses import StoredResponse
 
 RESPONSES = "/v1/responses"
 PRIORITIES = {"short": "0", "long": "1"}  # vLLM's --scheduling-policy priority serves the lower first
@@ -56,11 +57,11 @@ class UpstreamCall:
     charge: TokenCharge | None = field(init=False, default=None)
     sent: bool = field(init=False, default=False)  # to a replica that did not fail: it may have read the prompt
     response: UpstreamResponse | None = field(init=False, default=None)
-    home: int | None = field(init=False, default=None)  # the replica that stores what the request refers to
+    stored: StoredResponse | None = field(init=False, default=None)  # to which the request refers
 
     async def run(self) -> None:
         """Raises GatewayError, which it does only before a response has started."""
-        self.home = self._home_replica()
+        self.stored = self._stored_response()
         if self.route.prefills and self.parsed is not None:
             fields = self._gateway_fields(self.parsed)
             await self._account(self.parsed)
@@ -72,7 +73,9 @@ class UpstreamCall:
 
     async def _account(self, parsed: ParsedRequest) -> None:
         """Find the prompt's length, charge it to the key, and limit the output where the key's context does."""
-        gateway, entry, limiter, route, size = self.gateway, self.entry, self.limiter, self.route, parsed.size
+        gateway, entry, limiter, route = self.gateway, self.entry, self.limiter, self.route
+        # The replica puts what came before the new part of a conversation in front of it.
+        size = parsed.size + PromptSize(token_ids=self.stored.tokens if self.stored else 0)
         session_id = self.client.header(b"x-session-id")
         entry.session = session_hash(session_id, limiter.key.cache_owner, parsed.prefix_hash)
         tokens = gateway.token_estimator.estimate(size)
@@ -105,8 +108,10 @@ class UpstreamCall:
         replica = gateway.replicas.all[order[0]]
         if path and (count := await gateway.token_counter.count(replica, path, body)):
             return count
-        plain = await gateway.body_parser.parse(plain_prompt, body)
-        return await gateway.token_counter.count(replica, TOKENIZE, plain) if plain else size.max_tokens
+        if not (plain := await gateway.body_parser.parse(plain_prompt, body)):
+            return size.max_tokens
+        count = await gateway.token_counter.count(replica, TOKENIZE, plain)
+        return count and count + size.token_ids
 
     def _gateway_fields(self, parsed: ParsedRequest) -> dict[str, str]:
         """Fields that replace the client's own, which would affect other clients: cache_salt, request_id."""
@@ -118,8 +123,8 @@ class UpstreamCall:
             fields["request_id"] = f"resp_{secrets.token_hex(16)}"
         return fields
 
-    def _home_replica(self) -> int | None:
-        """The replica that stores the response to which this request refers, if it refers to one.
+    def _stored_response(self) -> StoredResponse | None:
+        """The response to which this request refers, if it refers to one.
 
         Raises GatewayError 404 for one of another key, exactly as for one that does not exist.
         """
@@ -129,10 +134,10 @@ class UpstreamCall:
             response_id = self.path.removeprefix(f"{RESPONSES}/").removesuffix("/cancel")
         else:
             response_id = None
-        home = self.gateway.stored_responses.replica_of(self.limiter.key.id, response_id)
-        if home is None and isinstance(response_id, str) and self.gateway.keyring.path is not None:
+        stored = self.gateway.stored_responses.find(self.limiter.key.id, response_id)
+        if stored is None and isinstance(response_id, str) and self.gateway.keyring.path is not None:
             raise GatewayError(404, "no_response", f"Response with id {response_id[:128]!r} not found.")
-        return home
+        return stored
 
     async def _try_replicas(self) -> None:
         """Send the request; where a replica fails before it responds, send it to another."""
@@ -161,10 +166,11 @@ class UpstreamCall:
     async def _admit(self, failed: frozenset[int]) -> Grant:
         """Wait for admission to a replica, if possible not one of `failed`. Without a prompt there is no wait."""
         gateway, entry = self.gateway, self.entry
+        home = self.stored.replica if self.stored else None
 
         def candidates() -> list[int]:
             order = replica_order(gateway.replicas.all, entry.session, failed)
-            return sorted(order, key=lambda index: index != self.home)
+            return sorted(order, key=lambda index: index != home)
 
         if self.prompt_tokens == 0:
             if not (order := candidates()):
@@ -245,9 +251,10 @@ class UpstreamCall:
 
         async for chunk in upstream.aiter_raw():
             ready = response.feed(chunk)
-            if self.route.path == RESPONSES and upstream.status_code == 200 and response.response_id:
-                # Before the client has the id, and may refer to it.
-                self.gateway.stored_responses.remember(self.limiter.key.id, response.response_id, replica.index)
+            if self.route.path.startswith(RESPONSES) and upstream.status_code == 200 and response.response_id:
+                # Before the client has the id or the end, and may refer to it.
+                known = self.gateway.stored_responses
+                known.remember(self.limiter.key.id, response.response_id, replica.index, response.usage.tokens)
             if response.first_token and grant.held:
                 grant.release()
                 if upstream.status_code == 200 and self.prompt_tokens:
@@ -279,7 +286,8 @@ class UpstreamCall:
             return
         response, entry = self.response, self.entry
         if response and (prompt := response.usage.prompt_tokens) is not None:
-            self.gateway.token_estimator.observe(self.parsed.size, prompt)
+            if not self.parsed.fields.get("previous_response_id"):  # of what came before no bytes were seen
+                self.gateway.token_estimator.observe(self.parsed.size, prompt)
             self.charge.settle(prompt + response.completion_tokens)
             entry.report_usage(prompt, response.usage.cached_tokens, response.usage.completion_tokens)
         elif self.sent and (response is None or entry.status == 200):

@@ -6,7 +6,6 @@ Activations are an estimate, and the runtime an allowance; on a GPU vLLM measure
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
 
 from kda_kernels.constants import CHUNK_SIZE
 from kimi_server.planner.weight_bytes import weight_bytes
@@ -90,7 +89,6 @@ class Forecast:
     activations: int
     runtime: int
     plan: CacheLayout  # the cache made of what is left; without a block if nothing is
-    context_parallel: int = 1  # ranks that the latent KV of a sequence is spread over
 
     @property
     def cache(self) -> int:
@@ -99,7 +97,7 @@ class Forecast:
 
     def sequences(self, context: int) -> int:
         """How many sequences of `context` tokens fit at once."""
-        return self.plan.sequences(self._held(context))
+        return self.plan.sequences(context)
 
     def kda_bytes(self, sequences: int) -> int:
         """The states of the KDA layers, without padding."""
@@ -107,21 +105,15 @@ class Forecast:
 
     def latent_bytes(self, sequences: int, context: int) -> int:
         """The latent cache of the MLA layers, without padding."""
-        return sequences * self._held(context) * self.plan.mla_bytes_per_token
+        return sequences * self.plan.held_tokens(context) * self.plan.mla_bytes_per_token
 
     def cache_bytes(self, sequences: int, context: int) -> int:
         """What both take, padding and vLLM's null block included."""
-        held = self._held(context)
-        each = self.plan.bytes_per_sequence(held)
-        return sequences * each + each // self.plan.blocks_per_sequence(held)
+        return sequences * self.plan.bytes_per_sequence(context) + self.plan.block_bytes
 
     def shortage(self, sequences: int, context: int) -> int:
         """Bytes that are missing for so many sequences; 0 if they fit."""
         return max(self.cache_bytes(sequences, context) - self.cache, 0)
-
-    def _held(self, context: int) -> int:
-        """Tokens of a sequence whose latents this rank holds."""
-        return ceil(context / self.context_parallel)
 
 
 def forecast(
@@ -136,7 +128,10 @@ def forecast(
     state_dtype: str = "float32",
     context_parallel: int = 1,
 ) -> Forecast:
-    """The memory of one rank that may use `memory_bytes`, with prefix caching. `device` is "cpu" or "cuda"."""
+    """The memory of one rank that may use `memory_bytes`. `device` is "cpu" or "cuda".
+
+    With prefix caching, but where `context_parallel` ranks share the latents: together they are refused.
+    """
     weights = held_weight_bytes(model_sizes, dtype, tensor_parallel, device)
     activations = activation_bytes(model_sizes, dtype, device, batch_tokens, batch_sequences, tensor_parallel)
     plan = layout.cache_layout(
@@ -145,7 +140,8 @@ def forecast(
         kv_bytes=max(memory_bytes - weights - activations - RUNTIME[device], 0),
         state_dtype=state_dtype,
         tensor_parallel=tensor_parallel,
-        prefix_caching=True,
+        prefix_caching=context_parallel == 1,
         device=device,
+        context_parallel=context_parallel,
     )
-    return Forecast(memory_bytes, weights, activations, RUNTIME[device], plan, context_parallel)
+    return Forecast(memory_bytes, weights, activations, RUNTIME[device], plan)

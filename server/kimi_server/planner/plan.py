@@ -53,7 +53,9 @@ class Layout:
 
     def spread(self) -> "Layout":
         """The same layout with the latent KV spread over all ranks of a server (decode context parallelism)."""
-        return replace(self, forecast=replace(self.forecast, context_parallel=self.tensor_parallel))
+        # Without prefix caching a sequence has one state.
+        plan = replace(self.forecast.plan, context_parallel=self.tensor_parallel, state_pages=1)
+        return replace(self, forecast=replace(self.forecast, plan=plan))
 
     def describe(self) -> str:
         servers = "1 server" if self.servers == 1 else f"{self.servers} servers"

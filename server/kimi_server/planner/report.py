@@ -77,7 +77,8 @@ def _reasons(choice: Choice) -> list[str]:
         reasons.append(
             f"Decode context parallelism beats them: it spreads the latent KV, and {spread.describe()} with "
             f"--decode-context-parallel {spread.tensor_parallel} would hold {spread.sequences(request.context):,} of "
-            f"{tokens(request.context)}. It is untried with this model, so it has to be asked for."
+            f"{tokens(request.context)}. It is untried with this model, and without prefix caching, so it has to be "
+            "asked for."
         )
     if "auto_map" in request.config:
         reasons.append("The checkpoint brings code of its own; if you trust it, start it with --trust-remote-code.")

@@ -28,7 +28,9 @@ def settings(choice: Choice) -> list[Setting]:
         Setting("max-model-len", request.context, "the planned context"),
         Setting("max-num-batched-tokens", BATCH_TOKENS[device], "tokens of a step, which size the activations"),
         Setting("max-num-seqs", layout.batch_sequences, "sequences that run at once, where their length lets them"),
-        Setting("enable-prefix-caching", True, "a second question to a long document starts where it ends"),
+        Setting("enable-prefix-caching", True, "a second question to a long document starts where it ends")
+        if request.context_parallel == 1
+        else Setting("enable-prefix-caching", False, "decode context parallelism is refused with it"),
     ]
     if device == "cuda":
         chosen.append(Setting("gpu-memory-utilization", GPU_SHARE, "the planned share; vLLM measures what it leaves"))

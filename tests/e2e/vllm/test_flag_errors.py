@@ -1,5 +1,6 @@
 """A flag that this model cannot honour stops the start with one sentence; what can be honoured is accepted."""
 
+import logging
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,13 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 REFUSED: Refused = {
     "quantization": ({}, {"quantization": "fp8"}, "--quantization", "fp8"),
+    "quantised at the start": (
+        {},
+        {"quantization_config": {"linear": "fp8_per_tensor"}},
+        "--quantization-config",
+        "float8",
+    ),
+    "queries on every rank": ({}, {"dcp_q_replicate": True}, "--dcp-q-replicate", "True"),
     "float16": ({}, {"dtype": "float16"}, "--dtype", "float16"),
     "pooling": ({}, {"runner": "pooling"}, "--runner", "pooling"),
     "KV in fp8": ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype", "fp8"),
@@ -78,6 +86,12 @@ REFUSED: Refused = {
         {},
         {"attention_backend": "CPU_MLA"},
         "--attention-backend",
+        "CPU_MLA",
+    ),
+    "another attention backend, by kind": (
+        {},
+        {"attention_config": {"backend_per_kind": {"mla_attention": "CPU_MLA"}}},
+        "--attention-config backend_per_kind",
         "CPU_MLA",
     ),
     "another Mamba kernel": ({}, {"mamba_backend": "flashinfer"}, "--mamba-backend", "FLASHINFER"),
@@ -150,20 +164,30 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
     "ubatch_size": ("parallel_config.ubatch_size", 2),
     "enable_eplb": ("parallel_config.enable_eplb", True),
     "enable_elastic_ep": ("parallel_config.enable_elastic_ep", True),
+    "enable_return_routed_experts": ("aux_output_config.enable_return_routed_experts", True),
 }
 
 
-def check_elsewhere(model: str) -> dict[str, str]:
-    """Flag -> the sentence of `check_flags` where the platform is no CPU."""
+def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
+    """Flag -> the sentence of `check_flags` where the platform is no CPU.
+
+    And of four ranks that share latents, which are let through: the warnings, and what the log says of their cache.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
+    from vllm_kimi_linear.cache import configured
     from vllm_kimi_linear.config.errors import ConfigError
     from vllm_kimi_linear.config.flags import check_flags
+    from vllm_kimi_linear.log import logger
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since
-    said = {}
+    said: dict[str, str] = {}
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
     with mock.patch.object(type(current_platform), "is_cpu", lambda self: False):
         check_flags(config, states=True)
         for flag, (path, value) in ELSEWHERE.items():
@@ -176,17 +200,23 @@ def check_elsewhere(model: str) -> dict[str, str]:
                 said[flag] = str(error)
             setattr(owner, name, before)
         config.cache_config.enable_prefix_caching = False
-        config.parallel_config.decode_context_parallel_size = 4
         check_flags(config, states=True)
-    return said
+        assert not warned
+        config.parallel_config.decode_context_parallel_size = 4
+        for _ in range(2):
+            check_flags(config, states=True)
+    return said, warned, configured.cache_layout(config, 1000).describe(4096)
 
 
 def test_refused_elsewhere(demo_model: Path) -> None:
-    said = in_own_process(check_elsewhere, str(demo_model))
+    said, warned, cache = in_own_process(check_elsewhere, str(demo_model))
     assert said.keys() == ELSEWHERE.keys()
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
+    [warning] = warned
+    assert "--decode-context-parallel-size is 4; " in warning and "leave it out" in warning
+    assert "bytes a token of latent cache on one rank of 4" in cache
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[2]
 
 # Refused by a sentence that names the flag: the cases stand in test_flag_errors.py.
 REFUSED_FLAGS = """
-    attention_backend block_size cpu_offload_gb data_parallel_size decode_context_parallel_size
+    attention_backend block_size cpu_offload_gb data_parallel_size dcp_q_replicate decode_context_parallel_size
     disable_chunked_mm_input disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep
     enable_eplb enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
-    enable_mamba_shared_prefix_checkpoint gdn_prefill_backend kda_decode_backend kda_prefill_backend kv_cache_dtype
-    kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend mamba_block_size mamba_cache_dtype
-    mamba_cache_philox_rounds model_impl offload_group_size prefill_context_parallel_size
-    prefix_cache_retention_interval prefix_match_unit quantization runner ubatch_size use_replayssm
+    enable_mamba_shared_prefix_checkpoint enable_return_routed_experts gdn_prefill_backend kda_decode_backend
+    kda_prefill_backend kv_cache_dtype kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend
+    mamba_block_size mamba_cache_dtype mamba_cache_philox_rounds model_impl offload_group_size
+    prefill_context_parallel_size prefix_cache_retention_interval prefix_match_unit quantization quantization_config
+    runner ubatch_size use_replayssm
 """
 
 # Run by another file of the tests, which names it.
@@ -66,6 +67,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "what is asked beside the tokens": {
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": 5,
+        "seed": 7,
         "use_fp64_gumbel": True,
     },
 }
@@ -113,6 +115,16 @@ LONG: dict[str, dict[str, Any]] = {
         "kv_cache_metrics": True,
         "kv_cache_metrics_sample": 1.0,
     },
+    # The last: on a CPU vLLM starts no engine in a process that has drafted by n-grams.
+    "fewer drafts with more sequences": {
+        "spec_method": "ngram",
+        "spec_tokens": 3,
+        "speculative_config": {
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+            "num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 256, 1]],
+        },
+    },
 }
 
 # Nothing that is ours reads these, and vLLM does the same with them for every model.
@@ -126,7 +138,7 @@ UNTOUCHED = {
         tokenizer_mode reasoning_parser reasoning_parser_plugin reasoning_config io_processor_plugin
         renderer_num_workers generation_config override_generation_config tokens_only stream_interval
     """,
-    "logits on their way to tokens": "logits_processors structured_outputs_config seed watermark_config",
+    "logits on their way to tokens": "logits_processors structured_outputs_config watermark_config",
     "images, sound and video, which this model does not take": """
         allowed_local_media_path allowed_media_domains language_model_only limit_mm_per_prompt enable_mm_embeds
         interleave_mm_strings media_io_kwargs mm_processor_kwargs mm_processor_cache_gb mm_processor_cache_type
@@ -136,14 +148,13 @@ UNTOUCHED = {
         mm_ipc_gpu_memory_gb mm_device_do_normalize enable_mm_processor_stats
         ec_transfer_config ec_manager_config
     """,
-    "what reads them is refused: adapters, drafters, offloading, kinds of parallelism, quantisation, pooling": """
+    "what reads them is refused: adapters, drafters, offloading, kinds of parallelism, pooling": """
         max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras lora_dtype lora_target_modules
         enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras
-        max_lora_cls_labels spec_method spec_model spec_tokens per_request_spec_decode_metrics offload_backend
-        cpu_offload_params offload_num_in_group offload_prefetch_step offload_params kv_offloading_backend
-        dcp_comm_backend dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size
-        dbo_decode_token_threshold dbo_prefill_token_threshold elastic_ep_max_dp_size eplb_config
-        quantization_config allow_deprecated_quantization pooler_config mamba_ssu_algorithm replayssm_buffer_len
+        max_lora_cls_labels spec_model offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step
+        offload_params kv_offloading_backend dbo_decode_token_threshold dbo_prefill_token_threshold
+        elastic_ep_max_dp_size eplb_config allow_deprecated_quantization pooler_config mamba_ssu_algorithm
+        replayssm_buffer_len
     """,
     "kinds of model that this one is none of": "diffusion_config engram_config sparse_indexer_topk_backend",
     "processes, their machines and their network": """
@@ -156,7 +167,7 @@ UNTOUCHED = {
     "logs, metrics, traces": """
         aggregate_engine_logging show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces
         custom_histogram_buckets jit_monitor_mode jit_monitor_verbose profiler_config logging_config log_level
-        log_config_file enable_log_requests
+        log_config_file enable_log_requests per_request_spec_decode_metrics
     """,
     "another class in place of ours, at one's own risk": "model_class_overrides",
     "other names of parts of what is run": "max_cudagraph_capture_size",
@@ -164,10 +175,11 @@ UNTOUCHED = {
 
 # Read on GPUs alone, and not yet run there with this model.
 TO_RUN_ON_GPUS = """
-    all2all_backend aux_output_config data_parallel_address data_parallel_backend data_parallel_external_lb
-    data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
-    data_parallel_size_local data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval
-    enable_batch_sharded_sampling enable_cumem_allocator enable_nccl_comm_suspend enable_return_routed_experts
+    all2all_backend aux_output_config cp_kv_cache_interleave_size data_parallel_address data_parallel_backend
+    data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank
+    data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank dcp_comm_backend
+    dcp_kv_cache_interleave_size disable_nccl_for_dp_synchronization dp_sync_interval enable_batch_sharded_sampling
+    enable_cumem_allocator enable_nccl_comm_suspend
     enable_sleep_mode enable_trace_replay ir_op_priority kernel_config mamba_config moe_backend return_sampling_mask
     sleep_mode_offload_cudagraph sleep_preserve_parameter_names
 """

@@ -23,7 +23,7 @@ from tests.support.completions import Answer, Completions
 from tests.support.logs import ask_all
 from tests.support.prompts import LENGTHS, Stream
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 # A fixed cache, so that several servers may share a card; of the memory, so much must be free.
 FLAGS = (
@@ -34,6 +34,7 @@ FLAGS = (
     "--gpu-memory-utilization=0.1",
 )
 NGRAM = '--speculative-config={"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3}'
+SHARED = "--decode-context-parallel-size="
 WAYS = {
     "graphs": ("--enable-prefix-caching",),
     "vLLM's layers": ("--enable-prefix-caching", '--additional-config={"decode_kernels": false}'),
@@ -64,6 +65,17 @@ WAYS = {
         NGRAM,
         "--enable-prefix-caching",
         "--max-num-batched-tokens=768",
+    ),
+    "two ranks, shared latents": ("--tensor-parallel-size=2", SHARED + "2", "--no-enable-prefix-caching"),
+    "four ranks, shared latents": ("--tensor-parallel-size=4", SHARED + "4", "--no-enable-prefix-caching"),
+    "two ranks, shared latents, short of blocks": (
+        "--tensor-parallel-size=2",
+        SHARED + "2",
+        "--block-size=96",  # on both ranks 192 tokens, as on one: as few blocks are short
+        "--max-num-batched-tokens=64",
+        "--max-num-seqs=32",
+        "--num-gpu-blocks-override=25",
+        "--no-enable-prefix-caching",
     ),
 }
 TOKENS = 64
@@ -219,6 +231,7 @@ def test_every_way(
         assert way.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
     if "--enable-prefix-caching" in way.server.flags:
         assert sum(answer.cached_tokens for answer in together) > 0
+    assert ("its answers have not been compared" in way.server.log) == (SHARED in str(way.server.flags))
     if "--num-gpu-blocks-override=25" in way.server.flags:
         assert way.metric("vllm:num_preemptions_total") > 0
 

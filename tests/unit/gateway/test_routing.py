@@ -7,7 +7,7 @@ import pytest
 
 from kimi_server.gateway.request.parsed_request import parse_request
 from kimi_server.gateway.routing import rendezvous, session_hash
-from kimi_server.gateway.upstream.stored_responses import MAX_RESPONSES, StoredResponses
+from kimi_server.gateway.upstream.stored_responses import MAX_RESPONSES, StoredResponse, StoredResponses
 
 SYSTEM = {"role": "system", "content": "You are brief."}
 FIRST = {"role": "user", "content": "Hello"}
@@ -74,9 +74,12 @@ def test_stored_responses_are_forgotten_in_the_end() -> None:
     stored = StoredResponses()
     stored.remember("bob", "resp_x", 2)
     for number in range(MAX_RESPONSES + 5):
+        stored.remember("alice", f"resp_{number}", 1)  # as its stream begins
+        stored.remember("alice", f"resp_{number}", 1, number)  # and as it ends
         stored.remember("alice", f"resp_{number}", 1)
-    assert stored.replica_of("alice", "resp_0") is None
-    assert stored.replica_of("alice", f"resp_{MAX_RESPONSES}") == 1
-    assert stored.replica_of("alice", None) is stored.replica_of("alice", []) is None
-    assert stored.replica_of("bob", "resp_x") == 2  # not pushed out by another key's
-    assert stored.replica_of("bob", f"resp_{MAX_RESPONSES}") is None
+    known = [number for number in range(MAX_RESPONSES + 5) if stored.find("alice", f"resp_{number}")]
+    assert known == list(range(5, MAX_RESPONSES + 5))
+    assert stored.find("alice", f"resp_{MAX_RESPONSES}") == StoredResponse(replica=1, tokens=MAX_RESPONSES)
+    assert stored.find("alice", None) is stored.find("alice", []) is None
+    assert stored.find("bob", "resp_x") == StoredResponse(2, 0)  # not pushed out by another key's
+    assert stored.find("bob", f"resp_{MAX_RESPONSES}") is None

@@ -61,6 +61,16 @@ def test_usage(usage: dict[str, Any], compact: bool, streams: bool) -> None:
     assert usage_of(response) == (9, 2, 4)
 
 
+def test_usage_is_known_before_the_end_is_passed_on() -> None:
+    """A client that has the whole body may go on from it before the connection to the replica has ended."""
+    response = UpstreamResponse("application/json")
+    body = json.dumps({"id": "resp_1", "text": "{}", "usage": RESPONSES}) + "\n"
+    feed(response, body[:30].encode(), body[30:-20].encode())
+    assert response.usage.tokens == 0
+    response.feed(body[-20:].encode())
+    assert response.usage.tokens == 13
+
+
 def test_usage_of_the_messages_api_comes_in_two_parts() -> None:
     response = UpstreamResponse(SSE)
     start = {"type": "message_start", "message": {"usage": {"input_tokens": 9, "cache_read_input_tokens": 2}}}

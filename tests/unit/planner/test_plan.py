@@ -83,6 +83,8 @@ def test_decode_context_parallelism_is_named_and_has_to_be_asked_for() -> None:
     assert "decode-context-parallel-size" not in report(plain)
     assert "decode-context-parallel-size: 4" in report(spread)
     assert {each.tensor_parallel for each in spread.layouts} == {4}
+    short = plan("4xH100-80GB", 4096, context_parallel=4).best.sequences(4096)  # here the states weigh more
+    assert f"--decode-context-parallel 4 would hold {short:,} of 4K" in report(plan("4xH100-80GB", 4096))
     with pytest.raises(ConfigError, match="--decode-context-parallel is 3"):
         plan("4xH100-80GB", context_parallel=3)
 

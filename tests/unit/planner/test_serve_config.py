@@ -69,6 +69,8 @@ def test_what_long_prompts_need_is_set(case: str) -> None:
     assert flags["tool-call-parser"] == "kimi_k2"
     assert flags["scheduling-policy"] == "priority"
     assert "reasoning-parser" not in flags
+    # The plugin refuses both together.
+    assert flags["enable-prefix-caching"] is ("decode-context-parallel-size" not in flags)
     assert all(each.reason for each in settings(CASES[case]))
 
 

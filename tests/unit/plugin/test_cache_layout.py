@@ -118,6 +118,16 @@ def test_sequences_that_fit():
     assert plan.checkpoint_bytes == 20 * block
 
 
+def test_latents_that_ranks_share():
+    alone, shared = (
+        plan_48b(activation_dtype="bfloat16", tensor_parallel=4, context_parallel=ranks, kv_bytes=10 * GIB)
+        for ranks in (1, 4)
+    )
+    assert shared.blocks_per_sequence(MIB - 3) == alone.blocks_per_sequence(MIB // 4)
+    assert shared.longest_context(1 << 40) == 4 * alone.longest_context(1 << 40)
+    assert "on one rank of 4" in shared.describe(4096) and "on one rank" not in alone.describe(4096)
+
+
 def test_a_pipeline_stage():
     first, second = plan_48b(layers=range(14)), plan_48b(layers=range(14, 27))
     assert (first.kda_layers, first.mla_layers) == (11, 3)

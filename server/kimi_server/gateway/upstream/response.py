@@ -24,7 +24,12 @@ class Usage:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
 
-    def read(self, text: bytes) -> None:
+    @property
+    def tokens(self) -> int:
+        """Of prompt and completion; 0 where no prompt is reported."""
+        return 0 if self.prompt_tokens is None else self.prompt_tokens + (self.completion_tokens or 0)
+
+    def read(self, text: bytes | bytearray) -> None:
         """Update the counts from the last usage object in a part of JSON.
 
         Generated text cannot forge one: within a string its quotes are escaped.
@@ -69,6 +74,8 @@ class UpstreamResponse:
             if len(self.buffer) + len(chunk) <= COPY_BYTES:
                 self.buffer += chunk
             self._find_response_id(self.buffer[:HEAD_BYTES])
+            if chunk.rstrip().endswith(b"}"):  # the end, perhaps, and then the client may go on from it at once
+                self.usage.read(self.buffer)
             return chunk
         self.buffer += chunk
         end = max(self.buffer.rfind(mark) + len(mark) if mark in self.buffer else 0 for mark in (b"\n\n", b"\r\n\r\n"))
