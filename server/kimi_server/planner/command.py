@@ -1,16 +1,15 @@
 """`kimi-linear plan` and `kimi-linear serve`: read the arguments, print the plan, write its YAML, start vLLM."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kimi_server.planner import report, sizes
+from kimi_server.planner.checkpoints import read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.serve_config import yaml
@@ -96,36 +95,6 @@ def _choice(args: argparse.Namespace, one_server: bool) -> Choice:
         one_server=one_server,
     )
     return choose(request, machine(args.device, args.gpus, args.memory, ranks or 1))
-
-
-def read_config(model: str) -> Mapping[str, Any]:
-    """config.json's dictionary of a folder, a file or a name on the hub; raises ConfigError."""
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.is_file():
-        path = _download(model)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"MODEL is {model!r}: {path} cannot be read ({error}); give a checkpoint's folder") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"MODEL is {model!r}: {path} holds no object; give a checkpoint's folder")
-    return config
-
-
-def _download(name: str) -> Path:
-    """config.json of a model on the hub, or of its local copy."""
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(name, "config.json"))
-    except (ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"MODEL is {name!r}: no folder or file of that name is here, and the hub gives no config.json of it "
-            f"({reason}); give a checkpoint's folder"
-        ) from None
 
 
 def _served_name(model: str) -> str | None:

@@ -200,12 +200,6 @@ def test_a_config_that_is_none_gets_one_sentence(tmp_path: Path, text: str) -> N
     assert ";" in line
 
 
-def test_a_missing_model_gets_one_sentence(tmp_path: Path) -> None:
-    done = kimi_linear("plan", str(tmp_path / "nothing"), "--gpus", "4xH200")
-    assert done.returncode == 1
-    assert "no folder or file of that name is here" in done.stderr.splitlines()[-1]
-
-
 def test_the_command_plans_a_file_and_a_folder(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "serve.yaml"
     for model, named in ((config, False), (config.parent, True)):
