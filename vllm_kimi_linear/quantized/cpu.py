@@ -154,6 +154,6 @@ def _empty(scheme: Scheme, rows: int, columns: int) -> dict[str, nn.Parameter]:
     """Values and scales, by name, of a weight [rows, columns], all zeros: rows that pad a layer stay so."""
     tensors = scheme.tensors(rows, columns)
     (stored, _), ((_, groups), _) = tensors[scheme.values], tensors["weight_scale"]
-    values, scales = torch.zeros(stored, dtype=VALUES[scheme.form]), torch.zeros(rows, groups)
+    values, scales = torch.zeros(stored, dtype=VALUES[scheme.form]), torch.zeros(rows, groups, dtype=torch.float32)
     parts = {scheme.values: values, "weight_scale": scales}
     return {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}

@@ -47,7 +47,7 @@ def phrases(found: Sequence[Remedy], here: Machine) -> list[str]:
 def _checkpoint(remedy: Remedy) -> str:
     """Fp8 checkpoint (50 GB), and what it needs where that is not known."""
     assert remedy.weights is not None
-    size = f"{weight_bytes(remedy.choice.best.model_sizes, remedy.choice.request.dtype) / 1e9:.0f} GB"
+    size = f"{_size(remedy.choice) / 1e9:.0f} GB"
     machine, least = remedy.choice.machine, CAPABILITIES[remedy.weights]
     if machine.device == "cuda" and machine.capability is None and least > LEAST_CAPABILITY:
         size += f", from compute capability {least[0]}.{least[1]} on"
@@ -118,11 +118,16 @@ def _smaller(short: Choice) -> Iterator[tuple[str, Request]]:
             continue
         request = replace(short.request, config=config | {FIELD: stored})
         try:
-            size = weight_bytes(choose(request, short.machine).best.model_sizes, request.dtype)
+            size = _size(choose(request, short.machine))
         except ConfigError:  # sizes that it does not divide
             continue
-        if size < weight_bytes(short.best.model_sizes, request.dtype):
+        if size < _size(short):
             yield weights, request
+
+
+def _size(choice: Choice) -> int:
+    """Bytes of the checkpoint's files; a GPU holds all but a little as they have it."""
+    return weight_bytes(choice.best.model_sizes, choice.request.dtype, device="cuda")
 
 
 def _fitting(request: Request, machine: Machine) -> Choice | None:

@@ -116,7 +116,7 @@ OTHERS = {
     ),
     "--device cpu --memory 16G --tensor-parallel 2 --context 128K": (
         "No: 1 document of 128K does not fit on 2 ranks of a CPU that may use 16.00 GiB each. It needs --memory 48G, "
-        "--memory 25G and the fp8 checkpoint (50 GB), or the int4 checkpoint (31 GB)."
+        "--memory 25G and the fp8 checkpoint (50 GB), or --memory 17G and the int4 checkpoint (31 GB)."
     ),
 }
 LINES = {"--gpus {} --context {}".format(*key.split()): line for key, line in ANSWERS.items()}
