@@ -1,6 +1,7 @@
 """The first line of a plan: yes with what to run, or no with what would do. Each was read by a person."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kimi_server.planner.checkpoints import KNOWN, read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.remedies import remedies
-from kimi_server.planner.stored import STORED, as_stored
+from kimi_server.planner.stored import CAPABILITIES, STORED, as_stored
 
 K, M = 1 << 10, 1 << 20
 MODEL = next(iter(KNOWN))
@@ -162,6 +163,28 @@ def test_a_remedy_is_what_a_plan_of_it_says() -> None:
             replace(short("H100").request, config=as_stored(CONFIG, weights)), machine(None, "H100", None, 1)
         )
         assert asked.best == choice.best
+
+
+GUIDE = (Path(__file__).parents[3] / "docs/guide/planner.md").read_text()
+ROWS = re.findall(r"^\| ([\w-]+) \| (\d+) \| ?(\d*) \| (\d+) \|$", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_guide_says_what_fits_on_small_machines(row: tuple[str, ...]) -> None:
+    """Nothing stands where the GPU does not compute with such weights."""
+    gpus, *shown = row
+    place = machine(None, gpus, None, 1)
+    for count, weights in zip(shown, (None, *STORED), strict=True):
+        config = as_stored(CONFIG, weights) if weights else CONFIG
+        offered = weights is None or (place.capability or (0, 0)) >= CAPABILITIES[weights]
+        fitting = choose(replace(short(gpus).request, config=config), place).best.sequences(128 * K)
+        assert count == (str(fitting) if offered else "")
+
+
+def test_the_guide_shows_the_answers() -> None:
+    assert len(ROWS) == 5
+    for case in ("1xH200 128K", "2xRTX-4090 128K"):
+        assert f"    {ANSWERS[case]}\n" in GUIDE
 
 
 def test_a_cpu_hears_no_word_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
