@@ -69,14 +69,14 @@ def _plan(args: argparse.Namespace) -> int:
     choice = _choice(args, one_server=False)
     found = [] if choice.fits else remedies(choice)
     commands = _commands(args, choice) if choice.fits else []
+    if choice.fits and args.out:
+        _write(args.out, yaml(choice, _served_name(args)))
     if args.json:
         print(json.dumps(answer.as_json(choice, found, commands, report.contexts(choice)), indent=2))
     else:
         print(answer.yes(choice, commands) if choice.fits else refusal.answer(choice, found))
     if not args.json and not args.brief:
         print("", report.report(choice) if choice.fits else report.refused(choice, found), sep="\n")
-    if choice.fits and args.out:
-        _write(args.out, yaml(choice, _served_name(args)))
     return 0 if choice.fits else 1
 
 

@@ -218,6 +218,7 @@ def test_bad_input_gets_one_sentence(config: Path, case: str) -> None:
     arguments, said = REFUSED[case]
     done = kimi_linear("plan", str(config), *arguments)
     assert done.returncode == 1
+    assert done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("kimi-linear plan: ")
     assert said in line
