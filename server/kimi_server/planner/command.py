@@ -6,14 +6,16 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from kimi_server.planner import report, sizes
+from kimi_server.planner import answer, refusal, report, sizes, start
+from kimi_server.planner.checkpoints import read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
+from kimi_server.planner.remedies import remedies
 from kimi_server.planner.serve_config import yaml
+from kimi_server.planner.stored import CAPABILITIES, STORED, as_stored
 from kimi_server.vllm_program import vllm_program
 from vllm_kimi_linear.config.errors import ConfigError
 
@@ -21,6 +23,10 @@ from vllm_kimi_linear.config.errors import ConfigError
 def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of `kimi-linear plan` to its parser; returns the function that runs it."""
     _add_arguments(parser)
+    parser.add_argument("--weights", choices=[*STORED], help="plan as if MODEL were a checkpoint that is stored so")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--brief", action="store_true", help="print the answer and its command alone")
+    shown.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
     return lambda args: _answer(_plan, args)
 
 
@@ -61,21 +67,46 @@ def _answer(command: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 def _plan(args: argparse.Namespace) -> int:
     choice = _choice(args, one_server=False)
-    print(report.report(choice))
+    found = [] if choice.fits else remedies(choice)
+    commands = _commands(args, choice) if choice.fits else []
+    if choice.fits and args.out:
+        _write(args.out, yaml(choice, _served_name(args)))
+    if args.json:
+        print(json.dumps(answer.as_json(choice, found, commands, report.contexts(choice)), indent=2))
+    else:
+        print(answer.yes(choice, commands) if choice.fits else refusal.answer(choice, found))
+    if not args.json and not args.brief:
+        print("", report.report(choice) if choice.fits else report.refused(choice, found), sep="\n")
+    return 0 if choice.fits else 1
+
+
+def _commands(args: argparse.Namespace, choice: Choice) -> list[str]:
+    """What starts the plan: from its YAML where one is written, or by a plan of the same request."""
     if args.out:
-        _write(args.out, yaml(choice, _served_name(args.model)))
-        lines = report.commands(choice, _served_name(args.model), str(args.out))
-        print("\n".join(["", "Start", *(f"  {line}" for line in lines)]))
-    return 0
+        return start.vllm_commands(choice, _served_name(args), str(args.out))
+    gpus = f"{choice.best.tensor_parallel}x{choice.machine.short}" if args.gpus and args.memory else None
+    given = {
+        "--gpus": gpus,  # those that can be seen have their own size
+        "--device": args.device,
+        "--memory": args.memory,
+        "--context": args.context,
+        "--decode-context-parallel": None if choice.request.context_parallel == 1 else args.decode_context_parallel,
+        "--dtype": args.dtype,
+        "--state-dtype": None if args.state_dtype == "auto" else args.state_dtype,
+    }
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    return start.serve_commands(choice, _served_name(args), flags)
 
 
 def _serve(args: argparse.Namespace) -> int:
     choice = _choice(args, one_server=True)
-    print(report.report(choice), flush=True)
+    if not choice.fits:
+        raise ConfigError(refusal.sentence(choice))
+    print(answer.yes(choice), report.report(choice), sep="\n\n", flush=True)
     if args.out is None:
         folder = Path(tempfile.mkdtemp(prefix="kimi-linear-"))
         args.out = folder / "serve.yaml"
-    _write(args.out, yaml(choice, _served_name(args.model)))
+    _write(args.out, yaml(choice, args.model))
     command = [*vllm_program(), "serve", args.model, "--config", str(args.out), *args.further]
     print(f"\nStart\n  {shlex.join(command)}", flush=True)
     os.execvp(command[0], command)
@@ -83,6 +114,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _choice(args: argparse.Namespace, one_server: bool) -> Choice:
     config = read_config(args.model)
+    weights = getattr(args, "weights", None)
+    config = as_stored(config, weights) if weights else config
     ranks = None if args.tensor_parallel is None else sizes.parse("--tensor-parallel", args.tensor_parallel, "2")
     request = Request(
         config=config,
@@ -95,42 +128,18 @@ def _choice(args: argparse.Namespace, one_server: bool) -> Choice:
         context_parallel=sizes.parse("--decode-context-parallel", args.decode_context_parallel, "4"),
         one_server=one_server,
     )
-    return choose(request, machine(args.device, args.gpus, args.memory, ranks or 1))
-
-
-def read_config(model: str) -> Mapping[str, Any]:
-    """config.json's dictionary of a folder, a file or a name on the hub; raises ConfigError."""
-    path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.is_file():
-        path = _download(model)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"MODEL is {model!r}: {path} cannot be read ({error}); give a checkpoint's folder") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"MODEL is {model!r}: {path} holds no object; give a checkpoint's folder")
-    return config
-
-
-def _download(name: str) -> Path:
-    """config.json of a model on the hub, or of its local copy."""
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(name, "config.json"))
-    except (ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    place = machine(args.device, args.gpus, args.memory, ranks or 1)
+    if weights and place.capability is not None and place.capability < (least := CAPABILITIES[weights]):
         raise ConfigError(
-            f"MODEL is {name!r}: no folder or file of that name is here, and the hub gives no config.json of it "
-            f"({reason}); give a checkpoint's folder"
-        ) from None
+            f"--weights is {weights}, which needs compute capability {least[0]}.{least[1]}, and {place.short} has "
+            f"{place.capability[0]}.{place.capability[1]}; plan for int4 or for the checkpoint as it is"
+        )
+    return choose(request, place)
 
 
-def _served_name(model: str) -> str | None:
-    """What the YAML calls the model; None for a bare config.json, which cannot be served."""
-    return None if Path(model).is_file() else model
+def _served_name(args: argparse.Namespace) -> str | None:
+    """What the commands call the model; None for a bare config.json and for one that is planned as another."""
+    return None if args.weights or Path(args.model).is_file() else args.model
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,28 +3,45 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kimi_server.planner import nvidia, sizes
 from vllm_kimi_linear.cache.layout import MIB
 from vllm_kimi_linear.config.errors import ConfigError
 
-# Short name -> NVIDIA's name and the MiB that nvidia-smi shows for it.
+
+class Kind(NamedTuple):
+    """A GPU as nvidia-smi shows it."""
+
+    name: str  # NVIDIA's
+    mib: int
+    capability: tuple[int, int]  # of computing: Ampere 8.0 and 8.6, Ada 8.9, Hopper 9.0, Blackwell from 10.0 on
+
+
+# Short name -> its kind.
 GPUS = {
-    "A10": ("NVIDIA A10", 23028),
-    "A100-40GB": ("NVIDIA A100-SXM4-40GB", 40960),
-    "A100-80GB": ("NVIDIA A100-SXM4-80GB", 81920),
-    "A6000": ("NVIDIA RTX A6000", 49140),
-    "B200": ("NVIDIA B200", 183359),
-    "H100-80GB": ("NVIDIA H100 80GB HBM3", 81559),
-    "H100-PCIE": ("NVIDIA H100 PCIe", 81559),
-    "H100-NVL": ("NVIDIA H100 NVL", 95830),
-    "H200": ("NVIDIA H200", 143771),
-    "L4": ("NVIDIA L4", 23034),
-    "L40S": ("NVIDIA L40S", 46068),
-    "RTX-3090": ("NVIDIA GeForce RTX 3090", 24576),
-    "RTX-4090": ("NVIDIA GeForce RTX 4090", 24564),
-    "RTX-5090": ("NVIDIA GeForce RTX 5090", 32607),
+    "A10": Kind("NVIDIA A10", 23028, (8, 6)),
+    "A40": Kind("NVIDIA A40", 46068, (8, 6)),
+    "A100-40GB": Kind("NVIDIA A100-SXM4-40GB", 40960, (8, 0)),
+    "A100-80GB": Kind("NVIDIA A100-SXM4-80GB", 81920, (8, 0)),
+    "A6000": Kind("NVIDIA RTX A6000", 49140, (8, 6)),
+    "B200": Kind("NVIDIA B200", 183359, (10, 0)),
+    "H100-80GB": Kind("NVIDIA H100 80GB HBM3", 81559, (9, 0)),
+    "H100-PCIE": Kind("NVIDIA H100 PCIe", 81559, (9, 0)),
+    "H100-NVL": Kind("NVIDIA H100 NVL", 95830, (9, 0)),
+    "H200": Kind("NVIDIA H200", 143771, (9, 0)),
+    "L4": Kind("NVIDIA L4", 23034, (8, 9)),
+    "L40": Kind("NVIDIA L40", 46068, (8, 9)),
+    "L40S": Kind("NVIDIA L40S", 46068, (8, 9)),
+    "RTX-3090": Kind("NVIDIA GeForce RTX 3090", 24576, (8, 6)),
+    "RTX-4090": Kind("NVIDIA GeForce RTX 4090", 24564, (8, 9)),
+    "RTX-5090": Kind("NVIDIA GeForce RTX 5090", 32607, (12, 0)),
+    "RTX-6000-Ada": Kind("NVIDIA RTX 6000 Ada Generation", 49140, (8, 9)),
+    "RTX-PRO-6000": Kind("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, (12, 0)),
+    "T4": Kind("Tesla T4", 15360, (7, 5)),
+    "V100-32GB": Kind("Tesla V100-SXM2-32GB", 32768, (7, 0)),
 }
+ALIASES = {"H100": "H100-80GB", "H100-SXM": "H100-80GB"}
 GPU_SHARE = 0.9  # vLLM's --gpu-memory-utilization
 CPU_SHARE = 0.5  # of what is free: the server's processes themselves, and others, need the rest
 
@@ -38,8 +55,17 @@ class Machine:
     count: int  # GPUs; on a CPU as many as the server has ranks
     total: int  # bytes of one
     usable: int  # bytes that a rank may take of them
+    capability: tuple[int, int] | None = None  # of a GPU, where it is known
+
+    @property
+    def short(self) -> str:
+        """What --gpus calls one of them."""
+        return next((short for short, kind in GPUS.items() if kind.name == self.name), _short(self.name))
 
     def describe(self) -> str:
+        if self.device == "cpu":
+            ranks = f"{self.count} ranks, " if self.count > 1 else ""
+            return f"CPU, {ranks}{sizes.gib(self.usable)} for a rank"
         return f"{self.count} x {self.name}, {sizes.gib(self.total)} each, {sizes.gib(self.usable)} of it for a rank"
 
 
@@ -75,13 +101,13 @@ def _probed(found: list[nvidia.Gpu], size: int | None) -> Machine:
     name = kinds[0]
     if size is None:
         if unsized := [gpu.shown for gpu in found if gpu.total is None]:
-            short = name.removeprefix("NVIDIA ").replace(" ", "-")
             raise ConfigError(
                 f"nvidia-smi shows {unsized[0]} for the memory of {name} ({nvidia.NO_SIZE[unsized[0]]}); give what one "
-                f"GPU may use with --memory 100G, or all of it with --gpus {len(found)}x{short} --memory 100G"
+                f"GPU may use with --memory 100G, or all of it with --gpus {len(found)}x{_short(name)} --memory 100G"
             )
         size = min(gpu.total for gpu in found if gpu.total is not None)
-    return _gpus(name, len(found), size)
+    known = [kind.capability for kind in GPUS.values() if kind.name == name]
+    return _gpus(name, len(found), size, known[0] if known else nvidia.capability())
 
 
 def _named(gpus: str, size: int | None) -> Machine:
@@ -90,16 +116,42 @@ def _named(gpus: str, size: int | None) -> Machine:
     count = int(found[1] or 1) if found and len(found[1] or "") <= 4 else 0
     if not found or not count:
         raise ConfigError(f"--gpus is {gpus!r}; give a number and a name, such as 4xH100-80GB")
-    known = {short.upper(): row for short, row in GPUS.items()} | {row[0].upper(): row for row in GPUS.values()}
-    row = known.get(found[2].strip().upper())
-    if row is None and size is None:
-        raise ConfigError(f"--gpus is {gpus!r}; give one of {', '.join(GPUS)}, or what one GPU has with --memory 80G")
-    name, mib = row or (found[2].strip(), 0)
-    return _gpus(name, count, size or mib * MIB)
+    name = found[2].strip()
+    kind = _kind(name)
+    if kind is None and size is None:
+        likely = [short for short in GPUS if _letters(name) and _letters(short).startswith(_letters(name))]
+        names = ", ".join(likely or GPUS)
+        raise ConfigError(f"--gpus is {gpus!r}; give one of {names}, or what one GPU has with --memory 80G")
+    if kind is None:
+        return _gpus(name, count, size or 0, None)
+    return _gpus(kind.name, count, size or kind.mib * MIB, kind.capability)
 
 
-def _gpus(name: str, count: int, total: int) -> Machine:
-    return Machine("cuda", name, count, total, int(total * GPU_SHARE))
+def _kind(name: str) -> Kind | None:
+    """Of a short name, an alias or NVIDIA's own name, however it is spaced."""
+    known = {_letters(alias): GPUS[short] for alias, short in ALIASES.items()}
+    for short, kind in GPUS.items():
+        known |= {_letters(short): kind, _letters(kind.name): kind}
+    return known.get(_letters(name))
+
+
+def _letters(name: str) -> str:
+    """What tells one GPU from another: RTX-4090, rtx 4090 and NVIDIA GeForce RTX 4090 are 4090."""
+    return re.sub(r"NVIDIA|GEFORCE|TESLA|RTX|[\s_-]", "", name.upper())
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("NVIDIA ").replace(" ", "-")
+
+
+def of_kind(short: str, count: int) -> Machine:
+    """`count` GPUs of a kind of `GPUS`."""
+    kind = GPUS[short]
+    return _gpus(kind.name, count, kind.mib * MIB, kind.capability)
+
+
+def _gpus(name: str, count: int, total: int, capability: tuple[int, int] | None) -> Machine:
+    return Machine("cuda", name, count, total, int(total * GPU_SHARE), capability)
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:

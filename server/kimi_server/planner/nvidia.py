@@ -14,6 +14,7 @@ from vllm_kimi_linear.cache.layout import MIB
 from vllm_kimi_linear.config.errors import ConfigError
 
 QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+CAPABILITY_QUERY = ("--query-gpu=compute_cap", "--format=csv,noheader")
 MIG_QUERY = ("--query-gpu=mig.mode.current", "--format=csv,noheader")
 PATIENCE = 60.0  # seconds: it loads the driver first, which takes long where there are many GPUs
 # What stands in place of a size -> when it does.
@@ -50,6 +51,18 @@ def probe() -> list[Gpu]:
         if "Enabled" in _ask(program, *MIG_QUERY, *chosen).split():
             raise _slices("nvidia-smi shows a GPU that is divided (MIG)")
     return found
+
+
+def capability() -> tuple[int, int] | None:
+    """The least compute capability of the GPUs that `probe` found; None where nvidia-smi does not say it."""
+    program, visible = shutil.which("nvidia-smi"), _visible()
+    chosen = ("-i", ",".join(visible)) if visible else ()
+    try:
+        lines = _ask(program, *CAPABILITY_QUERY, *chosen).split("\n") if program else []
+    except _Failed:  # an older driver does not know the question
+        return None
+    found = [re.fullmatch(r"(\d{1,3})\.(\d{1,3})", line.strip(), re.ASCII) for line in lines]
+    return min(((int(one[1]), int(one[2])) for one in found if one), default=None)
 
 
 class _Failed(ConfigError):

@@ -1,6 +1,7 @@
 """Chooses the layout of servers and tensor-parallel ranks on a machine that fits most sequences of a given length.
 
-The arithmetic is in `forecast.py`, `weight_bytes.py` and `vllm_kimi_linear.cache.layout`.
+The arithmetic is in `forecast.py`, `weight_bytes.py` and `vllm_kimi_linear.cache.layout`, what is said where nothing
+fits in `refusal.py`.
 """
 
 from collections.abc import Mapping
@@ -10,13 +11,12 @@ from typing import Any
 
 from kimi_server.planner.forecast import Forecast, forecast
 from kimi_server.planner.gpus import Machine
-from kimi_server.planner.sizes import gib
-from vllm_kimi_linear.cache.layout import longest_context
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.model import ModelSizes, check_cache_dtypes, check_device
 from vllm_kimi_linear.config.parallel import ParallelSizes
 
 DTYPES = {"cuda": ("bfloat16",), "cpu": ("bfloat16", "float32")}
+LEAST_CAPABILITY = (8, 0)  # of a GPU that computes in bfloat16
 # Tokens of one step, and the least number of sequences that may run at once: what is planned and the server is told.
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 BATCH_SEQUENCES = {"cuda": 256, "cpu": 128}
@@ -57,6 +57,11 @@ class Layout:
         plan = replace(self.forecast.plan, context_parallel=self.tensor_parallel, state_pages=1)
         return replace(self, forecast=replace(self.forecast, plan=plan))
 
+    @property
+    def ranks(self) -> int:
+        """Of all servers."""
+        return self.servers * self.tensor_parallel
+
     def describe(self) -> str:
         servers = "1 server" if self.servers == 1 else f"{self.servers} servers"
         return f"{servers} of {self.tensor_parallel} rank{'' if self.tensor_parallel == 1 else 's'}"
@@ -70,11 +75,12 @@ class Choice:
 
     @property
     def best(self) -> Layout:
-        """Most sequences of the asked context; among equals most cache a server, then fewest ranks."""
+        """Most sequences of the asked context; among equals most GPUs, then most cache a server, then fewest ranks."""
+        context = self.request.context
         allowed = [each for each in self.layouts if not self.request.one_server or each.servers == 1]
         return max(
             allowed,
-            key=lambda each: (each.sequences(self.request.context), each.forecast.cache, -each.tensor_parallel),
+            key=lambda each: (each.sequences(context), each.ranks, each.forecast.cache, -each.tensor_parallel),
         )
 
     @property
@@ -82,9 +88,22 @@ class Choice:
         """The sequences of the asked context that the fullest server has to hold."""
         return ceil(self.request.concurrency / self.best.servers)
 
+    @property
+    def fits(self) -> bool:
+        return self.best.sequences(self.request.context) >= self.request.concurrency
+
 
 def choose(request: Request, machine: Machine) -> Choice:
-    """All layouts that can start. Raises ConfigError, in one sentence, where the best does not fit the request."""
+    """All layouts that can start, whether the best fits the request or not.
+
+    Raises ConfigError, in one sentence, for what cannot be served on the machine at all.
+    """
+    if machine.capability is not None and machine.capability < LEAST_CAPABILITY:
+        shown, least = (".".join(map(str, each)) for each in (machine.capability, LEAST_CAPABILITY))
+        raise ConfigError(
+            f"{machine.short} has compute capability {shown}, and GPUs serve this model in bfloat16 alone, which needs "
+            f"{least}; take a GPU from Ampere on, such as A10"
+        )
     if request.dtype not in DTYPES[machine.device]:
         remedy = " or ".join(DTYPES[machine.device])
         raise ConfigError(f"--dtype is {request.dtype}; on {machine.device} this model is served in {remedy}")
@@ -92,37 +111,31 @@ def choose(request: Request, machine: Machine) -> Choice:
         check_cache_dtypes(request.kv_cache_dtype, "auto", request.state_dtype, machine.device)
     except ConfigError as error:
         raise ConfigError(str(error).replace("--mamba-ssm-cache-dtype", "--state-dtype")) from None
-    _check_context(request, ModelSizes.from_config(request.config))
-    choice = Choice(request, machine, _layouts(request, machine))
-    if choice.best.sequences(request.context) < request.concurrency:
-        raise ConfigError(_what_is_short(choice))
-    return choice
-
-
-def _check_context(request: Request, model_sizes: ModelSizes) -> None:
+    model_sizes = ModelSizes.from_config(request.config)
     longest = model_sizes.max_context
     if longest is not None and request.context > longest:
         raise ConfigError(f"--context is {request.context:,}; the model's longest is {longest:,}, ask for that or less")
+    return Choice(request, machine, _layouts(request, machine, model_sizes))
 
 
-def _layouts(request: Request, machine: Machine) -> tuple[Layout, ...]:
+def _layouts(request: Request, machine: Machine, model_sizes: ModelSizes) -> tuple[Layout, ...]:
     asked, spread = request.tensor_parallel, request.context_parallel
     if spread > 1 and machine.device == "cpu":
         raise ConfigError(f"--decode-context-parallel is {spread}; it is not implemented on a CPU, leave it out")
-    if asked is not None and machine.count % asked:
-        raise ConfigError(f"--tensor-parallel is {asked}; give a divisor of the {machine.count} GPUs")
-    sizes = [asked] if asked else [n for n in range(1, machine.count + 1) if machine.count % n == 0]
-    sizes = [ranks for ranks in sizes if ranks % spread == 0]
-    if not sizes:
-        raise ConfigError(f"--decode-context-parallel is {spread}; it must divide the ranks of a server, give another")
+    if asked is not None and asked > machine.count:
+        raise ConfigError(f"--tensor-parallel is {asked}; give at most the number of GPUs, {machine.count}")
+    sizes = [asked] if asked else range(1, machine.count + 1)
     layouts, refusals = [], []
     for ranks in sizes:
         try:
-            model_sizes = ModelSizes.from_config(request.config)
             ParallelSizes(ranks).check(model_sizes)
             check_device(model_sizes, machine.device)
         except ConfigError as error:
             refusals.append(error)
+            continue
+        if ranks % spread:
+            remedy = "it must divide the ranks of a server, give another"
+            refusals.append(ConfigError(f"--decode-context-parallel is {spread}; {remedy}"))
             continue
         servers = machine.count // ranks
         found = [_layout(request, machine, model_sizes, ranks, servers)]
@@ -148,30 +161,6 @@ def _layout(request: Request, machine: Machine, model_sizes: ModelSizes, ranks: 
         context_parallel=request.context_parallel,
     )
     return Layout(servers, batch_sequences, model_sizes, ranks, held)
-
-
-def _what_is_short(choice: Choice) -> str:
-    """One sentence: how much memory the best layout lacks, and what would fit."""
-    request, best, held = choice.request, choice.best, choice.best.forecast
-    sequences, do = ("sequence", "does") if request.concurrency == 1 else ("sequences", "do")
-    asked = f"{request.concurrency:,} {sequences} of {request.context:,} tokens {do} not fit"
-    short = gib(held.shortage(choice.per_server, request.context))
-    if held.cache <= 0:
-        before = gib(held.weights + held.activations + held.runtime)
-        return (
-            f"{asked}: each rank of {best.describe()} needs {before} for weights and activations alone, may use "
-            f"{gib(held.memory)}, and is {short} short with the cache; give more or larger GPUs, or more memory"
-        )
-    remedies = [f"--concurrency {fitting}"] if (fitting := best.sequences(request.context)) else []
-    longest = longest_context(request.context, lambda context: best.sequences(context) >= request.concurrency)
-    remedies += [f"--context {longest}"] if longest else []
-    if (spread := best_spread(choice)) and spread.sequences(request.context) >= request.concurrency:
-        remedies += [f"--decode-context-parallel {spread.tensor_parallel}, untried with this model"]
-    needed = gib(held.cache_bytes(choice.per_server, request.context))
-    return (
-        f"{asked}: each rank of {best.describe()} needs {needed} of cache, has {gib(held.cache)}, "
-        f"and is {short} short; choose {', or '.join([*remedies, 'more memory'])}"
-    )
 
 
 def best_spread(choice: Choice) -> Layout | None:

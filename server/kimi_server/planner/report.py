@@ -1,23 +1,38 @@
 """A plan as text: memory by rank, what fits, and why."""
 
 import json
-import shlex
 from collections.abc import Sequence
 
-from kimi_server.planner.plan import Choice, best_spread
+from kimi_server.planner import refusal
+from kimi_server.planner.plan import Choice, Layout, best_spread
+from kimi_server.planner.remedies import Remedy
 from kimi_server.planner.serve_config import settings
-from kimi_server.planner.sizes import tokens
+from kimi_server.planner.sizes import gib, tokens
 from vllm_kimi_linear.cache.layout import GIB, MIB
 
 CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
 
 
 def report(choice: Choice) -> str:
-    """The whole report, without a newline at its end."""
-    longest = choice.best.model_sizes.max_context
-    contexts = [each for each in CONTEXTS if longest is None or each <= longest]
-    parts = [_head(choice), _memory(choice), _fits(choice, contexts), _reasons(choice), _flags(choice)]
+    """All of a plan that fits but its first line, without a newline at its end."""
+    parts = [_head(choice), _memory(choice), _fits(choice, contexts(choice)), _reasons(choice), _flags(choice)]
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def refused(choice: Choice, found: Sequence[Remedy]) -> str:
+    """The same of one that does not fit."""
+    parts = [[*_head(choice)[:-1], f"Short: {refusal.shortage(choice)}"]]
+    if found:
+        parts.append(refusal.table(choice, found, contexts(choice)))
+    if any(each.weights for each in found):
+        parts.append(["A smaller checkpoint is one of compressed-tensors; `--weights` plans as if MODEL were one."])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def contexts(choice: Choice) -> list[int]:
+    """The lengths that a table has: those that the model reads, and the one that was asked for."""
+    longest = choice.best.model_sizes.max_context
+    return sorted({each for each in CONTEXTS if longest is None or each <= longest} | {choice.request.context})
 
 
 def _head(choice: Choice) -> list[str]:
@@ -71,6 +86,8 @@ def _reasons(choice: Choice) -> list[str]:
         "parallelism shrinks weights and state, not the latent KV.",
         *_comparisons(choice),
     ]
+    if best.ranks < choice.machine.count:
+        reasons.append(_idle(choice))
     if best.servers > 1:
         reasons.append(f"The {best.servers} servers are replicas for the gateway, each with all weights on its GPUs.")
     if (spread := best_spread(choice)) and spread.sequences(request.context) > best.sequences(request.context):
@@ -81,7 +98,7 @@ def _reasons(choice: Choice) -> list[str]:
             "asked for."
         )
     if "auto_map" in request.config:
-        reasons.append("The checkpoint brings code of its own; if you trust it, start it with --trust-remote-code.")
+        reasons.append("The checkpoint brings code of its own: --trust-remote-code runs it, so read it first.")
     if choice.machine.device == "cpu" and best.tensor_parallel > 1:
         reasons.append('Set VLLM_CPU_OMP_THREADS_BIND to one group of cores a rank, for example "0|1".')
     return ["Why", *(f"- {reason}" for reason in reasons)]
@@ -101,22 +118,32 @@ def _comparisons(choice: Choice) -> list[str]:
             text = f"{name}: {other.describe()} would hold {there:,} of {tokens(context)}, the chosen layout {here:,}."
             if there > here:  # where one server was asked for
                 text += " To have them, use `kimi-linear plan` and the gateway."
+            elif there == here:
+                text += f" The chosen one {_better(best, other)}."
             reasons.append(text)
     return reasons
+
+
+def _idle(choice: Choice) -> str:
+    """Why some GPUs are not used."""
+    best, count = choice.best, choice.machine.count
+    used = f"{best.ranks} of the {count} GPUs are used"
+    if choice.request.one_server and best.ranks + best.tensor_parallel <= count:
+        return f"{used}: `kimi-linear serve` starts one server."
+    heads = best.model_sizes.attention_heads
+    if heads % count:
+        return f"{used}: {count} ranks cannot divide the model's {heads} heads evenly."
+    return f"{used}: no layout of all of them holds more."
+
+
+def _better(best: Layout, other: Layout) -> str:
+    """What decided between two that hold as many."""
+    if best.ranks > other.ranks:
+        return f"uses {best.ranks} GPUs, not {other.ranks}"
+    here, there = (max(each.forecast.cache, 0) for each in (best, other))
+    return f"leaves each server more cache: {gib(here)}, not {gib(there)}" if here > there else "takes fewer ranks"
 
 
 def _flags(choice: Choice) -> list[str]:
     rows = [(f"{each.flag}: {json.dumps(each.value)}", each.reason) for each in settings(choice)]
     return ["Flags of each server", *(f"  {flag:<36}{reason}" for flag, reason in rows)]
-
-
-def commands(choice: Choice, model: str | None, config: str) -> list[str]:
-    """What starts the servers, one shell line each."""
-    best, ranks = choice.best, choice.best.tensor_parallel
-    lines = []
-    for index in range(best.servers):
-        gpus = ",".join(str(index * ranks + rank) for rank in range(ranks))
-        where = f"CUDA_VISIBLE_DEVICES={gpus} " if best.servers > 1 else ""
-        command = ["vllm", "serve", *([] if model else ["MODEL"]), "--config", config, "--port", str(8000 + index)]
-        lines.append(where + shlex.join(command))
-    return lines

@@ -23,5 +23,12 @@ def tokens(count: int) -> str:
     return f"{count:,}"
 
 
+def documents(count: int, length: int) -> str:
+    """27 documents of 128K."""
+    shown = tokens(length)
+    unit = "" if shown[-1] in FACTORS else " tokens"
+    return f"{count:,} document{'' if count == 1 else 's'} of {shown}{unit}"
+
+
 def gib(size: float) -> str:
     return f"{size / FACTORS['G']:.2f} GiB"

@@ -1,11 +1,14 @@
-"""Bytes of a checkpoint's weights on one rank."""
+"""Bytes of a checkpoint's weights on one rank, as they are held there."""
 
 from collections.abc import Collection
 from math import prod
 
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as, parameter_of, stored_as
-from vllm_kimi_linear.config.tensors import DTYPE_BYTES, weights
+from vllm_kimi_linear.config.quantization import Scheme
+from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Weight, weights
+
+ROW_PARALLEL = (".o_proj", ".down_proj", ".w2")  # layers whose columns are divided among the ranks
 
 
 def weight_bytes(
@@ -29,6 +32,17 @@ def weight_bytes(
             if scheme is None or held[parameter_of(w, model_sizes)[0]] is None:
                 total += prod(w.shape) // ranks * DTYPE_BYTES["float32" if w.fp32 else dtype]
                 continue
-            rows, columns = w.shape
-            total += sum(prod(shape) * size // ranks for shape, size in scheme.tensors(rows, columns).values())
+            total += _quantized(w, scheme, ranks, device)
     return total
+
+
+def _quantized(weight: Weight, scheme: Scheme, ranks: int, device: str) -> int:
+    """Values and scales of one weight. A CPU has a scale in fp32 for each row; one of a whole row is not divided."""
+    rows, columns = weight.shape
+    tensors = scheme.tensors(rows, columns)
+    values, size = tensors[scheme.values]
+    (scale_rows, groups), scale_size = tensors["weight_scale"]
+    if device == "cpu":
+        scale_rows, scale_size = rows, DTYPE_BYTES["float32"]
+    whole = groups == 1 and weight.name.removesuffix(".weight").endswith(ROW_PARALLEL)
+    return prod(values) * size // ranks + scale_rows * groups * scale_size // (1 if whole else ranks)

@@ -125,6 +125,18 @@ def test_script_of_the_wheel_is_the_command_line(bare_python: Path) -> None:
     assert "from kimi_server.cli import main" in script
 
 
+def test_the_wheel_alone_plans_a_known_model(bare_python: Path) -> None:
+    command = [
+        str(bare_python.parent / "kimi-linear"),
+        "plan",
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct",
+        "--gpus",
+        "H200",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 def test_alias_is_metadata_alone(clean_copy: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(build_wheel(clean_copy / "deploy/cpu-alias", tmp_path)) as wheel:
         assert all(".dist-info/" in name for name in wheel.namelist())

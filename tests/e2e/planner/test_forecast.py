@@ -11,6 +11,7 @@ import pytest
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.presets import demo_config
 from kimi_server.planner import forecast
+from kimi_server.planner.stored import STORED, as_stored
 from tests.support.own_process import in_own_process
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
@@ -20,6 +21,7 @@ PRESETS = ("demo", "one-mla", "dense")
 # Model -> config and dtypes. "odd": a vocabulary short of 64 words.
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "48b": (CONFIG_48B, ("bfloat16",)),
+    **{f"48b-{weights}": (as_stored(CONFIG_48B, weights), ("bfloat16",)) for weights in STORED},
     **{preset: (demo_config(preset), ("float32", "bfloat16")) for preset in PRESETS},
     "odd": (demo_config() | {"vocab_size": 1000}, ("float32",)),
     "tied": (demo_config() | {"vocab_size": 1000, "tie_word_embeddings": True}, ("float32",)),

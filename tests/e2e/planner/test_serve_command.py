@@ -108,7 +108,10 @@ def test_what_cannot_fit_starts_nothing(demo_model: Path, capfd: pytest.CaptureF
     out, error = capfd.readouterr()
     assert out == ""
     [line] = error.splitlines()
-    assert re.match(r"kimi-linear serve: 1 sequence of 1,048,576 tokens does not fit: .* choose --context \d+", line)
+    assert re.match(
+        r"kimi-linear serve: 1 document of 1M does not fit on a CPU that may use 0.25 GiB: .* choose --context \d+",
+        line,
+    )
 
 
 def test_memory_is_not_promised_twice() -> None:

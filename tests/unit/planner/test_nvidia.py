@@ -47,6 +47,18 @@ def test_gpus_are_probed(answer, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (folder / "asked").read_text().endswith(f"-i {asked}\n")
 
 
+def test_what_a_gpu_computes_is_known_or_asked(answer) -> None:
+    """fp8 is offered by it."""
+    answer("echo 'NVIDIA H200, 143771'")
+    assert gpus.machine(None, None, None, 1).capability == (9, 0)
+    answer("case $* in *compute_cap*) echo '8.9\n12.0';; *) echo 'NVIDIA New, 100\nNVIDIA New, 100';; esac")
+    assert gpus.machine(None, None, None, 1).capability == (8, 9)
+    answer("case $* in *compute_cap*) echo no such field; exit 2;; *) echo 'NVIDIA New, 100';; esac")
+    assert gpus.machine(None, None, None, 1).capability is None
+    answer("echo 'NVIDIA New, 100'")
+    assert gpus.machine(None, None, None, 1).capability is None
+
+
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
 def test_no_visible_gpu_is_a_cpu(answer, monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
     answer("echo 'NVIDIA H200, 143771'")

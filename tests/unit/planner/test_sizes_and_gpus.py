@@ -29,11 +29,40 @@ def test_tokens_are_shown_as_they_are_written() -> None:
 
 @pytest.mark.parametrize("short", gpus.GPUS)
 def test_a_gpu_has_two_names(short: str) -> None:
-    name, mib = gpus.GPUS[short]
+    name, mib, capability = gpus.GPUS[short]
     one, four = gpus.machine(None, name, None, 1), gpus.machine(None, f"4x{short.lower()}", None, 1)
     assert (one.device, one.name, one.count, one.total) == ("cuda", name, 1, mib * MIB)
     assert (four.name, four.count, four.total) == (name, 4, mib * MIB)
     assert one.usable == int(mib * MIB * gpus.GPU_SHARE)
+    assert (one.short, one.capability) == (short, capability)
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        *(("H100", "H100-80GB"), ("h100", "H100-80GB"), ("NVIDIA H100", "H100-80GB"), ("h100 80gb", "H100-80GB")),
+        *(("RTX-4090", "RTX-4090"), ("rtx4090", "RTX-4090"), ("RTX 4090", "RTX-4090"), ("4090", "RTX-4090")),
+        *(("RTX-A6000", "A6000"), ("rtx 6000 ada", "RTX-6000-Ada"), ("A100_40GB", "A100-40GB")),
+    ],
+)
+def test_a_gpu_is_understood_as_people_write_it(text: str, short: str) -> None:
+    for given, count in ((text, 1), (f"2x{text}", 2), (f"2 x {text}", 2)):
+        assert gpus.machine(None, given, None, 1) == gpus.of_kind(short, count)
+
+
+def test_a_name_of_two_sizes_is_asked_about() -> None:
+    with pytest.raises(ConfigError, match="--gpus is 'a100'; give one of A100-40GB, A100-80GB, or what one GPU has"):
+        gpus.machine(None, "a100", None, 1)
+
+
+def test_no_two_gpus_have_one_name() -> None:
+    names = [*gpus.GPUS, *gpus.ALIASES, *(kind.name for kind in gpus.GPUS.values())]
+    owners = {
+        gpus._letters(name): {gpus._kind(each) for each in names if gpus._letters(each) == gpus._letters(name)}
+        for name in names
+    }
+    assert "" not in owners
+    assert all(len(kinds) == 1 for kinds in owners.values())
 
 
 def test_an_unknown_gpu_needs_its_memory() -> None:

@@ -77,7 +77,17 @@ def test_and_with_experts_in_4_bits():
     shape = table["model.layers.3.block_sparse_moe.experts.7.w1.weight_shape"]
     assert (shape.parameter, shape.shapes) == ("", ((1024, 2304),))
     assert table["model.layers.3.self_attn.q_proj.weight"].part is None
-    assert 29.0e9 < weight_bytes(model, "bfloat16") < 31.5e9
+    assert 29.0e9 < weight_bytes(model, "bfloat16", device="cuda") < 31.5e9
+    assert 33.0e9 < weight_bytes(model, "bfloat16") < 34.0e9  # a CPU holds scales in float32
+
+
+def test_a_cpu_holds_scales_in_float32_whatever_the_model_computes_in():
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds one
+    try:
+        parts = cpu._empty(Scheme("packed4", group=32), 8, 64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert parts["weight_scale"].dtype == torch.float32
 
 
 def test_what_is_fused_of_layers_stored_in_several_ways_is_held_plain():
@@ -192,13 +202,3 @@ def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("decode_kernels.interface.kernels", missing)
     with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
         cpu.CpuQuantization(sizes(EXPERTS))
-
-
-def test_scales_are_held_in_float32_whatever_the_model_is_in():
-    plain = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model in it
-    try:
-        parts = cpu._empty(Scheme("int8"), 4, 64)
-    finally:
-        torch.set_default_dtype(plain)
-    assert parts["weight_scale"].dtype == torch.float32

@@ -1,0 +1,84 @@
+"""What is said where a request does not fit: by how much, and what would do."""
+
+from collections.abc import Sequence
+
+from kimi_server.planner.plan import Choice, best_spread
+from kimi_server.planner.remedies import Remedy, phrases, remedies
+from kimi_server.planner.sizes import documents, gib, tokens
+from vllm_kimi_linear.cache.layout import longest_context
+
+NOTHING = "no machine of up to 8 GPUs that is known here holds that"
+
+
+def sentence(choice: Choice) -> str:
+    """All of it in one, for an error."""
+    do = either([*changes(choice), *phrases(remedies(choice), choice.machine)])
+    return f"{head(choice)}: {shortage(choice)}; {f'choose {do}' if do else NOTHING}"
+
+
+def answer(choice: Choice, found: Sequence[Remedy]) -> str:
+    """The first line."""
+    need = "It needs" if choice.request.concurrency == 1 else "They need"
+    do = either(phrases(found, choice.machine))
+    lines = [f"No: {head(choice)}.", f"{need} {do}." if do else f"{NOTHING[0].upper()}{NOTHING[1:]}."]
+    if knobs := changes(choice):
+        lines.append(f"Here {either(knobs)} fits.")
+    return " ".join(lines)
+
+
+def head(choice: Choice) -> str:
+    """1 document of 1M does not fit on 2 x RTX-4090."""
+    request, machine = choice.request, choice.machine
+    do = "does" if request.concurrency == 1 else "do"
+    where = f"{machine.count} x {machine.short}"
+    if machine.device == "cpu":
+        where = f"a CPU that may use {gib(machine.usable)}"
+        if machine.count > 1:
+            where = f"{machine.count} ranks of a CPU that may use {gib(machine.usable)} each"
+    fitting = choice.best.sequences(request.context)
+    rest = f", {fitting:,} {'does' if fitting == 1 else 'do'}" if fitting else ""
+    return f"{documents(request.concurrency, request.context)} {do} not fit on {where}{rest}"
+
+
+def shortage(choice: Choice) -> str:
+    """How many bytes a rank of the best layout lacks."""
+    request, held, who = choice.request, choice.best.forecast, f"each rank of {choice.best.describe()}"
+    short = gib(held.shortage(choice.per_server, request.context))
+    if held.cache <= 0:
+        before = gib(held.weights + held.activations + held.runtime)
+        return (
+            f"{who} needs {before} for weights and activations alone, may use {gib(held.memory)}, and is {short} short "
+            "with the cache"
+        )
+    needed = gib(held.cache_bytes(choice.per_server, request.context))
+    return f"{who} needs {needed} of cache, has {gib(held.cache)}, and is {short} short"
+
+
+def changes(choice: Choice) -> list[str]:
+    """Flags with which the request would fit on this machine."""
+    request, best = choice.request, choice.best
+    found = [f"--concurrency {fitting}"] if (fitting := best.sequences(request.context)) else []
+    longest = longest_context(request.context, lambda context: best.sequences(context) >= request.concurrency)
+    found += [f"--context {longest}"] if longest else []
+    if (spread := best_spread(choice)) and spread.sequences(request.context) >= request.concurrency:
+        found += [f"--decode-context-parallel {spread.tensor_parallel} (untried with this model)"]
+    return found
+
+
+def table(choice: Choice, found: Sequence[Remedy], contexts: Sequence[int]) -> list[str]:
+    """Each remedy with the weights of a rank and what fits."""
+    rows = []
+    for each in found:
+        best = each.choice.best
+        name = ", ".join(part for part in (each.weights and f"{each.weights} checkpoint", each.name) if part)
+        rows.append(
+            f"  {name:<32}{best.describe():<22}{gib(best.forecast.weights):>12}"
+            + "".join(f"{best.sequences(context):>10,}" for context in contexts)
+        )
+    heading = f"{'Sequences that would fit at once with':<56}{'weights':>12}"
+    return [heading + "".join(f"{tokens(each):>10}" for each in contexts), *rows]
+
+
+def either(parts: Sequence[str]) -> str:
+    """a, b, or c."""
+    return ", or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

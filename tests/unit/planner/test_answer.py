@@ -1,0 +1,237 @@
+"""The first line of a plan: yes with what to run, or no with what would do. Each was read by a person."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_server.cli import main
+from kimi_server.planner.checkpoints import KNOWN, read_config
+from kimi_server.planner.gpus import machine
+from kimi_server.planner.plan import Choice, Request, choose
+from kimi_server.planner.remedies import remedies
+from kimi_server.planner.stored import CAPABILITIES, STORED, as_stored
+
+K, M = 1 << 10, 1 << 20
+MODEL = next(iter(KNOWN))
+CONFIG = read_config(MODEL)
+SERVE = f"kimi-linear serve {MODEL}"
+TRUST = "-- --trust-remote-code"
+# Machine and context: the first line.
+ANSWERS = {
+    "1xH200 128K": f"Yes: 27 documents of 128K at once. Run: {SERVE} --context 128K {TRUST}",
+    "B200 1M": f"Yes: 7 documents of 1M at once. Run: {SERVE} --context 1M {TRUST}",
+    "2xh100 1M": f"Yes: 2 documents of 1M at once. Run: {SERVE} --tensor-parallel 2 --context 1M {TRUST}",
+    "4xA100-80GB 1M": f"Yes: 5 documents of 1M at once. Run: {SERVE} --tensor-parallel 4 --context 1M {TRUST}",
+    "8xL4 128K": f"Yes: 6 documents of 128K at once. Run: {SERVE} --tensor-parallel 8 --context 128K {TRUST}",
+    "3xH100 1M": (
+        f"Yes: 2 documents of 1M at once, on 2 of the 3 GPUs. Run: CUDA_VISIBLE_DEVICES=0,1 {SERVE} "
+        f"--tensor-parallel 2 --context 1M {TRUST}"
+    ),
+    "7xA6000 128K": (
+        f"Yes: 17 documents of 128K at once, on 4 of the 7 GPUs. Run: CUDA_VISIBLE_DEVICES=0,1,2,3 {SERVE} "
+        f"--tensor-parallel 4 --context 128K {TRUST}"
+    ),
+    "6xH100 128K": "Yes: 63 documents of 128K at once, by 3 servers of 2 ranks. Run:",
+    "8xH200 1M": "Yes: 36 documents of 1M at once, by 4 servers of 2 ranks. Run:",
+    "H100 1M": (
+        "No: 1 document of 1M does not fit on 1 x H100-80GB. It needs 2 x H100-80GB, 1 x H200, 4 x 48 GB, or the fp8 "
+        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on this GPU."
+    ),
+    "A100-80GB 128K": (
+        "No: 1 document of 128K does not fit on 1 x A100-80GB. It needs 2 x A100-80GB, 1 x H200, 4 x 48 GB, or the "
+        "int4 checkpoint (31 GB) on this GPU."
+    ),
+    "L40S 128K": (
+        "No: 1 document of 128K does not fit on 1 x L40S. It needs 4 x L40S, 2 x 80 GB, 1 x H200, or the int4 "
+        "checkpoint (31 GB) on this GPU."
+    ),
+    "2xL40S 128K": (
+        "No: 1 document of 128K does not fit on 2 x L40S. It needs 4 x L40S, 2 x 80 GB, 1 x H200, or the fp8 "
+        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs."
+    ),
+    "rtx-a6000 128K": (
+        "No: 1 document of 128K does not fit on 1 x A6000. It needs 4 x A6000, 2 x 80 GB, 1 x H200, or the int4 "
+        "checkpoint (31 GB) on this GPU."
+    ),
+    "RTX-4090 128K": (
+        "No: 1 document of 128K does not fit on 1 x RTX-4090. It needs 8 x RTX-4090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
+        "the fp8 checkpoint (50 GB) on 4 x RTX-4090, or the int4 checkpoint (31 GB) on 2 x RTX-4090."
+    ),
+    "2xRTX-4090 128K": (
+        "No: 1 document of 128K does not fit on 2 x RTX-4090. It needs 8 x RTX-4090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
+        "or the int4 checkpoint (31 GB) on these GPUs."
+    ),
+    "4x3090 128K": (
+        "No: 1 document of 128K does not fit on 4 x RTX-3090. It needs 8 x RTX-3090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
+        "or the int4 checkpoint (31 GB) on these GPUs."
+    ),
+    "2xRTX-5090 128K": (
+        "No: 1 document of 128K does not fit on 2 x RTX-5090. It needs 4 x RTX-5090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
+        "or the fp8 checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs."
+    ),
+    "A100-40GB 1M": (
+        "No: 1 document of 1M does not fit on 1 x A100-40GB. It needs 4 x A100-40GB, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
+        "or the int4 checkpoint (31 GB) on 2 x A100-40GB."
+    ),
+    "RTX-PRO-6000 128K": (
+        "No: 1 document of 128K does not fit on 1 x RTX-PRO-6000. It needs 2 x RTX-PRO-6000, 2 x 80 GB, 1 x H200, "
+        "4 x 48 GB, or the fp8 checkpoint (50 GB) or the int4 checkpoint (31 GB) on this GPU."
+    ),
+}
+# Other arguments: the first line.
+OTHERS = {
+    "--gpus 4xH100 --concurrency 8": (
+        "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. They need 8 x H100-80GB, 2 x H200, or the fp8 "
+        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs. Here --concurrency 5, --context 762240, or "
+        "--decode-context-parallel 4 (untried with this model) fits."
+    ),
+    "--gpus 8xB200 --concurrency 500": (
+        "No: 500 documents of 1M do not fit on 8 x B200, 56 do. No machine of up to 8 GPUs that is known here holds "
+        "that. Here --concurrency 56, or --context 112960 fits."
+    ),
+    "--gpus New --memory 70G": (
+        "No: 1 document of 1M does not fit on 1 x New. It needs 2 x New, 2 x 80 GB, 1 x H200, 4 x 48 GB, or the fp8 "
+        "checkpoint (50 GB, from compute capability 8.9 on) or the int4 checkpoint (31 GB) on this GPU."
+    ),
+    "--gpus 2xNew --memory 70G": (
+        f"Yes: 1 document of 1M at once. Run: {SERVE} --tensor-parallel 2 --gpus 2xNew --memory 70G --context 1M "
+        f"{TRUST}"
+    ),
+    "--gpus H100 --weights fp8 --context 128K": (
+        f"Yes: 18 documents of 128K at once. Run: kimi-linear serve MODEL --context 128K {TRUST}"
+    ),
+    "--gpus 2x4090 --weights fp8": (
+        "No: 1 document of 1M does not fit on 2 x RTX-4090. It needs 8 x RTX-4090, 1 x H100-80GB, 1 x H200, 2 x L40S, "
+        "or the int4 checkpoint (31 GB) on 4 x RTX-4090."
+    ),
+    "--device cpu --memory 256G --context 128K": (
+        f"Yes: 146 documents of 128K at once. Run: {SERVE} --device cpu --memory 256G --context 128K {TRUST}"
+    ),
+    "--device cpu --memory 40G": (
+        "No: 1 document of 1M does not fit on a CPU that may use 40.00 GiB. It needs --memory 101G, --memory 56G and "
+        "the fp8 checkpoint (50 GB), or the int4 checkpoint (31 GB)."
+    ),
+    "--device cpu --memory 16G --tensor-parallel 2 --context 128K": (
+        "No: 1 document of 128K does not fit on 2 ranks of a CPU that may use 16.00 GiB each. It needs --memory 48G, "
+        "--memory 25G and the fp8 checkpoint (50 GB), or --memory 17G and the int4 checkpoint (31 GB)."
+    ),
+}
+LINES = {"--gpus {} --context {}".format(*key.split()): line for key, line in ANSWERS.items()}
+
+
+@pytest.mark.parametrize(("arguments", "line"), (LINES | OTHERS).items())
+def test_the_first_line(arguments: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", MODEL, "--brief", *arguments.split()]) == (0 if line.startswith("Yes") else 1)
+    out, error = capsys.readouterr()
+    first, *commands = out.splitlines()
+    assert (first, error) == (line, "")
+    assert bool(commands) == line.endswith("Run:")
+    assert all(each.startswith("  CUDA_VISIBLE_DEVICES=") for each in commands)
+
+
+def short(gpus: str | None, memory: str | None = None, context: int = 128 * K, **more: Any) -> Choice:
+    request = Request(config=CONFIG, context=context, concurrency=1, dtype="bfloat16", **more)
+    return choose(request, machine(None if gpus else "cpu", gpus, memory, 1))
+
+
+@pytest.mark.parametrize("gpus", ["H100", "A6000", "2x4090", "RTX-4090", None])
+def test_every_remedy_fits_and_no_smaller_one_would(gpus: str | None) -> None:
+    refused = short(gpus, None if gpus else "16G")
+    found = remedies(refused)
+    assert not refused.fits
+    assert found
+    for each in found:
+        assert each.choice.fits, each.name
+        place = each.choice.machine
+        if gpus is None:
+            less = place.usable - (1 << 30)
+            assert not choose(each.choice.request, replace(place, usable=less)).fits
+        elif place != refused.machine and place.count > 1:
+            assert not choose(each.choice.request, replace(place, count=place.count // 2)).fits
+
+
+def test_a_remedy_is_what_a_plan_of_it_says() -> None:
+    """`--weights` plans the checkpoint that is offered."""
+    found = {each.weights: each.choice for each in remedies(short("H100")) if each.weights}
+    assert found.keys() == STORED.keys()
+    for weights, choice in found.items():
+        asked = choose(
+            replace(short("H100").request, config=as_stored(CONFIG, weights)), machine(None, "H100", None, 1)
+        )
+        assert asked.best == choice.best
+
+
+GUIDE = (Path(__file__).parents[3] / "docs/guide/planner.md").read_text()
+ROWS = re.findall(r"^\| ([\w-]+) \| (\d+) \| ?(\d*) \| (\d+) \|$", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_guide_says_what_fits_on_small_machines(row: tuple[str, ...]) -> None:
+    """Nothing stands where the GPU does not compute with such weights."""
+    gpus, *shown = row
+    place = machine(None, gpus, None, 1)
+    for count, weights in zip(shown, (None, *STORED), strict=True):
+        config = as_stored(CONFIG, weights) if weights else CONFIG
+        offered = weights is None or (place.capability or (0, 0)) >= CAPABILITIES[weights]
+        fitting = choose(replace(short(gpus).request, config=config), place).best.sequences(128 * K)
+        assert count == (str(fitting) if offered else "")
+
+
+def test_the_guide_shows_the_answers() -> None:
+    assert len(ROWS) == 5
+    for case in ("1xH200 128K", "2xRTX-4090 128K"):
+        assert f"    {ANSWERS[case]}\n" in GUIDE
+
+
+def test_a_cpu_hears_no_word_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory, status in (("32G", 1), ("256G", 0)):
+        assert main(["plan", MODEL, "--device", "cpu", "--memory", memory]) == status
+        assert "GPU" not in "".join(capsys.readouterr()).upper().replace("--GPU", "")
+    assert main(["serve", MODEL, "--device", "cpu", "--memory", "32G"]) == 1
+    assert "GPU" not in capsys.readouterr().err
+
+
+def test_the_table_follows_the_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", MODEL, "--gpus", "H100", "--context", "128K"])
+    first, empty, *_, table, note = capsys.readouterr().out.replace("\n\n", "\n\n\f").split("\f")
+    assert first.startswith("No: ") and "Short: each rank of 1 server of 1 rank needs 95.88 GiB" in empty
+    assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
+        *(["2", "x"], ["1", "x"], ["4", "x"]),
+        *(["fp8", "checkpoint,"], ["int4", "checkpoint,"]),
+    ]
+    assert "--weights" in note
+
+
+def test_json_has_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", MODEL, "--gpus", "H100", "--json"]) == 1
+    no = json.loads(capsys.readouterr().out)
+    assert (no["fits"], no["answer"]) == (False, ANSWERS["H100 1M"])
+    assert no["memory"]["short"] > no["memory"]["cache"] > 0
+    assert [(each["weights"], each["machine"], each["sequences"][str(M)]) for each in no["remedies"]] == [
+        *((None, "2 x H100-80GB", 2), (None, "1 x H200", 3), (None, "4 x 48 GB", 1)),
+        *(("fp8", "1 x H100-80GB", 2), ("int4", "1 x H100-80GB", 4)),
+    ]
+    out = tmp_path / "serve.yaml"
+    assert main(["plan", MODEL, "--gpus", "2xH100", "--json", "--out", str(out)]) == 0
+    yes = json.loads(capsys.readouterr().out)
+    assert (yes["fits"], yes["answer"]) == (True, "Yes: 2 documents of 1M at once.")
+    assert yes["commands"] == [f"vllm serve --config {out} --trust-remote-code --port 8000"]
+    assert yes["sequences"][str(M)] == 2
+    assert yes["flags"]["tensor-parallel-size"] == yes["tensor_parallel"] == 2
+    assert out.exists()
+
+
+def test_what_is_run_is_what_was_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command has every flag of the request, for its own share of the machine."""
+    flags = ["--dtype", "bfloat16", "--state-dtype", "bfloat16", "--concurrency", "9", "--decode-context-parallel", "2"]
+    assert main(["plan", MODEL, "--gpus", "8xH200", "--context", "5000", *flags, "--brief"]) == 0
+    line, *commands = capsys.readouterr().out.splitlines()
+    assert " documents of 5,000 tokens at once, by 4 servers of 2 ranks." in line
+    assert commands[3] == (
+        f"  CUDA_VISIBLE_DEVICES=6,7 {SERVE} --tensor-parallel 2 --context 5000 --decode-context-parallel 2 "
+        "--dtype bfloat16 --state-dtype bfloat16 --concurrency 3 -- --trust-remote-code --port 8003"
+    )
