@@ -1,8 +1,9 @@
 """Which matrix products a CPU runs: our C kernels' or, in bfloat16 where there is one, oneDNN's.
 
-The C kernels (`decode_kernels.cpu`) take weights as they are. In fp32 they are faster than oneDNN's packed products with
-AVX2, and slower with AVX-512 (docs/benchmarks/reasons/cpu.md); in bfloat16 oneDNN has the better ones on processors with AVX-512 or AMX, and none on most
-that have AVX2 alone. Where the C library was not built, weights without a oneDNN product are widened to fp32 in pieces.
+The C kernels (`decode_kernels.cpu`) take weights as they are. In fp32 they are faster than oneDNN's packed products
+with AVX2, and slower with AVX-512 (docs/benchmarks/reasons/cpu.md); in bfloat16 oneDNN has the better ones on
+processors with AVX-512 or AMX, and none on most that have AVX2 alone. Where the C library was not built, weights
+without a oneDNN product are widened to fp32 in pieces.
 """
 
 from functools import cache
