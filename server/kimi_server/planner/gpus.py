@@ -76,6 +76,8 @@ def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int
     Raises ConfigError.
     """
     size = sizes.parse("--memory", memory, "80G") if memory is not None else None
+    if size is not None and size < MIB:  # a letter was forgotten
+        raise ConfigError(f"--memory is {memory!r}, so many bytes; give a size such as 80G")
     if gpus is not None:
         if device == "cpu":
             raise ConfigError(f"--gpus is {gpus!r} with --device cpu; leave one of the two out")

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kimi_server.cli import main
@@ -179,6 +179,7 @@ def test_any_line(line: str) -> None:
         assert (gpu.total is None) == (gpu.shown in nvidia.NO_SIZE)
 
 
+@example("0", "1")
 @given(st.text(), st.none() | st.text())
 def test_any_flags(named: str, memory: str | None) -> None:
     try:

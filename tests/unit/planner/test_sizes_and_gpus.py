@@ -79,6 +79,13 @@ def test_what_names_no_gpu_is_refused(text: str) -> None:
     assert ";" in str(error.value)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_without_its_letter(device: str) -> None:
+    """A GPU of 1 byte was planned with, of any name."""
+    with pytest.raises(ConfigError, match="--memory is '80', so many bytes; give a size such as 80G"):
+        gpus.machine(device, None if device == "cpu" else "H100", "80", 1)
+
+
 def test_memory_that_is_not_known_has_to_be_given(tmp_path: Path) -> None:
     file = tmp_path / "meminfo"
     with pytest.raises(ConfigError, match=r"--memory is unset .* give it, such as 16G"):
