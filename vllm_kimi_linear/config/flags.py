@@ -99,6 +99,12 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
+    if online:
+        logger.warning_once(
+            "Kimi Linear: --quantization is %s; it has not been run with this model on a GPU yet, compare your answers "
+            "or give a checkpoint that is stored in 4 bits.",
+            model.quantization,
+        )
     if parallel.decode_context_parallel_size > 1:
         logger.warning_once(
             "Kimi Linear: --decode-context-parallel-size is %d; its answers have not been compared with one rank's on "
