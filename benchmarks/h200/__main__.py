@@ -7,73 +7,45 @@ rows of the run, the most telling first, and keeps every figure as it comes: in 
 again it goes on with what is missing or failed. No row and no start takes longer than its limit, and after --seconds
 none is begun. A smaller GPU takes --layers, all else alike, or --gpus shares the model out. The routers are real, with
 weights that spread tokens evenly (`even_routers.py`). --weights serves a quantised checkpoint of the same sizes.
+--at-once starts all servers before the first row, and each row is measured on one after the other; --flags must leave
+room for them.
 """
 
 import argparse
-import json
 import math
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import httpx
-
-from benchmarks import trace
-from benchmarks.common import CONFIG
-from benchmarks.h200.even_routers import SAMPLE, expected
-from benchmarks.h200.quantised import WEIGHTS, quantised
+from benchmarks.h200.measured_server import MeasuredServer
+from benchmarks.h200.quantised import WEIGHTS
 from benchmarks.h200.results import Results
-from benchmarks.h200.rows import Rows
-from benchmarks.h200.runs import DUMMY, ENV, FLAGS, LAYERS, RUNS, START_LIMIT, model_config
-from benchmarks.load import Load
-from kimi_demo.server import Server
+from benchmarks.h200.runs import FLAGS, LAYERS, RUNS
 
 
-def serve(name: str, args: argparse.Namespace, results: Results, deadline: float) -> None:
-    """Start the run's server, unless nothing of it is missing, and measure its rows."""
-    run = RUNS[name]
-    rows = results.missing(name, [row for row in run.rows if not args.rows or row in args.rows])
-    if not rows:
-        return
-    base = json.loads((args.config or CONFIG).read_text()) | quantised(args.weights)
-    config = base if args.config else model_config(run, base, args.layers)
-    flags = [*DUMMY.split(), *args.flags.split(), *run.flags, f"--tensor-parallel-size={args.gpus}"]
-    stem = f"{args.layers}-{args.gpus}-{name.replace(', ', '-').replace(' ', '-')}"
-    tracing = [trace.flag(args.results / stem)] if args.trace else []
+def serve(names: list[str], args: argparse.Namespace, results: Results, deadline: float) -> None:
+    """Start the runs' servers, beside each other, and measure every row on one after the other."""
+    wanted = {name: [row for row in RUNS[name].rows if not args.rows or row in args.rows] for name in names}
+    missing = {name: rows for name in names if (rows := results.missing(name, wanted[name]))}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        server = Server(folder, [*flags, *tracing], log_path=args.results / f"{stem}.log", env=ENV | dict(run.env))
-        begun = time.perf_counter()
+        servers = [
+            MeasuredServer(name, rows, args, results, Path(folder) / str(number))
+            for number, (name, rows) in enumerate(missing.items())
+        ]
         try:
-            server.start(timeout=START_LIMIT)
-            results.started(name, time.perf_counter() - begun, " ".join(flags) + " --profiler-config=..." * args.trace)
-            spread_routers(server.url, config)
-            measured = Rows(Load(server.url, server.model, config["vocab_size"]), args.scale)
-            measured.warm_up()
-            for row in rows:
-                if time.monotonic() > deadline or (server.process and server.process.poll() is not None):
-                    return
-                try:
-                    results.add(name, row, measured.measure(row))
-                except (RuntimeError, ValueError, OSError, httpx.HTTPError) as error:
-                    sentence = " ".join(f"{type(error).__name__}: {error}".split())
-                    results.add(name, row, {"error": sentence[:300]})
-            if args.trace:
-                trace.Recorder(measured.load, args.results / stem).all(args.scale)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(MeasuredServer.start, servers))
+            for row in dict.fromkeys(row for rows in missing.values() for row in rows):
+                for server in servers:
+                    if row in server.rows and time.monotonic() < deadline:
+                        server.measure(row)
+            for server in servers:
+                server.record()
         finally:
-            server.stop()
-
-
-def spread_routers(url: str, config: dict[str, Any]) -> None:
-    """Raises RuntimeError where the tokens of a step would choose fewer experts than chance has them choose."""
-    experts, top_k = config["num_experts"], config["num_experts_per_token"]
-    reply = httpx.post(f"{url}/collective_rpc", json={"method": "spread_routers", "args": [top_k]}, timeout=60)
-    reply.raise_for_status()
-    chosen = float(reply.json()["results"][0])
-    if chosen < 0.95 * (chance := expected(experts, top_k)):
-        raise RuntimeError(f"{SAMPLE} tokens choose {chosen:.0f} experts of a layer, by chance {chance:.0f}")
+            for server in servers:
+                server.stop()
 
 
 def main() -> None:
@@ -90,19 +62,16 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths, for a trial")
     parser.add_argument("--config", type=Path, help="another config.json, for a trial")
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16", help="how the checkpoint stores them")
+    parser.add_argument("--at-once", action="store_true", help="start all servers at once, where the GPU holds them")
     parser.add_argument("--flags", default=FLAGS, help="of every server, in one string")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     args.results /= args.weights
     args.results.mkdir(parents=True, exist_ok=True)
     results = Results(args.results, args.layers, args.gpus, args.out, args.note)
-    for name in args.only:
-        if time.monotonic() > deadline:
-            break
-        try:
-            serve(name, args, results, deadline)
-        except (RuntimeError, OSError, httpx.HTTPError) as error:  # a server that fails must not cost the other runs
-            print(f"{name}: {error}", flush=True)
+    for names in [args.only] if args.at_once else [[name] for name in args.only]:
+        if time.monotonic() < deadline:
+            serve(names, args, results, deadline)
     results.save()
 
 

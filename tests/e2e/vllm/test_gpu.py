@@ -34,6 +34,7 @@ FLAGS = (
     "--gpu-memory-utilization=0.1",
 )
 NGRAM = '--speculative-config={"method":"ngram","num_speculative_tokens":3,"prompt_lookup_max":3}'
+CHUNKS = ("--max-num-batched-tokens=768",)  # four blocks, more than there are drafts
 SHARED = "--decode-context-parallel-size="
 WAYS = {
     "graphs": ("--enable-prefix-caching",),
@@ -55,7 +56,7 @@ WAYS = {
     "drafts, prefixes kept, chunks of few blocks": (
         NGRAM,
         "--enable-prefix-caching",
-        "--max-num-batched-tokens=768",  # four blocks, more than there are drafts
+        *CHUNKS,
     ),
     "state in bfloat16": ("--mamba-ssm-cache-dtype=bfloat16", "--no-enable-prefix-caching"),
     "two ranks": ("--tensor-parallel-size=2", "--enable-prefix-caching"),
@@ -64,7 +65,7 @@ WAYS = {
         "--tensor-parallel-size=2",
         NGRAM,
         "--enable-prefix-caching",
-        "--max-num-batched-tokens=768",
+        *CHUNKS,
     ),
     "two ranks, shared latents": ("--tensor-parallel-size=2", SHARED + "2", "--no-enable-prefix-caching"),
     "four ranks, shared latents": ("--tensor-parallel-size=4", SHARED + "4", "--no-enable-prefix-caching"),
@@ -150,28 +151,50 @@ CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None,
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size=2",)], ids=["one rank", "two ranks"])
+# Flags that every checkpoint is served with, and those for two of them alone.
+STORED_WAYS = {
+    "one rank": (),
+    "two ranks": ("--tensor-parallel-size=2",),
+    "drafts, chunks, bfloat16 state": (NGRAM, *CHUNKS, "--mamba-ssm-cache-dtype=bfloat16"),
+    "short of blocks": (*CHUNKS, "--max-num-seqs=32", "--num-gpu-blocks-override=25"),
+}
+STORED = [(name, way) for way in ("one rank", "two ranks") for name in CHECKPOINTS] + [
+    (name, way) for way in ("drafts, chunks, bfloat16 state", "short of blocks") for name in ("fp8 by channel", "int4")
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), STORED, ids=[", ".join(pair) for pair in STORED])
 def test_quantised(
     name: str,
-    flags: tuple[str, ...],
+    flags: str,
     tmp_path: Path,
     demo_model: Path,
     servers: Callable[..., Server],
     asked: list[tuple[list[int], int]],
     record_property: Callable[[str, object], None],
 ):
-    if torch.cuda.device_count() < 1 + len(flags):
+    if flags == "two ranks" and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
     groups, ignore, ratio = CHECKPOINTS[name]
     stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
-    server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *flags))
+    server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *STORED_WAYS[flags]))
     assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
     judge = Judge(plain)
-    for way, answers in {"alone": server.one_by_one(asked), "together": server.at_once(asked)}.items():
+    ways = {
+        "alone": server.one_by_one(asked),
+        "together": server.at_once(asked, cold=True),
+        "together, from the prefix cache": server.at_once(asked),
+    }
+    for way, answers in ways.items():
         seen = judge.check(asked, answers, ratio)
         record_property(way, seen)
         print(f"{way}: {seen}")
+    if NGRAM in STORED_WAYS[flags]:
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+    if flags == "short of blocks":
+        assert server.metric("vllm:num_preemptions_total") > 0
+    else:
+        assert sum(answer.cached_tokens for answer in ways["together, from the prefix cache"]) > 0
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
