@@ -154,9 +154,10 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             mixed[metadata.reordering.tokens] = out
 
     def warm_up(self, inputs: KdaInputs, out: torch.Tensor) -> None:
-        """Prefills on the null state: of all tokens, for the memory of a real one; of a few, to compile what it calls.
+        """Steps on the null state: of all tokens, for the memory of a real one; of a few, to compile what it calls.
 
-        Kernels differ for sequences long enough to be split, and where states are kept at block boundaries.
+        Prefill differs for sequences long enough to be split, and where states are kept at block boundaries; decode for
+        one token and for many. Captured graphs of few tokens may hold the decode step's own kernels instead.
         """
         shapes = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
         state = KdaState(*(out.new_empty((1, *shape), dtype=dtype) for shape, dtype in shapes))
@@ -167,6 +168,8 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             cu_seqlens = torch.tensor([0, tokens.stop], dtype=torch.int32, device=out.device)
             checkpoints = PrefillCheckpoints(cu_seqlens[1:], null) if keeps else None
             interface.prefill(PrefillArgs(inputs[tokens], *layer, cu_seqlens, null, null > 0, out[tokens], checkpoints))
+        for several in (1, len(out)):
+            interface.decode(DecodeArgs(inputs[:several], *layer, null.repeat(several), out[:several]))
 
     @cached_property
     def kernel_params(self) -> KdaParams:

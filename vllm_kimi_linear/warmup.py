@@ -28,9 +28,13 @@ class ExpertWarmup(VllmJitKernel[Step]):
     """What vLLM asks of a kernel that is compiled at the start, here for all that a layer of experts calls."""
 
     def get_warmup_keys(self, layer: nn.Module, config: VllmConfig) -> list[Step]:
-        """Every power of two, for tables are made for these, up to the most tokens of a step."""
+        """Every power of two, for tables are made for these, and a token more, up to the most tokens of a step.
+
+        Triton compiles a kernel anew where an argument is no multiple of 16, as the rows of an odd number of tokens.
+        """
         most = config.scheduler_config.max_num_batched_tokens
-        return [Step(1 << n, layer, config) for n in range(most.bit_length())]
+        powers = [1 << n for n in range(most.bit_length())]
+        return [Step(tokens, layer, config) for tokens in sorted({*powers, *(n + 1 for n in powers)}) if tokens <= most]
 
     def compile(self, step: Step) -> None:
         """Run the layer; where that fails, say so and let the server start: its first requests are only slower."""

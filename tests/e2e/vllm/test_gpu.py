@@ -47,7 +47,7 @@ WAYS = {
         "--no-enable-prefix-caching",
     ),
     "graphs, short of blocks": (
-        "--max-num-seqs=32",
+        "--max-num-seqs=25",  # graphs need a block for each sequence
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
@@ -74,7 +74,7 @@ WAYS = {
         SHARED + "2",
         "--block-size=96",  # on both ranks 192 tokens, as on one: as few blocks are short
         "--max-num-batched-tokens=64",
-        "--max-num-seqs=32",
+        "--max-num-seqs=25",
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
@@ -156,7 +156,7 @@ STORED_WAYS = {
     "one rank": (),
     "two ranks": ("--tensor-parallel-size=2",),
     "drafts, chunks, bfloat16 state": (NGRAM, *CHUNKS, "--mamba-ssm-cache-dtype=bfloat16"),
-    "short of blocks": (*CHUNKS, "--max-num-seqs=32", "--num-gpu-blocks-override=25"),
+    "short of blocks": (*CHUNKS, "--max-num-seqs=25", "--num-gpu-blocks-override=25"),
 }
 STORED = [(name, way) for way in ("one rank", "two ranks") for name in CHECKPOINTS] + [
     (name, way) for way in ("drafts, chunks, bfloat16 state", "short of blocks") for name in ("fp8 by channel", "int4")
@@ -178,7 +178,8 @@ def test_quantised(
     groups, ignore, ratio = CHECKPOINTS[name]
     stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
     server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *STORED_WAYS[flags]))
-    assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
+    if NGRAM not in STORED_WAYS[flags]:
+        assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
     judge = Judge(plain)
     ways = {
         "alone": server.one_by_one(asked),

@@ -1,0 +1,43 @@
+"""What runs before the first request, so that none waits for a compiler."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+
+from kda_kernels.interface import KdaInputs, KdaParams
+from vllm_kimi_linear import kda
+from vllm_kimi_linear.warmup import ExpertWarmup
+
+HEADS, DIM = 2, 16
+
+
+def test_experts_of_odd_and_even_steps():
+    """An odd number of tokens is another kernel: Triton compiles it for what 16 divides, and for what it does not."""
+    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=20))
+    steps = ExpertWarmup().get_warmup_keys(Mock(), config)
+    assert [step.tokens for step in steps] == [1, 2, 3, 4, 5, 8, 9, 16, 17]
+
+
+def test_kda_decodes_one_token_and_many(monkeypatch: pytest.MonkeyPatch):
+    """Where graphs of few tokens hold the decode step's kernels, nothing else compiles KDA's own for so few."""
+    width = HEADS * DIM
+    params = KdaParams(
+        conv_weight=torch.zeros(3 * width, 4),
+        A_log=torch.zeros(HEADS),
+        dt_bias=torch.zeros(width),
+        norm_weight=torch.zeros(DIM),
+        norm_eps=1e-5,
+    )
+    layer = Mock(spec=kda.KimiDeltaAttention, kernel_params=params)
+    layer.get_state_shape.return_value = (3, 3 * width), (HEADS, DIM, DIM)
+    layer.get_state_dtype.return_value = torch.float32, torch.float32
+    decoded = []
+    monkeypatch.setattr(kda.interface, "prefill", Mock())
+    monkeypatch.setattr(kda.interface, "decode", lambda args: decoded.append(args))
+    rows = [torch.zeros(40, channels) for channels in (3 * width, width, HEADS, width)]
+    kda.KimiDeltaAttention.warm_up(layer, KdaInputs(*rows), torch.zeros(40, width))
+    assert [len(args.out) for args in decoded] == [1, 40]
+    assert not any(args.state_indices.any() for args in decoded)  # the null state, which is neither read nor written
