@@ -21,7 +21,7 @@ MAX_TOKENS = 8  # on a GPU; on a CPU any number
 def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection[str]) -> str | None:
     """Why the layers of this configuration do not take these kernels, or None if they do.
 
-    moe_backends: vLLM's names of those that its layers of experts run on; some store the weights in another order.
+    moe_backends: vLLM's names of those that its layers of experts run on; some take no experts that others chose.
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     state = torch.bfloat16 if vllm_config.cache_config.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
@@ -51,8 +51,8 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     name, reason = interface.describe(device, model.dtype, sizes.kda_head_dim, state)
     if name != device:
         return reason
-    if others := set(moe_backends) - ({"CPU", "QuantizedExperts"} if cpu else {"TRITON", "VLLM_CUTLASS"}):
-        return f"they take experts as a checkpoint has them, not as {min(others)}"
+    if others := set(moe_backends) - ({"CPU", "QuantizedExperts"} if cpu else {"TRITON", "VLLM_CUTLASS", "MARLIN"}):
+        return f"they do not go with experts that run on {min(others)}"
     return None
 
 

@@ -123,7 +123,7 @@ class MixtureOfExperts(nn.Module):
         kernels = interface.kernels(hidden_states.device.type)
         shared, routed = self.shared_experts, self.experts.routed_experts
         up, down = (None, None) if shared is None else map(weight_of, (shared.gate_up_proj, shared.down_proj))
-        if apart := up is None or down is None:  # the shared expert by its own layers, if there is one
+        if up is None or down is None:  # the shared expert by its own layers, if there is one
             up = down = None
         normed, residual, ids, weights, shared_acts = kernels.router(
             hidden_states,
@@ -138,15 +138,13 @@ class MixtureOfExperts(nn.Module):
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        out = kernels.experts(
-            normed,
-            weight_of(routed, "w13_weight"),
-            weight_of(routed, "w2_weight"),
-            ids,
-            weights,
-            shared_acts,
-            down,
-        )
-        if apart and shared is not None:
-            out += linear(shared.activation(linear(normed, shared.gate_up_proj)), shared.down_proj)
+        each_up, each_down = weight_of(routed, "w13_weight"), weight_of(routed, "w2_weight")
+        if each_up is not None and each_down is not None:
+            out = kernels.experts(normed, each_up, each_down, ids, weights, shared_acts, down)
+        else:  # in the order of vLLM's kernel
+            out = routed.forward_modular(normed, weights, ids)
+            if shared is not None and up is not None:
+                out = out + linear(shared_acts, shared.down_proj)
+        if shared is not None and up is None:
+            out = out + linear(shared.activation(linear(normed, shared.gate_up_proj)), shared.down_proj)
         return all_reduce(out), residual

@@ -50,14 +50,6 @@ class GpuQuantization(CompressedTensorsConfig):
         target = self.targets.get(name)
         return None if target is None else self.target_scheme_map[target]
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, RoutedExperts) and layer.moe_config.moe_backend == "auto":
-            scheme = self.get_scheme_dict(layer, prefix)
-            if scheme and scheme["weights"].num_bits == 4 and scheme["weights"].strategy == "group":
-                # The one of vLLM's that leaves 4-bit weights as they are stored, as the decode kernels read them.
-                layer.moe_config.moe_backend = "triton"
-        return super().get_quant_method(layer, prefix)
-
 
 def readable(layer: nn.Module, name: str) -> Weight | None:
     """A weight of one of vLLM's layers as the decode kernels take it; None where it is stored in another order.

@@ -62,18 +62,6 @@ def test_experts_too(weights: str, strategy: str) -> None:
         assert found is not None and found["weights"].strategy == strategy
 
 
-@pytest.mark.parametrize(
-    ("weights", "asked", "taken"), [("int4", "auto", "triton"), ("int4", "marlin", "marlin"), ("fp8", "auto", "auto")]
-)
-def test_4_bits_stay_as_they_are_stored_unless_asked(
-    weights: str, asked: str, taken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(CompressedTensorsConfig, "get_quant_method", lambda *_: "vLLM's")
-    layer = experts(asked)
-    assert quantization(weights).get_quant_method(layer, f"{LAYER}.block_sparse_moe.experts") == "vLLM's"
-    assert layer.moe_config.moe_backend == taken
-
-
 def test_experts_quantised_as_they_are_loaded_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnlineQuantizationConfig, "get_quant_method", lambda *_: "vLLM's")
     theirs = OnlineQuantizationConfig(resolve_quantization_config("fp8_per_channel", None))

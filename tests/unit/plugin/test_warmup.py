@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig
 
+from kda_kernels import interface
 from kda_kernels.interface import KdaInputs, KdaParams
 from vllm_kimi_linear import kda
 from vllm_kimi_linear.warmup import ExpertWarmup
@@ -35,8 +36,8 @@ def test_kda_decodes_one_token_and_many(monkeypatch: pytest.MonkeyPatch):
     layer.get_state_shape.return_value = (3, 3 * width), (HEADS, DIM, DIM)
     layer.get_state_dtype.return_value = torch.float32, torch.float32
     decoded = []
-    monkeypatch.setattr(kda.interface, "prefill", Mock())
-    monkeypatch.setattr(kda.interface, "decode", lambda args: decoded.append(args))
+    monkeypatch.setattr(interface, "prefill", Mock())
+    monkeypatch.setattr(interface, "decode", lambda args: decoded.append(args))
     rows = [torch.zeros(40, channels) for channels in (3 * width, width, HEADS, width)]
     kda.KimiDeltaAttention.warm_up(layer, KdaInputs(*rows), torch.zeros(40, width))
     assert [len(args.out) for args in decoded] == [1, 40]
