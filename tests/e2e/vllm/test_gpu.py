@@ -7,6 +7,7 @@ server must have taken it, and over all it may not take others much more often t
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support import quantized_checkpoint
 from tests.support.completions import Answer, Completions
 from tests.support.logs import ask_all
 from tests.support.prompts import LENGTHS, Stream
+from tests.support.rounded_inputs import RoundedInputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -98,20 +100,24 @@ def asked(vocab: int) -> list[tuple[list[int], int]]:
 class Judge:
     """The reference in fp32, and what bf16 costs it."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, inputs: tuple[str, int | None] | None = None) -> None:
+        """inputs: which weights' products round their inputs to fp8, and how many channels share a scale."""
         # On a GPU, with the servers: on a CPU the scores take longer than all else.
         device = f"cuda:{torch.cuda.device_count() - 1}"
         self.reference, self.rough = (HfReference(model, dtype, device) for dtype in (torch.float32, torch.bfloat16))
+        self.rounding = RoundedInputs(self.rough.model, *inputs) if inputs else contextlib.nullcontext()
         self.scores: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Score, list[int]]] = {}
 
     def score(self, prompt: list[int], answer: list[int]) -> tuple[Score, list[int]]:
         """And the tokens that transformers in bf16 takes in the same contexts."""
         key = tuple(prompt), tuple(answer)
         if key not in self.scores:
-            self.scores[key] = self.reference.score(prompt, answer), self.rough.score(prompt, answer).argmax
+            with self.rounding:
+                rough = self.rough.score(prompt, answer).argmax
+            self.scores[key] = self.reference.score(prompt, answer), rough
         return self.scores[key]
 
-    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer], ratio: float = RATIO) -> str:
+    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
         """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
         tokens, others, rough_others, clear = 0, 0, 0, 0
         missed = []  # (length of the prompt, place in the answer, lead of the reference's choice)
@@ -129,24 +135,26 @@ class Judge:
             rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
         seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
         assert not missed, f"{seen}; missed: {missed}"
-        assert others <= ratio * rough_others, seen
+        assert others <= RATIO * rough_others, seen
         return seen
 
 
-# Checkpoint -> (groups, what is left out), and how often others than the reference's tokens may be taken, of what
-# transformers in bf16 takes on the same weights: fp8 rounds activations, too.
-CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None, float]] = {
-    "fp8 by channel": ({"group_0": ("fp8 by channel", ["Linear"])}, None, 2.0),
-    "fp8 by block": ({"group_0": ("fp8 by block", ["Linear"])}, ["lm_head", "re:.*self_attn.*"], 2.0),
-    "int4 experts": ({"group_0": ("int4, groups of 32", ["Linear"])}, quantized_checkpoint.EXPERTS_ALONE, RATIO),
-    "int4": ({"group_0": ("int4, groups of 32", ["Linear"])}, ["lm_head", "re:.*(b|f_a|g_a|f_b|g_b)_proj"], RATIO),
+# What a norm, a convolution, an embedding, the router and the heads' gates have is no product of these.
+PRODUCTS = r"(?<!embed_tokens)(_proj|with_mqa)(\.weight)?$"
+BY_TOKEN, BY_GROUP = (PRODUCTS, None), (rf"mlp\..*{PRODUCTS}", 128)
+# Checkpoint -> (groups, what is left out), and the products whose inputs it has rounded to fp8.
+CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None, tuple[str, int | None] | None]] = {
+    "fp8 by channel": ({"group_0": ("fp8 by channel", ["Linear"])}, None, BY_TOKEN),
+    "fp8 by block": ({"group_0": ("fp8 by block", ["Linear"])}, ["lm_head", "re:.*self_attn.*"], BY_GROUP),
+    "int4 experts": ({"group_0": ("int4, groups of 32", ["Linear"])}, quantized_checkpoint.EXPERTS_ALONE, None),
+    "int4": ({"group_0": ("int4, groups of 32", ["Linear"])}, ["lm_head", "re:.*(b|f_a|g_a|f_b|g_b)_proj"], None),
     "several ways": (
         {
             "group_0": ("fp8 by channel", [r"re:.*self_attn\.(q|k|b|f_a)_proj.*", r"re:.*down_proj"]),
             "group_1": ("int4, groups of 32", [r"re:.*experts\.\d+\..*", r"re:.*o_proj", r"re:.*up_proj"]),
         },
         [],
-        2.0,
+        (r"mlp\.(shared_experts\.)?down_proj", None),
     ),
 }
 
@@ -175,19 +183,19 @@ def test_quantised(
 ):
     if flags == "two ranks" and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    groups, ignore, ratio = CHECKPOINTS[name]
+    groups, ignore, inputs = CHECKPOINTS[name]
     stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
     server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *STORED_WAYS[flags]))
     if NGRAM not in STORED_WAYS[flags]:
         assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
-    judge = Judge(plain)
+    judge = Judge(plain, inputs)
     ways = {
         "alone": server.one_by_one(asked),
         "together": server.at_once(asked, cold=True),
         "together, from the prefix cache": server.at_once(asked),
     }
     for way, answers in ways.items():
-        seen = judge.check(asked, answers, ratio)
+        seen = judge.check(asked, answers)
         record_property(way, seen)
         print(f"{way}: {seen}")
     if NGRAM in STORED_WAYS[flags]:
