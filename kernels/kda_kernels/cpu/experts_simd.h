@@ -3,7 +3,7 @@
  * Included once for each instruction set, as kda_simd.h.
  */
 
-#include "rows_simd.h"
+#include "panels_simd.h"
 
 /* Tokens of this thread: what experts multiply, as fp32; `total` zero. */
 static void KDA(experts_prepare)(const experts_call *c, int64_t me, int64_t team) {
@@ -23,17 +23,17 @@ static void KDA(experts_prepare)(const experts_call *c, int64_t me, int64_t team
 /* This thread's part of the rows of every expert that was chosen: silu(gate x) (up x). */
 static void KDA(experts_up)(const experts_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
-    float gate[TOKENS][ROWS], up[TOKENS][ROWS];
-    const int64_t groups = (c->inner + ROWS - 1) / ROWS;
+    float gate[TOKENS][PANEL], up[TOKENS][PANEL];
+    const range mine = part_of(c->inner, me, team);
     for (int64_t e = 0; e < c->experts; e++)
         for (int64_t at = c->first[e]; at < c->first[e + 1]; at += TOKENS) {
             const int n = (int)(c->first[e + 1] - at < TOKENS ? c->first[e + 1] - at : TOKENS);
             for (int t = 0; t < n; t++) x[t] = c->wide + c->order[at + t] / c->top_k * c->wide_stride;
-            for (int64_t g = groups * me / team; g < groups * (me + 1) / team; g++) {
-                const int64_t row = g * ROWS;
-                const int rows = (int)(c->inner - row < ROWS ? c->inner - row : ROWS);
-                KDA(product)(x, n, &c->up, e * 2 * c->inner + row, c->width, rows, gate);
-                KDA(product)(x, n, &c->up, (e * 2 + 1) * c->inner + row, c->width, rows, up);
+            const inputs in = KDA(group)(x, n, c->width);
+            for (int64_t row = mine.begin; row < mine.end; row += PANEL) {
+                const int rows = (int)(mine.end - row < PANEL ? mine.end - row : PANEL);
+                KDA(product)(&in, &c->up, e * 2 * c->inner + row, c->width, rows, gate);
+                KDA(product)(&in, &c->up, (e * 2 + 1) * c->inner + row, c->width, rows, up);
                 for (int t = 0; t < n; t++)
                     for (int r = 0; r < rows; r++)
                         c->acts[c->order[at + t] * c->acts_stride + row + r] =
@@ -45,17 +45,16 @@ static void KDA(experts_up)(const experts_call *c, int64_t me, int64_t team) {
 /* This thread's part of the output's columns: every token's experts in the order of their numbers, the shared last. */
 static void KDA(experts_down)(const experts_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
-    float y[TOKENS][ROWS];
-    const int64_t groups = (c->width + ROWS - 1) / ROWS;
-    const int64_t begin = groups * me / team, end = groups * (me + 1) / team;
+    float y[TOKENS][PANEL];
+    const range mine = part_of(c->width, me, team);
     for (int64_t e = 0; e < c->experts; e++)
         for (int64_t at = c->first[e]; at < c->first[e + 1]; at += TOKENS) {
             const int n = (int)(c->first[e + 1] - at < TOKENS ? c->first[e + 1] - at : TOKENS);
             for (int t = 0; t < n; t++) x[t] = c->acts + c->order[at + t] * c->acts_stride;
-            for (int64_t g = begin; g < end; g++) {
-                const int64_t row = g * ROWS;
-                const int rows = (int)(c->width - row < ROWS ? c->width - row : ROWS);
-                KDA(product)(x, n, &c->down, e * c->width + row, c->inner, rows, y);
+            const inputs in = KDA(group)(x, n, c->inner);
+            for (int64_t row = mine.begin; row < mine.end; row += PANEL) {
+                const int rows = (int)(mine.end - row < PANEL ? mine.end - row : PANEL);
+                KDA(product)(&in, &c->down, e * c->width + row, c->inner, rows, y);
                 for (int t = 0; t < n; t++) {
                     const int64_t pair = c->order[at + t];
                     float *total = c->total + pair / c->top_k * c->width + row;
@@ -66,18 +65,17 @@ static void KDA(experts_down)(const experts_call *c, int64_t me, int64_t team) {
     for (int64_t first = 0; c->shared && first < c->tokens; first += TOKENS) {
         const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
         for (int t = 0; t < n; t++) x[t] = c->shared_wide + (first + t) * c->shared_stride;
-        for (int64_t g = begin; g < end; g++) {
-            const int64_t row = g * ROWS;
-            const int rows = (int)(c->width - row < ROWS ? c->width - row : ROWS);
-            KDA(product)(x, n, &c->shared_down, row, c->shared, rows, y);
+        const inputs in = KDA(group)(x, n, c->shared);
+        for (int64_t row = mine.begin; row < mine.end; row += PANEL) {
+            const int rows = (int)(mine.end - row < PANEL ? mine.end - row : PANEL);
+            KDA(product)(&in, &c->shared_down, row, c->shared, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++) c->total[(first + t) * c->width + row + r] += y[t][r];
         }
     }
-    const int64_t last = end * ROWS < c->width ? end * ROWS : c->width;
     for (int64_t t = 0; t < c->tokens; t++)
-        KDA(narrow)(c->total + t * c->width + begin * ROWS, last - begin * ROWS, (int)c->bf16,
-                    c->out + (t * c->width + begin * ROWS) * (c->bf16 ? 2 : 4));
+        KDA(narrow)(c->total + t * c->width + mine.begin, mine.end - mine.begin, (int)c->bf16,
+                    c->out + (t * c->width + mine.begin) * (c->bf16 ? 2 : 4));
 }
 
 #include "no_vector.h"

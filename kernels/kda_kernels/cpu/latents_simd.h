@@ -4,7 +4,7 @@
  * Included once for each instruction set, as kda_simd.h. The latent dimension is a multiple of CHANNELS.
  */
 
-#include "rows_simd.h"
+#include "panels_simd.h"
 
 /* CHANNELS channels of one head's query for up to 3 tokens. */
 INLINE void KDA(absorb)(const latents_call *c, int64_t head, int64_t channel, int64_t first, int tokens, int bf16) {
@@ -68,16 +68,17 @@ static void KDA(latent_prepare)(const latents_call *c, int64_t me, int64_t team)
 
 static void KDA(latent_value)(const latents_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
-    float y[TOKENS][ROWS];
-    const int64_t groups = (c->value + ROWS - 1) / ROWS, count = c->heads * groups;
+    float y[TOKENS][PANEL];
+    const int64_t panels = (c->value + PANEL - 1) / PANEL, count = c->heads * panels;
     const matrix kv_b = {c->kv_b, 0, c->bf16 ? BF16 : FP32, c->latent, 0, 0};
     for (int64_t first = 0; first < c->tokens; first += TOKENS) {
         const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
         for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) {
-            const int64_t head = i / groups, row = i % groups * ROWS;
-            const int rows = (int)(c->value - row < ROWS ? c->value - row : ROWS);
+            const int64_t head = i / panels, row = i % panels * PANEL;
+            const int rows = (int)(c->value - row < PANEL ? c->value - row : PANEL);
             for (int t = 0; t < n; t++) x[t] = c->wide + ((first + t) * c->heads + head) * c->latent;
-            KDA(product)(x, n, &kv_b, head * (c->nope + c->value) + c->nope + row, c->latent, rows, y);
+            const inputs in = KDA(group)(x, n, c->latent);
+            KDA(product)(&in, &kv_b, head * (c->nope + c->value) + c->nope + row, c->latent, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->out, ((first + t) * c->heads + head) * c->value + row + r, y[t][r],

@@ -1,3 +1,6 @@
+#undef PAGE
+#undef LINE
+#undef GROUP
 #undef vec
 #undef bits
 #undef half

@@ -3,7 +3,7 @@
  * Included once for each instruction set, as kda_simd.h.
  */
 
-#include "rows_simd.h"
+#include "panels_simd.h"
 
 /* Tokens of this thread: x as fp32, with its residual added, normed. Rows of `wide` are whole vectors; what lies behind
  * a row's end is zero and stays so. */
@@ -31,35 +31,28 @@ static void KDA(prepare)(const product_call *c, int64_t me, int64_t team) {
     }
 }
 
-/* The rows that are multiplied, of up to TOKENS tokens from `first` on; returns how many. */
-INLINE int KDA(inputs)(const product_call *c, int64_t first, const float **x) {
-    const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
-    for (int t = 0; t < n; t++)
-        x[t] = c->wide ? c->wide + (first + t) * c->wide_stride : (const float *)c->x + (first + t) * c->x_stride;
-    return n;
-}
-
-/* Groups of rows of this thread. */
+/* Rows of this thread. */
 static void KDA(multiply_rows)(const product_call *c, int64_t me, int64_t team) {
     const float *x[TOKENS];
-    float y[TOKENS][ROWS], up[TOKENS][ROWS];
-    const int64_t groups = c->weight.data ? (c->rows + ROWS - 1) / ROWS : 0;
-    const int64_t pairs = c->pair.data ? (c->pair_rows + ROWS - 1) / ROWS : 0;
+    float y[TOKENS][PANEL], up[TOKENS][PANEL];
+    const range single = part_of(c->weight.data ? c->rows : 0, me, team);
+    const range pair = part_of(c->pair.data ? c->pair_rows : 0, me, team);
     for (int64_t first = 0; first < c->tokens; first += TOKENS) {
-        const int n = KDA(inputs)(c, first, x);
-        for (int64_t g = groups * me / team; g < groups * (me + 1) / team; g++) {
-            const int64_t row = g * ROWS;
-            const int rows = (int)(c->rows - row < ROWS ? c->rows - row : ROWS);
-            KDA(product)(x, n, &c->weight, row, c->width, rows, y);
+        const int n = (int)(c->tokens - first < TOKENS ? c->tokens - first : TOKENS);
+        for (int t = 0; t < n; t++)
+            x[t] = c->wide ? c->wide + (first + t) * c->wide_stride : (const float *)c->x + (first + t) * c->x_stride;
+        const inputs in = KDA(group)(x, n, c->width);
+        for (int64_t row = single.begin; row < single.end; row += PANEL) {
+            const int rows = (int)(single.end - row < PANEL ? single.end - row : PANEL);
+            KDA(product)(&in, &c->weight, row, c->width, rows, y);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->out, (first + t) * c->out_stride + row + r, y[t][r], (int)c->out_bf16);
         }
-        for (int64_t g = pairs * me / team; g < pairs * (me + 1) / team; g++) {
-            const int64_t row = g * ROWS;
-            const int rows = (int)(c->pair_rows - row < ROWS ? c->pair_rows - row : ROWS);
-            KDA(product)(x, n, &c->pair, row, c->width, rows, y);
-            KDA(product)(x, n, &c->pair, c->pair_rows + row, c->width, rows, up);
+        for (int64_t row = pair.begin; row < pair.end; row += PANEL) {
+            const int rows = (int)(pair.end - row < PANEL ? pair.end - row : PANEL);
+            KDA(product)(&in, &c->pair, row, c->width, rows, y);
+            KDA(product)(&in, &c->pair, c->pair_rows + row, c->width, rows, up);
             for (int t = 0; t < n; t++)
                 for (int r = 0; r < rows; r++)
                     KDA(write_one)(c->acts, (first + t) * c->pair_rows + row + r, KDA(gated)(y[t][r], up[t][r]),

@@ -6,8 +6,10 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
-enum { ROWS = 4, TOKENS = 96, DEPTH = 512 }; /* of a weight, and inputs and columns at a time */
+enum { ROWS = 4, PANEL = 32, MANY = 6, TOKENS = 96, DEPTH = 768 }; /* rows at once and in turn, few inputs and many,
+                                                                      columns at a time */
 
 /* Of a matrix: floating point of 32, 16 (bfloat16) and 8 bits (e4m3), and integers: INT4 are 4 bits above -8, two a byte,
  * the first in its low half. */
@@ -21,9 +23,39 @@ typedef struct {
     int64_t kind, stride, scale_stride, shift;
 } matrix;
 
+/* Tokens that are multiplied: `rows` of fp32 in whole vectors, and `grouped` as `group` leaves them, or null. */
+typedef struct {
+    const float *const *rows;
+    const float *grouped;
+    int count;
+} inputs;
+
 /* Bytes of so many elements. */
 static inline int64_t bytes_of(int64_t kind, int64_t elements) {
     return kind == FP32 ? elements * 4 : kind == BF16 ? elements * 2 : kind == INT4 ? elements / 2 : elements;
+}
+
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* Of so many rows those of thread `me`, in whole ROWS but for the last. */
+static inline range part_of(int64_t rows, int64_t me, int64_t team) {
+    const int64_t tiles = (rows + ROWS - 1) / ROWS, end = tiles * (me + 1) / team * ROWS;
+    return (range){tiles * me / team * ROWS, end < rows ? end : rows};
+}
+
+/* This thread's own, of at least so many floats, until it is asked again; null if there is no memory. */
+static inline float *scratch(size_t floats) {
+    static _Thread_local float *kept;
+    static _Thread_local size_t size;
+    if (size < floats) {
+        free(kept);
+        size = (floats + 15) / 16 * 16;
+        kept = aligned_alloc(64, size * sizeof(float));
+        if (!kept) size = 0;
+    }
+    return kept;
 }
 
 /* A team of threads costs as much time as so many products. */

@@ -1,4 +1,4 @@
-/* Products of rows of a matrix with a few tokens: y = x W^T.
+/* Products of rows of a matrix with tokens: y = x W^T. Here a few tokens; `panels_simd.h` has many.
  *
  * Included by the kernels that need them, once for each instruction set. A token's product with a row is one vector of
  * sums that runs along the row, whatever other tokens and rows are at work: the same bits in any batch and on any number
@@ -9,6 +9,7 @@
 #include "vector.h"
 
 #define LINE 64 /* bytes of the cache */
+#define PAGE 4096
 
 /* WIDTH elements of a row from column k on; `kind` is that of w, `scale` that of these columns. */
 INLINE vec KDA(elements)(const matrix *w, int kind, int64_t row, int64_t k, vec scale) {
@@ -24,9 +25,11 @@ INLINE vec KDA(scale)(const matrix *w, int kind, int64_t row, int64_t k) {
     return kind == FP8 ? KDA(scale_fp8)(scale) : kind == INT8 ? KDA(splat)(scale) : KDA(scale_int4)(scale);
 }
 
-/* Columns from k on of the row that is read after this one: no processor foresees rows this short. */
-INLINE void KDA(fetch)(const matrix *w, int kind, int64_t row, int64_t k) {
-    __builtin_prefetch((const char *)((uintptr_t)w->data + bytes_of(kind, (row + ROWS) * w->stride + k)));
+/* What is read after columns from k on of this row. Of rows side by side that is the rows which follow: no processor
+ * foresees several this short. One by one rows are a single stream, a page of which is on its way. */
+INLINE void KDA(fetch)(const matrix *w, int kind, int64_t row, int64_t k, int rows) {
+    const int64_t here = bytes_of(kind, row * w->stride + k);
+    __builtin_prefetch((const char *)((uintptr_t)w->data + here + (rows > 1 ? bytes_of(kind, rows * w->stride) : PAGE)));
 }
 
 /* Where the columns that share a scale with column k end. */
@@ -36,9 +39,9 @@ INLINE int64_t KDA(group_end)(const matrix *w, int kind, int64_t k, int64_t end)
     return next < end ? next : end;
 }
 
-/* Rows of W times tokens: sums[token][row] += over columns from k to end. */
+/* Rows of W times tokens: sums[token][row] += over columns from k to end; `ahead`: what comes next is fetched. */
 INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t k, int64_t end, int rows, int tokens,
-                      vec (*sums)[ROWS]) {
+                      int ahead, vec (*sums)[ROWS]) {
     vec s[6][ROWS], scales[ROWS] = {{0}};
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) s[t][r] = sums[t][r];
@@ -51,7 +54,7 @@ INLINE void KDA(tile)(const float *const *x, const matrix *w, int kind, int64_t 
             for (int t = 0; t < tokens; t++) xs[t] = KDA(load)(x[t] + k);
             for (int r = 0; r < rows; r++) {
                 const vec weight = KDA(elements)(w, kind, r, k, scales[r]);
-                if (tokens == 1 && bytes_of(kind, k) % LINE == 0) KDA(fetch)(w, kind, r, k);
+                if (ahead && bytes_of(kind, k) % LINE == 0) KDA(fetch)(w, kind, r, k, rows);
                 for (int t = 0; t < tokens; t++) s[t][r] = KDA(fma)(weight, xs[t], s[t][r]);
             }
         }
@@ -68,22 +71,23 @@ INLINE void KDA(widen_rows)(const matrix *w, int kind, int64_t k, int64_t end, i
             vec scale = {0};
             if (kind >= FP8) scale = KDA(scale)(w, kind, r, i);
             for (; i < group; i += WIDTH) {
-                KDA(fetch)(w, kind, r, i);
+                KDA(fetch)(w, kind, r, i, rows);
                 KDA(store)(wide + r * DEPTH + i - k, KDA(elements)(w, kind, r, i, scale));
             }
         }
 }
 
-/* As many tokens at once as registers hold sums of. */
+/* As many tokens at once as registers hold sums of; `ahead`: as the first go by or, where weights are widened, the last,
+ * which are the fewest. */
 INLINE void KDA(tiles)(const float *const *x, int tokens, const matrix *w, int kind, int64_t k, int64_t end, int rows,
-                       vec (*sums)[ROWS]) {
-    int t = 0;
-#if defined(KDA_AVX512)
-    for (; t + 6 <= tokens; t += 6) KDA(tile)(x + t, w, kind, k, end, rows, 6, sums + t);
-#endif
-    for (; t + 3 <= tokens; t += 3) KDA(tile)(x + t, w, kind, k, end, rows, 3, sums + t);
-    if (tokens - t == 2) KDA(tile)(x + t, w, kind, k, end, rows, 2, sums + t);
-    if (tokens - t == 1) KDA(tile)(x + t, w, kind, k, end, rows, 1, sums + t);
+                       int ahead, vec (*sums)[ROWS]) {
+    const int first = ahead && kind == FP32, last = ahead && (kind != FP32 || tokens <= 3);
+    int t = tokens > 3 ? 3 : 0;
+    if (tokens > 3) KDA(tile)(x, w, kind, k, end, rows, 3, first, sums);
+    for (; t + 3 < tokens; t += 3) KDA(tile)(x + t, w, kind, k, end, rows, 3, 0, sums + t);
+    if (tokens - t == 3) KDA(tile)(x + t, w, kind, k, end, rows, 3, last, sums + t);
+    if (tokens - t == 2) KDA(tile)(x + t, w, kind, k, end, rows, 2, last, sums + t);
+    if (tokens - t == 1) KDA(tile)(x + t, w, kind, k, end, rows, 1, last, sums + t);
 }
 
 /* The matrix from row and column on. */
@@ -94,23 +98,28 @@ INLINE matrix KDA(from)(const matrix *w, int kind, int64_t row, int64_t column) 
     return part;
 }
 
-/* Of ROWS rows in fp32, by itself: each kind of weights would have this loop once more, and in the longest functions
- * compilers no longer keep its sums in registers. */
-static __attribute__((noinline)) void KDA(widened_tiles)(const float *const *x, int tokens, const matrix *w, int64_t end,
-                                                         vec (*sums)[ROWS]) {
-    KDA(tiles)(x, tokens, w, FP32, 0, end, ROWS, sums);
+/* The columns from `whole` on of rows of W, behind which there may be nothing: one vector, zeros behind their end. */
+INLINE matrix KDA(last_columns)(const matrix *w, int kind, int64_t whole, int64_t width, int rows, char *rest) {
+    matrix last = KDA(from)(w, kind, 0, whole);
+    for (int r = 0; r < rows; r++)
+        __builtin_memcpy(rest + bytes_of(kind, r * WIDTH), w->data + bytes_of(kind, r * w->stride + whole),
+                         bytes_of(kind, width - whole));
+    last.data = rest;
+    last.stride = WIDTH;
+    return last;
 }
 
+/* `rows` rows with few tokens: the weights go by once, from memory into registers. */
 INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, int kind, int64_t width, int rows,
-                          float (*y)[ROWS]) {
+                          float (*y)[PANEL]) {
     vec sums[TOKENS][ROWS];
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) sums[t][r] = (vec){0};
     const int64_t whole = width - width % WIDTH;
     for (int64_t k = 0; k < whole; k += DEPTH) {
         const int64_t end = k + DEPTH < whole ? k + DEPTH : whole;
-        if (kind == FP32 || tokens < (kind == BF16 ? 2 * 3 : 2)) {
-            KDA(tiles)(x, tokens, w, kind, k, end, rows, sums);
+        if (kind == FP32 || tokens < (kind == BF16 ? MANY : 2)) {
+            KDA(tiles)(x, tokens, w, kind, k, end, rows, 1, sums);
             continue;
         }
         float wide[ROWS * DEPTH]; /* for several tokens a weight is widened once */
@@ -118,20 +127,14 @@ INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, in
         const float *piece[TOKENS];
         KDA(widen_rows)(w, kind, k, end, rows, wide);
         for (int t = 0; t < tokens; t++) piece[t] = x[t] + k;
-        if (rows == ROWS) KDA(widened_tiles)(piece, tokens, &widened, end - k, sums);
-        else KDA(tiles)(piece, tokens, &widened, FP32, 0, end - k, rows, sums);
+        KDA(tiles)(piece, tokens, &widened, FP32, 0, end - k, rows, 0, sums);
     }
-    if (whole < width) { /* the last columns, behind which there may be nothing */
+    if (whole < width) {
         char rest[ROWS * WIDTH * 4] = {0};
-        matrix last = KDA(from)(w, kind, 0, whole);
+        const matrix last = KDA(last_columns)(w, kind, whole, width, rows, rest);
         const float *ends[TOKENS];
-        for (int r = 0; r < rows; r++)
-            __builtin_memcpy(rest + bytes_of(kind, r * WIDTH), w->data + bytes_of(kind, r * w->stride + whole),
-                             bytes_of(kind, width - whole));
-        last.data = rest;
-        last.stride = WIDTH;
         for (int t = 0; t < tokens; t++) ends[t] = x[t] + whole;
-        KDA(tiles)(ends, tokens, &last, kind, 0, WIDTH, rows, sums);
+        KDA(tiles)(ends, tokens, &last, kind, 0, WIDTH, rows, 0, sums);
     }
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) y[t][r] = KDA(sum)(sums[t][r])[0];
@@ -139,28 +142,12 @@ INLINE void KDA(multiply)(const float *const *x, int tokens, const matrix *w, in
 
 /* Of ROWS rows, or of one. */
 INLINE void KDA(multiply_kind)(const float *const *x, int tokens, const matrix *w, int64_t width, int rows,
-                               float (*y)[ROWS]) {
+                               float (*y)[PANEL]) {
     if (w->kind == FP32) KDA(multiply)(x, tokens, w, FP32, width, rows, y);
     else if (w->kind == BF16) KDA(multiply)(x, tokens, w, BF16, width, rows, y);
     else if (w->kind == FP8) KDA(multiply)(x, tokens, w, FP8, width, rows, y);
     else if (w->kind == INT8) KDA(multiply)(x, tokens, w, INT8, width, rows, y);
     else KDA(multiply)(x, tokens, w, INT4, width, rows, y);
-}
-
-/* y[token][row] for `rows` (1 to ROWS) rows of W from row `first` on. */
-static __attribute__((noinline)) void KDA(product)(const float *const *x, int tokens, const matrix *w, int64_t first,
-                                                   int64_t width, int rows, float (*y)[ROWS]) {
-    if (rows == ROWS) {
-        const matrix part = KDA(from)(w, (int)w->kind, first, 0);
-        KDA(multiply_kind)(x, tokens, &part, width, ROWS, y);
-        return;
-    }
-    for (int r = 0; r < rows; r++) {
-        const matrix part = KDA(from)(w, (int)w->kind, first + r, 0);
-        float one[TOKENS][ROWS];
-        KDA(multiply_kind)(x, tokens, &part, width, 1, one);
-        for (int t = 0; t < tokens; t++) y[t][r] = one[t][0];
-    }
 }
 
 INLINE float KDA(gated)(float gate, float up) { return gate * KDA(sigmoid)(KDA(splat)(gate))[0] * up; }

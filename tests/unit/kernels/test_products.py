@@ -12,8 +12,8 @@ from decode_kernels import interface, reference
 
 cpu = interface.kernels("cpu")
 MODULES = [importlib.import_module(f"decode_kernels.cpu.{name}") for name in ("products", "experts", "latents")]
-TOKENS = 200  # two groups of tokens, and a rest of either kind
-K, INTER, EXPERTS, TOP_K, EPS = 2 * 512 + 40, 24, 7, 3, 1e-5  # columns: two pieces and a rest
+TOKENS = 200  # more than are multiplied at once, twice, and a rest
+K, INTER, EXPERTS, TOP_K, EPS = 2 * 768 + 40, 24, 7, 3, 1e-5  # columns: two pieces and a rest
 
 
 @pytest.fixture(params=range(1, MODULES[0]._isa + 1), ids=["baseline", "AVX2", "AVX-512"][: MODULES[0]._isa])
@@ -46,7 +46,7 @@ class Layer:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.x, self.residual = draw(TOKENS, K, dtype=dtype), draw(TOKENS, K, dtype=dtype, seed=1)
-        self.norm, self.weight = draw(K, dtype=dtype), draw(33, K, dtype=dtype)
+        self.norm, self.weight = draw(K, dtype=dtype), draw(77, K, dtype=dtype)  # two panels, three tiles and a row
         self.gate, self.bias = draw(EXPERTS, K, dtype=torch.float32), draw(EXPERTS, dtype=torch.float32)
         self.shared_up, self.shared_down = draw(2 * INTER, K, dtype=dtype), draw(K, INTER, dtype=dtype)
         self.up, self.down = draw(EXPERTS, 2 * INTER, K, dtype=dtype), draw(EXPERTS, K, INTER, dtype=dtype)
@@ -83,7 +83,12 @@ def test_right_with_each_instruction_set(isa: int, dtype: torch.dtype) -> None:
         assert error < (1e-5 if dtype == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("tokens", [slice(0, 1), slice(7, 9), slice(40, 45), slice(48, 150), slice(196, 197)])
+@pytest.mark.parametrize(
+    "tokens",
+    [slice(0, 1), slice(7, 9), slice(40, 45), slice(48, 150), slice(196, 197)]
+    + [slice(3, 3 + n) for n in (6, 7, 8, 9, 11, 13)],  # groups of each size
+    ids=str,
+)
 def test_a_token_has_the_same_bits_in_any_step(isa: int, dtype: torch.dtype, tokens: slice) -> None:
     layer = Layer(dtype)
     for few, all_tokens in zip(layer.run(cpu, tokens), layer.run(cpu, slice(None)), strict=True):
