@@ -19,6 +19,7 @@ from kimi_server.gateway.metrics import Metrics
 from kimi_server.gateway.request.body_budget import BodyBudget
 from kimi_server.gateway.request.body_parser import BodyParser
 from kimi_server.gateway.request.token_estimator import TokenEstimator
+from kimi_server.gateway.tls import Certificate
 from kimi_server.gateway.upstream.replicas import Replicas
 from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
@@ -34,6 +35,9 @@ class Gateway:
         self.log = log or sys.stdout
         self.keyring = Keyring(settings.keys)
         self.context_cost = read_cost(settings.model_config) if settings.model_config else None
+        self.certificate = None
+        if settings.ssl_certfile and settings.ssl_keyfile:
+            self.certificate = Certificate(settings.ssl_certfile, settings.ssl_keyfile)
         self.metrics = Metrics()
         self.token_estimator = TokenEstimator()
         self.body_budget, self.body_parser = BodyBudget(settings.limits.bodies_bytes), BodyParser()
@@ -84,6 +88,9 @@ class Gateway:
             for one in self.replicas.all
         ]
         background.append(asyncio.create_task(repeat_forever("the watch over the keys", self.keyring.watch)))
+        if self.certificate is not None:
+            watch = repeat_forever("the watch over the certificate", self.certificate.watch)
+            background.append(asyncio.create_task(watch))
         try:
             yield
         finally:

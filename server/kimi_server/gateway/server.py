@@ -46,7 +46,11 @@ class Server(uvicorn.Server):
     def __init__(self, gateway: Gateway) -> None:
         settings = gateway.settings
         where = {"host": settings.host, "port": settings.port}
-        super().__init__(config(build(gateway), settings, timeout_graceful_shutdown=SHUTDOWN_SECONDS, **where))
+        own = config(build(gateway), settings, timeout_graceful_shutdown=SHUTDOWN_SECONDS, **where)
+        if gateway.certificate is not None:
+            own.load()
+            own.ssl = gateway.certificate.context
+        super().__init__(own)
         self.gateway = gateway
         self.draining: asyncio.Task[None] | None = None
         self.failed = False
