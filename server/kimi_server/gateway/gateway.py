@@ -20,6 +20,7 @@ from kimi_server.gateway.request.body_budget import BodyBudget
 from kimi_server.gateway.request.body_parser import BodyParser
 from kimi_server.gateway.request.token_estimator import TokenEstimator
 from kimi_server.gateway.tls import Certificate
+from kimi_server.gateway.tracing import Tracing
 from kimi_server.gateway.upstream.replicas import Replicas
 from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
@@ -38,6 +39,7 @@ class Gateway:
         self.certificate = None
         if settings.ssl_certfile and settings.ssl_keyfile:
             self.certificate = Certificate(settings.ssl_certfile, settings.ssl_keyfile)
+        self.tracing = Tracing(settings.otlp_traces_endpoint)
         self.metrics = Metrics()
         self.token_estimator = TokenEstimator()
         self.body_budget, self.body_parser = BodyBudget(settings.limits.bodies_bytes), BodyParser()
@@ -99,6 +101,7 @@ class Gateway:
             await asyncio.gather(*background, return_exceptions=True)
             await self.client.aclose()
             self.body_parser.close()
+            await self.tracing.close()
 
     @contextlib.contextmanager
     def track_request(self) -> Iterator[None]:

@@ -158,7 +158,7 @@ def test_what_is_wrong_at_the_start(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_neither_torch_nor_vllm_is_needed() -> None:
-    without = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None)"
+    without = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None, opentelemetry=None)"
     subprocess.run([sys.executable, "-c", f"{without}; import kimi_server.gateway.server"], check=True)
 
 

@@ -39,8 +39,7 @@ def _replica_url(text: str) -> str:
         url = httpx.URL(text)
     except (httpx.InvalidURL, ValueError):
         raise must("be a URL such as http://127.0.0.1:8000") from None
-    if url.scheme not in ("http", "https"):
-        raise must("begin with http:// or https://")
+    _http(text)
     if not HOST.fullmatch(_host(url.host)):
         raise must("name a host, as http://127.0.0.1:8000")
     if url.port is not None and not 1 <= url.port <= 65535:
@@ -48,6 +47,12 @@ def _replica_url(text: str) -> str:
     if url.query or url.fragment or "?" in text or "#" in text:
         raise must("hold neither ? nor #")
     return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _http(text: str) -> str:
+    if not text.lower().startswith(("http://", "https://")):
+        raise must("begin with http:// or https://")
+    return text
 
 
 def _host(text: str) -> str:
@@ -122,6 +127,7 @@ class Settings(Fields):
     cors_origins: tuple[Text, ...] = ()  # of pages elsewhere that may ask; "*" is any
     ssl_certfile: Path | None = None  # with both, the port of the API speaks TLS
     ssl_keyfile: Path | None = None
+    otlp_traces_endpoint: Annotated[Text, AfterValidator(_http)] | None = None  # takes a span a request
 
     @model_validator(mode="after")
     def _fit(self) -> "Settings":
