@@ -163,7 +163,8 @@ def test_the_gateway_is_one_process_and_finds_its_replicas() -> None:
 
 
 def test_compose_fits_its_schema() -> None:
-    assert set(PyCompose.from_yaml(COMPOSE.replace("<<: *ours", "")).service_names()) == set(SERVICES)
+    plain = re.sub(r"\$\{\w+:-(\w*)\}", r"\1", COMPOSE.replace("<<: *ours", ""))  # it interpolates nothing
+    assert set(PyCompose.from_yaml(plain).service_names()) == set(SERVICES)
     with pytest.raises(ValueError, match="healthchek"):
         PyCompose.from_yaml("services: {vllm: {image: kimi-linear, healthchek: {}}}")
 
@@ -185,14 +186,32 @@ def test_compose_files_and_names_exist() -> None:
 def test_compose_waits_and_drains() -> None:
     vllm, gateway = SERVICES["vllm"], SERVICES["gateway"]
     assert gateway["depends_on"]["vllm"]["condition"] == "service_healthy"
-    assert gateway["environment"]["HEALTH_URL"].endswith("/readyz")
     assert seconds(vllm["healthcheck"]["start_period"]) > SLOWEST_START
     flags = yaml.safe_load((DEPLOY / "vllm.yaml").read_text())
     assert seconds(vllm["stop_grace_period"]) > flags["shutdown-timeout"]
     config = yaml.safe_load((DEPLOY / "gateway.yaml").read_text())
     assert seconds(gateway["stop_grace_period"]) > config["drain_seconds"]
     assert config["replicas"] == [{"url": "http://vllm:8000"}]
-    assert config["keys"] == "/run/secrets/keys"
+
+
+def test_compose_keeps_the_keys_where_one_service_writes_and_the_gateway_reads() -> None:
+    """In a volume of its own: a file that is mounted alone would not be seen to be replaced."""
+    config, keys = yaml.safe_load((DEPLOY / "gateway.yaml").read_text()), SERVICES["keys"]
+    assert config["keys"] == "/keys/keys.yaml" and keys["working_dir"] == "/keys"
+    assert "keys:/keys:ro" in SERVICES["gateway"]["volumes"] and keys["volumes"] == ["keys:/keys"]
+    assert "VOLUME /keys" in (DEPLOY / "Dockerfile.gateway").read_text()
+    assert keys["image"] == SERVICES["gateway"]["image"]
+
+
+def test_compose_takes_registry_and_tag_from_the_environment() -> None:
+    ours = {name: one["image"] for name, one in SERVICES.items() if "kimi-linear" in one["image"]}
+    assert ours.keys() == {"vllm", "gateway", "keys", "pull"}
+    for image in ours.values():
+        assert re.fullmatch(r"\$\{REGISTRY:-\}kimi-linear(-gateway)?:\$\{TAG:-latest\}", image)
+    for name in ("vllm", "gateway"):
+        build = SERVICES[name]["build"]
+        dockerfile = DEPLOY.parent / build.get("dockerfile", "Dockerfile")
+        assert dockerfile.is_file() and (DEPLOY / build["context"]).resolve() == DEPLOY.parent
 
 
 def test_compose_serves_offline() -> None:
@@ -227,7 +246,7 @@ def test_the_gateway_takes_its_configuration(where: str, tmp_path: Path) -> None
     loaded = settings.load(path)
     assert (loaded.host, loaded.port) == ("0.0.0.0", 8080)
     assert (loaded.metrics_host, loaded.metrics_port) == ("0.0.0.0", 9464)
-    assert loaded.keys.is_relative_to("/run/secrets")
+    assert loaded.keys == Path({"compose": "/keys", "kubernetes": "/run/secrets/kimi-linear"}[where]) / "keys.yaml"
 
 
 def test_the_published_service_does_not_lead_to_the_metrics() -> None:
