@@ -11,54 +11,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from kimi_demo.server import Server
 from tests.conftest import FLAGS
 from tests.support.completions import Completions
+from tests.support.metrics import GATEWAY, PREFIX, check, gateway_samples, samples
 
 BOARD = Path(__file__).resolve().parents[3] / "deploy/grafana/dashboards/kimi-linear.json"
-# (type, labels) of the gateway's metrics without their prefix.
-GATEWAY = {
-    "requests_total": ("counter", {"route", "status", "lane"}),
-    "queue_seconds": ("histogram", {"lane"}),
-    "ttft_seconds": ("histogram", {"lane"}),
-    "queued": ("gauge", {"lane"}),
-    "running": ("gauge", {"replica"}),
-    "prefill_tokens_outstanding": ("gauge", {"replica", "lane"}),
-    "prompt_tokens_total": ("counter", {"key"}),
-    "cached_tokens_total": ("counter", {"key"}),
-    "completion_tokens_total": ("counter", {"key"}),
-    "rejected_total": ("counter", {"reason"}),
-    "replica_up": ("gauge", {"replica"}),
-    "sessions_spilled_total": ("counter", set[str]()),
-}
-PREFIX = "kimi_gateway_"
-ADDED = {"instance", "job"}  # by Prometheus
 
 
 def expressions() -> Iterator[str]:
     for panel in json.loads(BOARD.read_text())["panels"]:
         yield from (target["expr"] for target in panel.get("targets", []))
-
-
-def samples(expression: str) -> set[str]:
-    return set(re.findall(r"(?:vllm:|kimi_gateway_)\w+", expression))
-
-
-def gateway_samples() -> dict[str, set[str]]:
-    """Name -> labels of every sample that the gateway's metrics consist of."""
-    found: dict[str, set[str]] = {}
-    for name, (kind, labels) in GATEWAY.items():
-        if kind == "histogram":
-            found |= {f"{PREFIX}{name}_{part}": labels for part in ("sum", "count")}
-            found[f"{PREFIX}{name}_bucket"] = labels | {"le"}
-        else:
-            found[f"{PREFIX}{name}"] = labels
-    return found
-
-
-def check(expression: str, known: dict[str, set[str]]) -> None:
-    used = samples(expression)
-    assert used and used <= known.keys(), expression
-    for grouped in re.findall(r"by \(([^)]*)\)", expression):
-        for name in used:
-            assert set(grouped.split(", ")) <= known[name] | ADDED, expression
 
 
 def test_panels_of_the_gateway() -> None:
