@@ -61,6 +61,7 @@ def serve(config: Path, **overrides: Any) -> int:
     from kimi_server.gateway.server import Server
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("kimi_server").setLevel(logging.INFO)  # libraries' well-being is not the operator's concern
     gateway = Gateway(load(config, **overrides))
     server = Server(gateway)
     server.run()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -26,6 +27,8 @@ from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
 
 CONNECT_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -115,11 +118,15 @@ class Gateway:
     async def drain(self) -> None:
         """Reject new requests; return when the active ones have ended, or are cut off after drain_seconds."""
         self.draining = True
+        log.info(
+            "draining: %d requests are left, at most %g seconds", self.active_requests, self.settings.drain_seconds
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
                 while self.active_requests:
                     await asyncio.sleep(0.05)
                 return
+        log.warning("%d requests are broken off after %g seconds", self.active_requests, self.settings.drain_seconds)
         # Reading from a replica now fails as if the replica had been lost.
         self.admission.close()
         await self.client.aclose()

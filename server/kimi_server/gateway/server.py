@@ -62,6 +62,14 @@ class Server(uvicorn.Server):
         async with self._metrics():
             await super().serve(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        settings, keyring = self.gateway.settings, self.gateway.keyring
+        if self.started:
+            where = f"{'http' if self.gateway.certificate is None else 'https'}://{settings.host}:{settings.port}"
+            keys = "no keys" if keyring.path is None else f"{len(keyring.limiters)} keys"
+            log.info("listens on %s, with %d replicas and %s", where, len(settings.replicas), keys)
+
     @contextlib.asynccontextmanager
     async def _metrics(self) -> AsyncIterator[None]:
         """Serve the metrics on their own port, if they have one: a second uvicorn server would handle signals, too."""
