@@ -194,6 +194,12 @@ def test_the_operator_finds_the_metrics(monitor: str, service: str) -> None:
     assert endpoint["port"] in {port["name"] for port in found["spec"]["ports"]}
 
 
+def test_prometheus_reaches_the_servers_from_its_own_namespace() -> None:
+    [rule] = DOCUMENTS["vllm.yaml:NetworkPolicy"]["spec"]["ingress"]
+    prometheus = {"app.kubernetes.io/name": "prometheus"}  # as the operator labels its pods
+    assert {"namespaceSelector": {}, "podSelector": {"matchLabels": prometheus}} in rule["from"]
+
+
 def test_kustomize_names_every_image_and_file() -> None:
     text = (DEPLOY / "kubernetes/kustomization.yaml").read_text()
     kustomization = yaml.safe_load(text)

@@ -25,7 +25,7 @@ def add(text: str, entry: Fields, path: Path) -> str:
     new = build(Key, entry, path)
     if not text.strip():
         secret = _text(secrets.token_urlsafe(24))
-        return _checked(f"cache_salt_secret: {secret}\nkeys:\n- {_inline(entry)}\n", [new], path)
+        return _checked(f"cache_salt_secret: {secret}\nkeys:\n- {_inline(entry)}\n", [new], None, path)
     known, sequence = _read(text, path)
     if any(key.id == entry["id"] for key in known.keys):
         raise SettingsError(f"{path} has a key {entry['id']!r} already: choose another id, or revoke that one first.")
@@ -35,7 +35,7 @@ def add(text: str, entry: Fields, path: Path) -> str:
     else:
         end = _end_of_line(text, end)
         added = f"\n{' ' * _column(text, sequence.start_mark.index)}- {_inline(entry)}"
-    return _checked(text[:end] + added + text[end:], [*known.keys, new], path)
+    return _checked(text[:end] + added + text[end:], [*known.keys, new], known, path)
 
 
 def revoke(text: str, key_id: str, path: Path) -> str:
@@ -52,7 +52,7 @@ def revoke(text: str, key_id: str, path: Path) -> str:
         begin, end = items[at].start_mark.index, items[at + 1].start_mark.index
     else:
         begin, end = _end(items[at - 1]), _end(items[at])
-    return _checked(text[:begin] + text[end:], left, path)
+    return _checked(text[:begin] + text[end:], left, known, path)
 
 
 def limit(text: str, key_id: str, fields: Fields, path: Path) -> str:
@@ -72,7 +72,7 @@ def limit(text: str, key_id: str, fields: Fields, path: Path) -> str:
             between = ", " if entry.flow_style else "\n" + " " * _column(text, entry.start_mark.index)
             end = end if entry.flow_style else _end_of_line(text, end)
             text = text[:end] + f"{between}{name}: {_text(value)}" + text[end:]
-    return _checked(text, wanted, path)
+    return _checked(text, wanted, known, path)
 
 
 def _read(text: str, path: Path) -> tuple[KeysFile, yaml.SequenceNode]:
@@ -82,12 +82,13 @@ def _read(text: str, path: Path) -> tuple[KeysFile, yaml.SequenceNode]:
     return known, next(node for name, node in document.value if name.value == "keys")
 
 
-def _checked(text: str, wanted: list[Key], path: Path) -> str:
+def _checked(text: str, wanted: list[Key], before: KeysFile | None, path: Path) -> str:
+    """The text, where it has these keys and all else of the file before."""
     try:
-        found = list(parse_keys(text.encode(), path).keys)
+        found = parse_keys(text.encode(), path)
     except SettingsError as error:
         raise SettingsError(f"{path} is written in a way that cannot be changed here ({error}): edit it.") from None
-    if found != wanted:
+    if list(found.keys) != wanted or (before and found.cache_salt_secret != before.cache_salt_secret):
         raise SettingsError(f"{path} is written in a way that cannot be changed here: edit it with an editor.")
     return text
 
