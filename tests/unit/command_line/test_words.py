@@ -117,6 +117,12 @@ def test_a_shell_completes(shell: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "asked").read_text() == "completion --candidates -- keys re\n"
 
 
+def test_the_command_answers_what_the_scripts_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "--candidates", "--", "keys", "re"]) == 0
+    assert main(["completion", "--candidates", "--", "serve", "MODEL", "--", "--po"]) == 0
+    assert capsys.readouterr().out == "revoke\n\n"
+
+
 def test_a_shell_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["completion"])
