@@ -4,7 +4,8 @@
 #       /weights/MODEL --trust-remote-code
 # The base image holds vLLM, torch for CUDA and setuptools; the install adds this project, its
 # gateway, fla-core, and Ray for models spread over several machines.
-FROM vllm/vllm-openai:v0.32.0
+ARG BASE=vllm/vllm-openai:v0.32.0
+FROM ${BASE}
 LABEL org.opencontainers.image.title="vllm-kimi-linear" \
       org.opencontainers.image.description="Kimi Linear on vLLM for NVIDIA GPUs, and its gateway" \
       org.opencontainers.image.licenses="Apache-2.0"
@@ -14,7 +15,7 @@ RUN python3 -m pip install --no-cache-dir --no-build-isolation '.[cuda,server,ra
     && python3 -m vllm_kimi_linear.supported.install_check \
     && useradd --create-home --uid 10001 kimi \
     && install --directory --owner=kimi /weights
-USER kimi
+USER 10001
 WORKDIR /home/kimi
 # Nothing is fetched or reported at run time; only the pull of the weights sets HF_HUB_OFFLINE=0.
 ENV HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 HEALTH_URL=http://127.0.0.1:8000/health

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kimi_server.command_line.parser import Parser, check_flags, examples
 from vllm_kimi_linear import __version__
 
 Run = Callable[[argparse.Namespace], int]
+AFTER_DASHES = ("serve", "completion")  # those that take words after `--`
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:
@@ -16,6 +18,7 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--prompt", help="ask a random checkpoint this, in place of the trained one about its log")
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
+    examples(parser, "kimi-linear demo", 'kimi-linear demo --prompt "What is a delta rule?" --tokens 16')
 
     def run(args: argparse.Namespace) -> int:
         from kimi_demo import demo
@@ -37,10 +40,28 @@ def serve(parser: argparse.ArgumentParser) -> Run:
     return command.serve(parser)
 
 
+def doctor(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server.doctor import command
+
+    return command.doctor(parser)
+
+
 def gateway(parser: argparse.ArgumentParser) -> Run:
     from kimi_server.gateway import command
 
     return command.gateway(parser)
+
+
+def keys(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server.gateway.keys import command
+
+    return command.keys(parser)
+
+
+def completion(parser: argparse.ArgumentParser) -> Run:
+    from kimi_server.command_line import completion
+
+    return completion.completion(parser, build)
 
 
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
@@ -48,23 +69,35 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "demo": ("serve a small model, ask it about a log, compare with transformers", demo),
     "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
     "serve": ("plan, and start vLLM with the plan", serve),
+    "doctor": ("say what this machine has, lacks and would serve", doctor),
     "gateway": ("run admission, keys and sessions in front of vLLM servers", gateway),
+    "keys": ("add, list, limit and revoke the gateway's API keys", keys),
+    "completion": ("print a script that completes this command in a shell", completion),
 }
+
+
+def build(argv: Sequence[str]) -> Parser:
+    """The parser; only the subcommand that `argv` begins with has its arguments."""
+    parser = Parser(prog="kimi-linear", description="Kimi Linear on vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    examples(parser, "kimi-linear doctor", "kimi-linear plan --help", "kimi-linear gateway --config gateway.yaml")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (text, prepare) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name in argv[:1]:
+            command.set_defaults(run=prepare(command))
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="kimi-linear", description="Kimi Linear on vLLM.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, prepare) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if name in argv[:1]:
-            command.set_defaults(run=prepare(command))
+    parser = build(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
+    if argv[:1] and argv[0] in COMMANDS:
+        check_flags(parser, argv[:cut])
     args = parser.parse_args(argv[:cut], argparse.Namespace(further=argv[cut + 1 :]))
-    if args.further and args.command != "serve":
+    if args.further and args.command not in AFTER_DASHES:
         parser.error(f"nothing may follow -- after {args.command}; remove {' '.join(args.further)}")
     return args.run(args)
 

@@ -77,6 +77,7 @@ class Upstream:
     half_event: bool = False  # break off in the middle of an event
     held: Callable[[dict[str, Any]], bool] = lambda body: False
     go: threading.Event = field(default_factory=_set_event)
+    status: int = 200  # of an answer that is not streamed
     healthy: bool = True
     health_seconds: float = 0.0
     prompt_tokens: int = 7
@@ -168,7 +169,7 @@ class Upstream:
         await self.first_token()
         choices = [{"index": 0, "message": {"role": "assistant", "content": '"usage":{"prompt_tokens":1}'}}]
         whole = json.dumps({"choices": choices, "usage": self.counts()}).encode()
-        await self.reply(send, 200, whole, len(whole) if self.cut_after is None else self.cut_after)
+        await self.reply(send, self.status, whole, len(whole) if self.cut_after is None else self.cut_after)
 
     async def first_token(self) -> None:
         await asyncio.sleep(self.hold)

@@ -16,10 +16,13 @@ from kimi_server.gateway import openapi
 from kimi_server.gateway.errors import GatewayError, error_body
 from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.headers import api_key
+from kimi_server.gateway.keys import rate_limits
 from kimi_server.gateway.proxy import ProxyResponse
 from kimi_server.gateway.routes import ROUTES, Route
 from kimi_server.playground.page import mount_playground
 from vllm_kimi_linear import __version__
+
+EXPOSED = ("retry-after", "x-request-id", "x-kimi-lane", "x-kimi-queue-seconds", "x-kimi-replica")
 
 
 class RejectEncodedPaths:
@@ -62,7 +65,7 @@ def build(gateway: Gateway) -> FastAPI:
             allow_origins=gateway.settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["retry-after", "x-request-id", "x-kimi-lane", "x-kimi-queue-seconds", "x-kimi-replica"],
+            expose_headers=[*EXPOSED, *rate_limits.NAMES],
         )
     app.exception_handler(HTTPException)(http_error)
     for route in ROUTES:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -19,11 +20,15 @@ from kimi_server.gateway.metrics import Metrics
 from kimi_server.gateway.request.body_budget import BodyBudget
 from kimi_server.gateway.request.body_parser import BodyParser
 from kimi_server.gateway.request.token_estimator import TokenEstimator
+from kimi_server.gateway.tls import Certificate
+from kimi_server.gateway.tracing import Tracing
 from kimi_server.gateway.upstream.replicas import Replicas
 from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
 
 CONNECT_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -34,6 +39,10 @@ class Gateway:
         self.log = log or sys.stdout
         self.keyring = Keyring(settings.keys)
         self.context_cost = read_cost(settings.model_config) if settings.model_config else None
+        self.certificate = None
+        if settings.ssl_certfile and settings.ssl_keyfile:
+            self.certificate = Certificate(settings.ssl_certfile, settings.ssl_keyfile)
+        self.tracing = Tracing(settings.otlp_traces_endpoint)
         self.metrics = Metrics()
         self.token_estimator = TokenEstimator()
         self.body_budget, self.body_parser = BodyBudget(settings.limits.bodies_bytes), BodyParser()
@@ -84,6 +93,9 @@ class Gateway:
             for one in self.replicas.all
         ]
         background.append(asyncio.create_task(repeat_forever("the watch over the keys", self.keyring.watch)))
+        if self.certificate is not None:
+            watch = repeat_forever("the watch over the certificate", self.certificate.watch)
+            background.append(asyncio.create_task(watch))
         try:
             yield
         finally:
@@ -92,6 +104,7 @@ class Gateway:
             await asyncio.gather(*background, return_exceptions=True)
             await self.client.aclose()
             self.body_parser.close()
+            await self.tracing.close()
 
     @contextlib.contextmanager
     def track_request(self) -> Iterator[None]:
@@ -105,11 +118,15 @@ class Gateway:
     async def drain(self) -> None:
         """Reject new requests; return when the active ones have ended, or are cut off after drain_seconds."""
         self.draining = True
+        log.info(
+            "draining: %d requests are left, at most %g seconds", self.active_requests, self.settings.drain_seconds
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
                 while self.active_requests:
                     await asyncio.sleep(0.05)
                 return
+        log.warning("%d requests are broken off after %g seconds", self.active_requests, self.settings.drain_seconds)
         # Reading from a replica now fails as if the replica had been lost.
         self.admission.close()
         await self.client.aclose()

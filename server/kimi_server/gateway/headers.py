@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from kimi_server.gateway.access_log import AccessLogEntry
 from kimi_server.gateway.errors import GatewayError
+from kimi_server.gateway.keys.limits import KeyLimiter
+from kimi_server.gateway.keys.rate_limits import rate_limit_headers
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -35,6 +37,8 @@ NOT_TO_CLIENT = {
     b"upgrade",
     b"x-request-id",
 }
+
+RETRY_SECONDS = b"5"  # where a replica that is overloaded does not say when to try again
 
 
 def check_framing(headers: Headers, body_bytes: int) -> None:
@@ -75,15 +79,24 @@ def without_upgrade(headers: Headers) -> Headers:
     return kept
 
 
-def to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+def to_client(status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """A replica's header for the client; a 429 or 503 without Retry-After gets one."""
     lowered = [(name.lower(), value) for name, value in headers]
     named = {token.strip().lower() for name, value in lowered if name == b"connection" for token in value.split(b",")}
-    return [(name, value) for name, value in lowered if name not in NOT_TO_CLIENT and name not in named]
+    kept = [(name, value) for name, value in lowered if name not in NOT_TO_CLIENT and name not in named]
+    if status in (429, 503) and first(kept, b"retry-after") is None:
+        kept.append((b"retry-after", RETRY_SECONDS))
+    return kept
 
 
-def of_gateway(entry: AccessLogEntry, close: bool) -> dict[str, str]:
-    """The headers that the gateway adds to a response; with `close` the connection ends with it."""
+def of_gateway(entry: AccessLogEntry, limiter: KeyLimiter | None, close: bool) -> dict[str, str]:
+    """The headers that the gateway adds to a response; with `close` the connection ends with it.
+
+    `limiter` is that of the request's key, None where it has none.
+    """
     fields = {"x-request-id": entry.request_id}
+    if limiter is not None:
+        fields |= rate_limit_headers(limiter)
     if entry.queue_seconds is not None:
         fields["x-kimi-queue-seconds"] = f"{entry.queue_seconds:.4f}"
     if entry.replica is not None:

@@ -4,6 +4,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
+# Reasons that alerts look for: they are there from the start, or nobody would see the first of them come.
+AWAITED = ("deadline", "no_replica", "queue_full")
+
 
 class Metrics:
     """Metrics in a registry of its own, so that several gateways in one process do not collide."""
@@ -32,6 +35,8 @@ class Metrics:
         self.cached_tokens = counter("cached_tokens_total", "Prompt tokens found in a prefix cache.", "key")
         self.completion_tokens = counter("completion_tokens_total", "Tokens generated.", "key")
         self.rejected = counter("rejected_total", "Requests that the gateway answered itself.", "reason")
+        for reason in AWAITED:
+            self.rejected.labels(reason)
         self.up = gauge("replica_up", "1 where a replica answers its probes.", "replica")
         self.affinity_misses = counter(
             "sessions_spilled_total", "Prompts sent to another replica than their session's."

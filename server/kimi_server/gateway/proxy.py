@@ -10,6 +10,7 @@ from kimi_server.gateway import headers
 from kimi_server.gateway.access_log import AccessLogEntry
 from kimi_server.gateway.errors import GatewayError, draining
 from kimi_server.gateway.gateway import Gateway
+from kimi_server.gateway.keys.limits import KeyLimiter
 from kimi_server.gateway.request.client import Client, ClientDisconnected
 from kimi_server.gateway.request.parsed_request import parse_request
 from kimi_server.gateway.routes import Route
@@ -22,11 +23,12 @@ class ProxyResponse(Response):
     def __init__(self, gateway: Gateway, route: Route, path: str) -> None:
         self.gateway, self.route, self.path = gateway, route, path
         self.entry = AccessLogEntry(f"req-{secrets.token_hex(12)}", route.path, time.monotonic())
+        self.limiter: KeyLimiter | None = None  # of the request's key, once that is known
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = Client(scope, receive, send, self.gateway.settings.limits)
-        with self.gateway.track_request():
+        with self.gateway.track_request(), self.gateway.tracing.request(client, self.route.method, self.entry):
             try:
                 await self._handle(client)
             except GatewayError as error:
@@ -40,7 +42,7 @@ class ProxyResponse(Response):
         gateway = self.gateway
         if gateway.draining:
             raise draining()
-        limiter = gateway.keyring.authenticate(client.api_key)
+        limiter = self.limiter = gateway.keyring.authenticate(client.api_key)
         self.entry.key_id = limiter.key.id or None
         with limiter.request():
             client.check()
@@ -57,7 +59,7 @@ class ProxyResponse(Response):
         self.entry.reject(error.status, error.reason)
         # The rest of a body that was not read may be on its way: it must not be taken for the next request.
         close = self.gateway.draining or not client.body_complete
-        fields = error.headers | headers.of_gateway(self.entry, close)
+        fields = error.headers | headers.of_gateway(self.entry, self.limiter, close)
         try:
             await client.start(error.status, headers.encode(fields))
             await client.write(error.body, more=False)

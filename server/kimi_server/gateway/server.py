@@ -46,7 +46,11 @@ class Server(uvicorn.Server):
     def __init__(self, gateway: Gateway) -> None:
         settings = gateway.settings
         where = {"host": settings.host, "port": settings.port}
-        super().__init__(config(build(gateway), settings, timeout_graceful_shutdown=SHUTDOWN_SECONDS, **where))
+        own = config(build(gateway), settings, timeout_graceful_shutdown=SHUTDOWN_SECONDS, **where)
+        if gateway.certificate is not None:
+            own.load()
+            own.ssl = gateway.certificate.context
+        super().__init__(own)
         self.gateway = gateway
         self.draining: asyncio.Task[None] | None = None
         self.failed = False
@@ -57,6 +61,14 @@ class Server(uvicorn.Server):
         self.loop = asyncio.get_running_loop()
         async with self._metrics():
             await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        settings, keyring = self.gateway.settings, self.gateway.keyring
+        if self.started:
+            where = f"{'http' if self.gateway.certificate is None else 'https'}://{settings.host}:{settings.port}"
+            keys = "no keys" if keyring.path is None else f"{len(keyring.limiters)} keys"
+            log.info("listens on %s, with %d replicas and %s", where, len(settings.replicas), keys)
 
     @contextlib.asynccontextmanager
     async def _metrics(self) -> AsyncIterator[None]:

@@ -246,8 +246,9 @@ class UpstreamCall:
             if not self.client.response_started:
                 self.body = b""  # it will not be sent again
                 self.client.release_body()
-                added = headers.encode(headers.of_gateway(self.entry, close=self.gateway.draining))
-                await self.client.start(upstream.status_code, [*headers.to_client(upstream.headers.raw), *added])
+                status, fields = upstream.status_code, upstream.headers.raw
+                added = headers.encode(headers.of_gateway(self.entry, self.limiter, self.gateway.draining))
+                await self.client.start(status, [*headers.to_client(status, fields), *added])
 
         async for chunk in upstream.aiter_raw():
             ready = response.feed(chunk)

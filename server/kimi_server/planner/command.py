@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from kimi_server.command_line.parser import examples
 from kimi_server.planner import answer, refusal, report, sizes, start
 from kimi_server.planner.checkpoints import read_config
 from kimi_server.planner.gpus import machine
@@ -19,6 +20,8 @@ from kimi_server.planner.stored import CAPABILITIES, STORED, as_stored
 from kimi_server.vllm_program import vllm_program
 from vllm_kimi_linear.config.errors import ConfigError
 
+EXAMPLE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+
 
 def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of `kimi-linear plan` to its parser; returns the function that runs it."""
@@ -27,13 +30,24 @@ def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--brief", action="store_true", help="print the answer and its command alone")
     shown.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+    examples(
+        parser,
+        f"kimi-linear plan {EXAMPLE} --gpus 4xH100-80GB",
+        f"kimi-linear plan {EXAMPLE} --context 128K --concurrency 8 --out serve.yaml",
+        f"kimi-linear plan {EXAMPLE} --gpus 1xH100-80GB --weights int4 --brief",
+    )
     return lambda args: _answer(_plan, args)
 
 
 def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of `kimi-linear serve` to its parser; returns the function that runs it."""
     _add_arguments(parser)
-    parser.epilog = "What follows `--` is handed to `vllm serve` as it is."
+    parser.epilog = "What follows `--` is handed to `vllm serve` as it is.\n"
+    examples(
+        parser,
+        f"kimi-linear serve {EXAMPLE} --context 128K",
+        f"kimi-linear serve {EXAMPLE} -- --trust-remote-code --port 8001",
+    )
     return lambda args: _answer(_serve, args)
 
 

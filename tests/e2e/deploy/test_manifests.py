@@ -1,7 +1,8 @@
-"""The Kubernetes and compose files of deploy/ against the schemas of what reads them, and against each other."""
+"""The Kubernetes files of deploy/ against the schemas of what reads them, and against each other."""
 
 import copy
-import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from compose_spec import PyCompose
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 CRDS = yaml.safe_load(Path(__file__).with_name("crds.yaml").read_text())
 KUBERNETES = "1.34"
+NAMED_TWICE = ("gateway.yaml:Service", "monitoring.yaml:ServiceMonitor")  # a file has two of these
 SLOWEST_START = 98e9 / 50e6  # seconds: the weights' bytes from a disk of 50 MB/s
 
 
 def documents() -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and kind, document) of every Kubernetes manifest."""
     for path in [*sorted((DEPLOY / "kubernetes").glob("*.yaml")), DEPLOY / "ray/rayservice.yaml"]:
-        for document in yaml.safe_load_all(path.read_text()):
-            yield f"{path.name}:{document['kind']}", document
+        if path.name != "kustomization.yaml":
+            for document in yaml.safe_load_all(path.read_text()):
+                name = f"{path.name}:{document['kind']}"
+                yield (f"{name}:{document['metadata']['name']}" if name in NAMED_TWICE else name), document
 
 
 def pods(node: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -40,8 +43,6 @@ def pods(node: Any, at: str) -> Iterator[tuple[str, dict[str, Any]]]:
 DOCUMENTS = dict(documents())
 PODS = {at: spec for name, document in DOCUMENTS.items() for at, spec in pods(document, name)}
 SERVING = {at: spec for at, spec in PODS.items() if "StatefulSet" in at or "leaderTemplate" in at}
-COMPOSE = (DEPLOY / "compose.yaml").read_text()
-SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE)["services"]
 
 
 def check_core(document: dict[str, Any]) -> None:
@@ -70,23 +71,21 @@ def container(spec: dict[str, Any]) -> dict[str, Any]:
     return one
 
 
-def seconds(text: str) -> float:
-    """Of a compose duration such as `1m30s`."""
-    units = {"h": 3600, "m": 60, "s": 1}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", text))
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_manifest_fits_its_schema(name: str) -> None:
     check(DOCUMENTS[name])
 
 
-@pytest.mark.parametrize("name", ["vllm.yaml:StatefulSet", "leaderworkerset.yaml:LeaderWorkerSet"])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_schemas_refuse_a_field_that_nobody_reads(name: str) -> None:
     document = copy.deepcopy(DOCUMENTS[name])
-    document["spec"]["replica"] = 1
+    document.get("spec", document)["replica"] = 1
     with pytest.raises(jsonschema.ValidationError):
         check(document)
+
+
+@pytest.mark.parametrize("name", ["vllm.yaml:StatefulSet", "leaderworkerset.yaml:LeaderWorkerSet"])
+def test_the_schemas_look_into_pods(name: str) -> None:
     document = copy.deepcopy(DOCUMENTS[name])
     for _, spec in pods(document, name):
         container(spec)["readynessProbe"] = {}
@@ -148,74 +147,76 @@ def test_a_group_has_the_nodes_that_its_server_is_spread_over() -> None:
     assert leader["resources"] == worker["resources"]
 
 
-def test_the_gateway_is_one_process_and_finds_its_replicas() -> None:
+def test_the_gateways_find_their_replicas() -> None:
     deployment = DOCUMENTS["gateway.yaml:Deployment"]["spec"]
-    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
     own = container(deployment["template"]["spec"])
-    assert own["command"] == ["kimi-linear", "gateway"]
+    assert own["image"] == "kimi-linear-gateway"
     assert own["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert own["livenessProbe"]["httpGet"]["path"] == "/healthz"
     config = yaml.safe_load(DOCUMENTS["gateway.yaml:ConfigMap"]["data"]["gateway.yaml"])
-    assert deployment["template"]["spec"]["terminationGracePeriodSeconds"] > config["drain_seconds"]
+    pause = own["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert deployment["template"]["spec"]["terminationGracePeriodSeconds"] > config["drain_seconds"] + pause
     names = {DOCUMENTS[f"{name}"]["metadata"]["name"] for name in ("vllm.yaml:StatefulSet", "vllm.yaml:Service")}
     (name,) = names | {DOCUMENTS["leaderworkerset.yaml:LeaderWorkerSet"]["metadata"]["name"]}
     assert [replica["url"] for replica in config["replicas"]] == [f"http://{name}-0.{name}:8000"]
 
 
-def test_compose_fits_its_schema() -> None:
-    assert set(PyCompose.from_yaml(COMPOSE.replace("<<: *ours", "")).service_names()) == set(SERVICES)
-    with pytest.raises(ValueError, match="healthchek"):
-        PyCompose.from_yaml("services: {vllm: {image: kimi-linear, healthchek: {}}}")
+def test_two_gateways_are_never_both_gone_and_share_a_replicas_budget() -> None:
+    deployment = DOCUMENTS["gateway.yaml:Deployment"]["spec"]
+    assert deployment["replicas"] == 2
+    assert deployment["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    budget = DOCUMENTS["gateway.yaml:PodDisruptionBudget"]["spec"]
+    assert budget["minAvailable"] == deployment["replicas"] - 1
+    assert budget["selector"] == deployment["selector"]
+    config = yaml.safe_load(DOCUMENTS["gateway.yaml:ConfigMap"]["data"]["gateway.yaml"])
+    whole = yaml.safe_load((DEPLOY / "gateway.yaml").read_text())["admission"]
+    for name, tokens in config["admission"].items():
+        assert tokens * deployment["replicas"] == whole[name]
 
 
-def test_compose_files_and_names_exist() -> None:
-    compose = yaml.safe_load(COMPOSE)
-    for one in compose["configs"].values():
-        assert (DEPLOY / one["file"]).is_file()
-    for name, service in SERVICES.items():
-        assert set(service["networks"]) <= compose["networks"].keys()
-        assert set(service.get("depends_on", [])) <= SERVICES.keys()
-        assert set(service.get("secrets", [])) <= compose["secrets"].keys()
-        assert {config["source"] for config in service.get("configs", [])} <= compose["configs"].keys()
-        for volume in service["volumes"]:
-            source = volume.split(":")[0]
-            assert source in compose["volumes"] or (DEPLOY / source).is_dir(), name
+def test_the_ingress_speaks_tls_and_keeps_a_key_at_one_gateway() -> None:
+    ingress = DOCUMENTS["ingress.yaml:Ingress"]
+    assert ingress["metadata"]["annotations"]["haproxy.org/load-balance"] == "hdr(Authorization)"
+    [rule], [tls] = ingress["spec"]["rules"], ingress["spec"]["tls"]
+    assert tls["hosts"] == [rule["host"]] and tls["secretName"]
+    [path] = rule["http"]["paths"]
+    service = DOCUMENTS[f"gateway.yaml:Service:{path['backend']['service']['name']}"]
+    assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
 
 
-def test_compose_waits_and_drains() -> None:
-    vllm, gateway = SERVICES["vllm"], SERVICES["gateway"]
-    assert gateway["depends_on"]["vllm"]["condition"] == "service_healthy"
-    assert gateway["environment"]["HEALTH_URL"].endswith("/readyz")
-    assert seconds(vllm["healthcheck"]["start_period"]) > SLOWEST_START
-    flags = yaml.safe_load((DEPLOY / "vllm.yaml").read_text())
-    assert seconds(vllm["stop_grace_period"]) > flags["shutdown-timeout"]
-    config = yaml.safe_load((DEPLOY / "gateway.yaml").read_text())
-    assert seconds(gateway["stop_grace_period"]) > config["drain_seconds"]
-    assert config["replicas"] == [{"url": "http://vllm:8000"}]
-    assert config["keys"] == "/run/secrets/keys"
+@pytest.mark.parametrize(
+    ("monitor", "service"), [("gateway", "gateway.yaml:Service:gateway-metrics"), ("vllm", "vllm.yaml:Service")]
+)
+def test_the_operator_finds_the_metrics(monitor: str, service: str) -> None:
+    spec, found = DOCUMENTS[f"monitoring.yaml:ServiceMonitor:{monitor}"]["spec"], DOCUMENTS[service]
+    assert spec["selector"]["matchLabels"].items() <= found["metadata"]["labels"].items()
+    [endpoint] = spec["endpoints"]
+    assert endpoint["port"] in {port["name"] for port in found["spec"]["ports"]}
 
 
-def test_compose_serves_offline() -> None:
-    """vLLM and Prometheus are on a network with no way out; only the pull may write the weights."""
-    assert yaml.safe_load(COMPOSE)["networks"]["inside"] == {"internal": True}
-    assert SERVICES["vllm"]["networks"] == SERVICES["prometheus"]["networks"] == ["inside"]
-    mounts = {name: [volume for volume in one["volumes"] if "/weights" in volume] for name, one in SERVICES.items()}
-    assert {name for name, found in mounts.items() if "weights:/weights" in found} == {"pull"}
-    assert SERVICES["pull"]["environment"]["HF_HUB_OFFLINE"] == "0"
-    assert "ports" not in SERVICES["vllm"]
+def test_prometheus_reaches_the_servers_from_its_own_namespace() -> None:
+    [rule] = DOCUMENTS["vllm.yaml:NetworkPolicy"]["spec"]["ingress"]
+    prometheus = {"app.kubernetes.io/name": "prometheus"}  # as the operator labels its pods
+    assert {"namespaceSelector": {}, "podSelector": {"matchLabels": prometheus}} in rule["from"]
 
 
-def test_prometheus_asks_the_services_of_compose() -> None:
-    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
-    targets = [target for job in config["scrape_configs"] for one in job["static_configs"] for target in one["targets"]]
-    assert targets == ["vllm:8000", "gateway:9464"]
-    assert SERVICES["gateway"]["expose"] == ["9464"]
-    assert SERVICES["gateway"]["ports"] == ["127.0.0.1:8080:8080"]
-    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
-    assert source["url"] == "http://prometheus:9090"
-    (board,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/kimi-linear.yaml").read_text())["providers"]
-    folder = board["options"]["path"]
-    assert f"./grafana/dashboards:{folder}:ro" in SERVICES["grafana"]["volumes"]
+def test_kustomize_names_every_image_and_file() -> None:
+    text = (DEPLOY / "kubernetes/kustomization.yaml").read_text()
+    kustomization = yaml.safe_load(text)
+    files = {path.name for path in (DEPLOY / "kubernetes").glob("*.yaml")}
+    chosen = {"kustomization.yaml", "leaderworkerset.yaml", "monitoring.yaml"}  # not applied by all
+    assert set(kustomization["resources"]) == files - chosen
+    used = {container(spec)["image"] for at, spec in PODS.items() if at.split(":")[0] in kustomization["resources"]}
+    assert used == {image["name"] for image in kustomization["images"]}
+    if not shutil.which("kubectl"):
+        return
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(DEPLOY / "kubernetes")], capture_output=True, text=True, check=True
+    )
+    made = [one for one in yaml.safe_load_all(done.stdout) if one["kind"] in ("Deployment", "StatefulSet", "Job")]
+    assert {container(one["spec"]["template"]["spec"])["image"] for one in made} == {
+        f"{image}:latest" for image in used
+    }
 
 
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
@@ -227,7 +228,7 @@ def test_the_gateway_takes_its_configuration(where: str, tmp_path: Path) -> None
     loaded = settings.load(path)
     assert (loaded.host, loaded.port) == ("0.0.0.0", 8080)
     assert (loaded.metrics_host, loaded.metrics_port) == ("0.0.0.0", 9464)
-    assert loaded.keys.is_relative_to("/run/secrets")
+    assert loaded.keys == Path({"compose": "/keys", "kubernetes": "/run/secrets/kimi-linear"}[where]) / "keys.yaml"
 
 
 def test_the_published_service_does_not_lead_to_the_metrics() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from kimi_demo.server import free_port
+from kimi_server.gateway.metrics import Metrics
 from kimi_server.gateway.upstream import replicas
 from tests.support.gateway import CHAT
 from tests.support.upstream import Upstream
@@ -161,3 +162,10 @@ def test_a_stream_without_usage_keeps_the_estimate(start, usage: bool) -> None:
     gateway.until_idle()
     assert gateway.lines[-1]["tokens"] == (7 if usage else 50)
     assert gateway.lines[-1]["completion"] == (4 if usage else None)
+
+
+def test_what_alerts_look_for_is_counted_from_the_start() -> None:
+    """Prometheus sees no increase in a series that begins at one."""
+    text = Metrics().text().decode()
+    for reason in ("deadline", "no_replica", "queue_full"):
+        assert f'kimi_gateway_rejected_total{{reason="{reason}"}} 0.0' in text.splitlines()

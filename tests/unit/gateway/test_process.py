@@ -75,7 +75,10 @@ def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, 
         assert gateway.process.wait(120) == 0
         lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
         assert sorted(line["status"] for line in lines) == [200] * 10 + [503]
-        assert "Traceback" not in gateway.errors.read_text()
+        said = gateway.errors.read_text().splitlines()
+        assert all(line.startswith("INFO kimi_server.") for line in said), "what is well is no warning"
+        for words in ("listens on http://", "is up", "draining: 10 requests"):
+            assert any(words in line for line in said), words
 
 
 def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
@@ -90,7 +93,9 @@ def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream
             assert "stopped" in error["message"]
         assert len(texts) == 3
         assert gateway.process.wait(120) == 0
-        assert "Traceback" not in gateway.errors.read_text()
+        levels = [line.split()[0] for line in gateway.errors.read_text().splitlines()]
+        assert levels.count("WARNING") == 1 and {*levels} == {"INFO", "WARNING"}
+        assert "WARNING kimi_server.gateway.gateway: 3 requests are broken off" in gateway.errors.read_text()
 
 
 def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:
@@ -158,7 +163,7 @@ def test_what_is_wrong_at_the_start(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_neither_torch_nor_vllm_is_needed() -> None:
-    without = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None)"
+    without = "import sys; sys.modules.update(torch=None, vllm=None, transformers=None, opentelemetry=None)"
     subprocess.run([sys.executable, "-c", f"{without}; import kimi_server.gateway.server"], check=True)
 
 

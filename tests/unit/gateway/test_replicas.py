@@ -204,8 +204,9 @@ def test_a_replica_that_was_never_up_is_said_once_and_when_it_comes(caplog: pyte
                 await replicas.probe(client, replicas.all[0])
         return replicas
 
-    with caplog.at_level(logging.WARNING, "kimi_server"):
+    with caplog.at_level(logging.INFO, "kimi_server"):
         found = asyncio.run(run())
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO", "WARNING"]
     assert [message.partition(" is ")[2] for message in caplog.messages] == [
         "down: refused",
         "down: /health answers 503",

@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from tests.support.dockerfiles import instructions
 from vllm_kimi_linear.supported.install_check import SERIES, is_known
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,17 +58,10 @@ def test_server_extra_brings_no_torch() -> None:
     assert EXTRAS["server"].keys() == names
 
 
-def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """(instruction, arguments) of a Dockerfile, continued lines joined."""
-    text = (ROOT / dockerfile).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return [(line.split()[0], " ".join(line.split()[1:])) for line in lines]
-
-
 @pytest.mark.parametrize("dockerfile", ["Dockerfile", "deploy/Dockerfile.cpu"])
 def test_image_serves_as_an_ordinary_user(dockerfile: str) -> None:
     steps = instructions(dockerfile)
-    assert [argument for name, argument in steps if name == "USER"][-1:] == ["kimi"]
+    assert [argument for name, argument in steps if name == "USER"] == ["10001"]
     assert ("EXPOSE", "8000") in steps
     assert ("VOLUME", "/weights") in steps
     assert any(name == "HEALTHCHECK" and "HEALTH_URL" in argument for name, argument in steps)
@@ -78,7 +72,8 @@ def test_image_serves_as_an_ordinary_user(dockerfile: str) -> None:
 
 def test_cuda_image_is_of_the_vllm_that_the_extra_asks_for() -> None:
     steps = instructions("Dockerfile")
-    image, tag = dict(steps)["FROM"].split(":v")
+    assert dict(steps)["FROM"] == "${BASE}"
+    image, tag = dict(steps)["ARG"].removeprefix("BASE=").split(":v")
     assert image == "vllm/vllm-openai"
     assert EXTRAS["cuda"]["vllm"].specifier.contains(tag)
     assert any(name == "RUN" and "'.[cuda,server,ray]'" in argument for name, argument in steps)
@@ -91,6 +86,17 @@ def test_cpu_image_runs_make_install() -> None:
     assert image == "python"
     assert SpecifierSet(PYPROJECT["project"]["requires-python"]).contains(tag.split("-")[0])
     assert any(name == "RUN" and "make install DEVICE=cpu EXTRAS=server" in argument for name, argument in steps)
+
+
+def test_gateway_image_has_the_gateway_and_no_vllm() -> None:
+    steps = instructions("deploy/Dockerfile.gateway")
+    assert [argument for name, argument in steps if name == "FROM"] == ["${BASE} AS build", "${BASE}"]
+    assert [argument for name, argument in steps if name == "USER"] == ["10001"]
+    assert any(
+        name == "RUN" and "--constraint deploy/install/locks/cpu.txt '.[server,tracing]'" in it for name, it in steps
+    )
+    assert ("EXPOSE", "8080 9464") in steps
+    assert steps[-1] == ("ENTRYPOINT", '["kimi-linear", "gateway"]')
 
 
 def test_images_get_what_the_install_reads() -> None:

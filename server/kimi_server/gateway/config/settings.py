@@ -27,6 +27,7 @@ from kimi_server.gateway.config.yaml_file import SettingsError as SettingsError
 from kimi_server.gateway.config.yaml_file import parse, read_bytes
 
 HOST = re.compile(r"[^\s%]+")
+FILES = ("keys", "model_config", "ssl_certfile", "ssl_keyfile")  # settings that name one
 API_KEY_VARIABLE = "VLLM_API_KEY"  # as `vllm serve` reads it
 
 
@@ -38,8 +39,7 @@ def _replica_url(text: str) -> str:
         url = httpx.URL(text)
     except (httpx.InvalidURL, ValueError):
         raise must("be a URL such as http://127.0.0.1:8000") from None
-    if url.scheme not in ("http", "https"):
-        raise must("begin with http:// or https://")
+    _http(text)
     if not HOST.fullmatch(_host(url.host)):
         raise must("name a host, as http://127.0.0.1:8000")
     if url.port is not None and not 1 <= url.port <= 65535:
@@ -47,6 +47,12 @@ def _replica_url(text: str) -> str:
     if url.query or url.fragment or "?" in text or "#" in text:
         raise must("hold neither ? nor #")
     return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _http(text: str) -> str:
+    if not text.lower().startswith(("http://", "https://")):
+        raise must("begin with http:// or https://")
+    return text
 
 
 def _host(text: str) -> str:
@@ -119,6 +125,9 @@ class Settings(Fields):
     drain_seconds: Seconds = Field(default=60, ge=0)
     max_model_len: Whole | None = Field(default=None, ge=1)
     cors_origins: tuple[Text, ...] = ()  # of pages elsewhere that may ask; "*" is any
+    ssl_certfile: Path | None = None  # with both, the port of the API speaks TLS
+    ssl_keyfile: Path | None = None
+    otlp_traces_endpoint: Annotated[Text, AfterValidator(_http)] | None = None  # takes a span a request
 
     @model_validator(mode="after")
     def _fit(self) -> "Settings":
@@ -131,6 +140,11 @@ class Settings(Fields):
                 f"host is {self.host!r} and there are no keys, which would serve anybody: set `keys`, or keep host "
                 "127.0.0.1"
             )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            given, other = (
+                ("ssl_certfile", "ssl_keyfile") if self.ssl_keyfile is None else ("ssl_keyfile", "ssl_certfile")
+            )
+            raise wrong(f"{given} is given and {other} is not: TLS needs both, give the other or leave both out")
         if self.metrics_port == self.port != 0:
             raise wrong(
                 f"metrics_port is {self.port}, which is port, too: name another, or null for /metrics on that port"
@@ -141,17 +155,18 @@ class Settings(Fields):
 def load(path: Path, **overrides: Any) -> Settings:
     """Read and check a configuration; `overrides` that are not None replace top-level fields of the file.
 
-    Paths in the file are relative to it. A replica without `api_key` gets that of the environment. Raises
-    SettingsError.
+    Paths in the file are relative to it, those of `overrides` to the working directory. A replica without `api_key`
+    gets that of the environment. Raises SettingsError.
     """
     given = parse(read_bytes(path), path)
-    given.update({name: value for name, value in overrides.items() if value is not None})
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    given.update(overrides)
     settings = build(Settings, given, path)
+    files = {name: getattr(settings, name) for name in FILES}
     return dataclasses.replace(
         settings,
         replicas=tuple(_with_key_of_the_environment(one) for one in settings.replicas),
-        keys=settings.keys and path.parent / settings.keys,
-        model_config=settings.model_config and path.parent / settings.model_config,
+        **{name: named and path.parent / named for name, named in files.items() if name not in overrides},
     )
 
 

@@ -85,7 +85,7 @@ class Keyring:
     def _use_if_new(self, found: KeysFile | None) -> None:
         if found is not None:
             self._use(found)
-            log.warning("read %d keys from %s", len(self.limiters), self.path)
+            log.info("read %d keys from %s", len(self.limiters), self.path)
 
     def _use(self, found: KeysFile) -> None:
         """Keep the limiter of a key that stays: what it has used outlives a reload."""

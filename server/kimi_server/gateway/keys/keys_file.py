@@ -62,10 +62,16 @@ def parse_keys(content: bytes, path: Path) -> KeysFile:
 
 def generate_key(key_id: str, owner: str | None = None) -> tuple[str, str]:
     """(a new key, its entry in the file as YAML). The key itself is stored nowhere."""
-    key = "sk-" + secrets.token_urlsafe(32)
+    key, sha256 = new_key()
     names = {"id": key_id, "owner": owner} if owner else {"id": key_id}
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in names.items()]
-    return key, "- " + "\n  ".join([*lines, f"sha256: {digest(key)}"])
+    return key, "- " + "\n  ".join([*lines, f"sha256: {sha256}"])
+
+
+def new_key() -> tuple[str, str]:
+    """(a new key, its sha256 as the file has it)."""
+    key = "sk-" + secrets.token_urlsafe(32)
+    return key, digest(key)
 
 
 def digest(key: str) -> str:

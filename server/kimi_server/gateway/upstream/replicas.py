@@ -69,7 +69,8 @@ class Replicas:
         """Set a replica up or down; logged when that changes, and when the reason of one that is down does."""
         replica.missed_probes = 0
         if up != replica.up or (not up and reason != replica.down_reason):
-            log.warning("replica %d (%s) is %s", replica.index, replica.url, "up" if up else f"down: {reason}")
+            level, state = (logging.INFO, "up") if up else (logging.WARNING, f"down: {reason}")
+            log.log(level, "replica %d (%s) is %s", replica.index, replica.url, state)
         replica.down_reason = reason
         if up != replica.up:
             replica.up = up
@@ -96,6 +97,8 @@ class Replicas:
             if replica.missed_probes >= MAX_MISSED_PROBES or not replica.up:
                 self.mark(replica, False, f"its probes get no answer ({type(error).__name__})")
         except Exception as error:
+            if client.is_closed:  # by the gateway's own end, which says nothing of the replica
+                return
             self.mark(replica, False, f"it cannot be asked ({type(error).__name__}: {error})")
         else:
             hint = f": set its api_key or {API_KEY_VARIABLE}" if status in (401, 403) else ""

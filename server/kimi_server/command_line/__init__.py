@@ -1,0 +1,1 @@
+"""The words of `kimi-linear`: help with examples, what a typo meant, shell completion."""

@@ -1,0 +1,1 @@
+"""`kimi-linear doctor`: what this machine has, lacks and would serve."""
