@@ -78,26 +78,28 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("disable-hybrid-kv-cache-manager", bool(scheduler.disable_hybrid_kv_cache_manager), (False,), mixed),
     ]
     if lora is not None:
+        dtypes = ("auto", model.dtype, str(model.dtype).removeprefix("torch."))
         always = "whatever can take an adapter does, leave it out"
         flags += [
-            ("lora-dtype", lora.lora_dtype, ("auto", model.dtype), "adapters have the model's, leave it out"),
+            ("lora-dtype", lora.lora_dtype, dtypes, "adapters have the model's, leave it out"),
             ("lora-target-modules", lora.target_modules, (None, list(TARGETS)), always),
             ("fully-sharded-loras", lora.fully_sharded_loras, (False,), unset),
             ("enable-mixed-moe-lora-format", lora.enable_mixed_moe_lora_format, (False,), experts),
             ("enable-moe-shared-loras", lora.enable_moe_shared_loras, (False,), experts),
             ("enable-tower-connector-lora", lora.enable_tower_connector_lora, (False,), unread),
-            ("default-mm-loras", lora.default_mm_loras, (None, {}), unread),
             ("max-lora-cls-labels", lora.max_lora_cls_labels, (None,), unread),
         ]
     if current_platform.is_cpu():
         method = speculative and speculative.rejection_sample_method
         remedy = "a CPU has only the standard one, leave it out"
+        specialized = lora is not None and lora.specialize_active_lora
         flags += [
             ("attention-backend", attention.backend, (None,), unread),
             ("attention-config backend_per_kind", attention.backend_per_kind, ({},), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
+            ("specialize-active-lora", specialized, (False,), unread),
             ("speculative-config rejection_sample_method", method, (None, "standard"), remedy),
         ]
     if cache.enable_prefix_caching:

@@ -26,6 +26,7 @@ MODULES = (
     "patches.old_tokenizer",
     "patches.cpu_adapters",
     "patches.adapter_shapes",
+    "patches.adapter_faults",
     # Speed-ups, beside what they speed up.
     "cache.steady_requests",
     "attention.mla_splits",
