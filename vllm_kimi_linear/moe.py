@@ -68,7 +68,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, sizes: ModelSizes, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        g = sizes
+        g, config = sizes, get_current_vllm_config()
         # A router that rounds its logits to bf16 sends tokens to other experts than the reference does.
         self.gate = GateLinear(
             g.hidden_size,
@@ -106,7 +106,7 @@ class MixtureOfExperts(nn.Module):
             shared_experts=self.shared_experts,
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
-            routed_experts_cls=UnadaptedExperts,
+            routed_experts_cls=UnadaptedExperts if config.lora_config is not None else None,
         )
         if current_platform.is_cpu():
             from vllm_kimi_linear.cpu.experts import use_fast_experts
@@ -114,7 +114,7 @@ class MixtureOfExperts(nn.Module):
             use_fast_experts(self.experts)
         use_tables(self.experts)
         self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
-        expert_warmup.register_warmup(self, get_current_vllm_config())
+        expert_warmup.register_warmup(self, config)
 
     @property
     def backend(self) -> str:
