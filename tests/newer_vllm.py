@@ -37,6 +37,7 @@ TESTS = (
     "unit/plugin/test_config.py",
     "unit/plugin/test_config_kinds.py",
     "unit/plugin/test_weights.py",
+    "unit/plugin/test_adapters.py",
 )
 
 

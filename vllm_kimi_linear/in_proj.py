@@ -4,18 +4,21 @@ from typing import TypedDict
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import divide, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
+
+from vllm_kimi_linear.adapters.part import AdaptedPart, add_adapters
 
 ROW_MULTIPLE = 16  # elements: 32 bytes, and what fp8 products ask for
 
 
 class Parts(TypedDict):
-    """Output sizes: first the parts whose heads the tensor-parallel ranks share, then those that each needs whole."""
+    """Output sizes by name: first of parts whose heads the ranks share, then of those that each needs whole."""
 
-    split: list[int]
-    whole: list[int]
+    split: dict[str, int]
+    whole: dict[str, int]
 
 
 class InputProjection(MergedColumnParallelLinear):
@@ -27,13 +30,25 @@ class InputProjection(MergedColumnParallelLinear):
 
     def __init__(self, hidden_size: int, parts: Parts, quant_config: QuantizationConfig | None, prefix: str) -> None:
         ranks = get_tensor_model_parallel_world_size()
-        sizes = [*parts["split"], *(size * ranks for size in parts["whole"])]
+        sizes = [*parts["split"].values(), *(size * ranks for size in parts["whole"].values())]
         self.whole = range(len(parts["split"]), len(sizes))
         self.padding = -sum(sizes) // ranks % ROW_MULTIPLE
         if self.padding:
             sizes.append(self.padding * ranks)
         super().__init__(hidden_size, sizes, bias=False, quant_config=quant_config, prefix=prefix)
         self.local_sizes = [divide(size, ranks) for size in sizes]
+        self.adapted: list[AdaptedPart] = []
+        if get_current_vllm_config().lora_config is not None:
+            for name, size in (parts["split"] | parts["whole"]).items():
+                part = AdaptedPart(hidden_size, size, name in parts["split"], f"{prefix}.{name}")
+                setattr(self, name, part)
+                self.adapted.append(part)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Parameter | None]:
+        out, bias = super().forward(x)
+        if self.adapted:
+            add_adapters(out, x, self.adapted)
+        return out, bias
 
     def weight_loader(
         self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | None = None

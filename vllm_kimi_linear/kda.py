@@ -27,11 +27,13 @@ from kda_kernels.interface import (
     PrefillCheckpoints,
     SpecDecodeArgs,
 )
+from vllm_kimi_linear.adapters.part import AdaptedPart, add_adapters
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.cache.layout import kda_state_shapes
 from vllm_kimi_linear.cache.spec import KdaSpec
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.config.parameters import GATES_B
 from vllm_kimi_linear.in_proj import InputProjection
 
 
@@ -82,13 +84,20 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         # q | k | v | beta | f_a | g_a, in the order of `parameters.KDA_IN_PROJ`; every rank needs f_a and g_a whole.
         self.in_proj = InputProjection(
             model_sizes.hidden_size,
-            {"split": [width, width, width, model_sizes.kda_heads], "whole": [head_dim, head_dim]},
+            {
+                "split": {"q_proj": width, "k_proj": width, "v_proj": width, "b_proj": model_sizes.kda_heads},
+                "whole": {"f_a_proj": head_dim, "g_a_proj": head_dim},
+            },
             quant_config,
             f"{prefix}.in_proj",
         )
         # f_b and g_b, one behind the other, so that one batched GEMM serves both.
         self.gates_b = nn.Parameter(torch.empty(2, self.width, head_dim), requires_grad=False)
         self.gates_b.weight_loader = _load_gate
+        self.adapts = vllm_config.lora_config is not None
+        if self.adapts:
+            for gate in GATES_B:
+                setattr(self, gate, AdaptedPart(head_dim, width, True, f"{prefix}.{gate}"))
         self.o_proj = RowParallelLinear(
             width, model_sizes.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
@@ -132,6 +141,9 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             g, output_gate = map(linear, low.chunk(2, dim=-1), self.gates_b)
         else:
             g, output_gate = torch.bmm(low.unflatten(1, (2, -1)).transpose(0, 1), self.gates_b.transpose(1, 2))
+        if self.adapts:
+            for gate, factor, part in zip((g, output_gate), low.chunk(2, dim=-1), GATES_B, strict=True):
+                add_adapters(gate, factor.contiguous(), [getattr(self, part)])
         return g, output_gate
 
     def run(self, inputs: KdaInputs, out: torch.Tensor, metadata: KdaMetadata) -> None:

@@ -35,7 +35,10 @@ class KimiLatentAttention(nn.Module):
         # q | kv_a, in the order of `parameters.MLA_IN_PROJ`; every rank needs kv_a whole.
         self.in_proj = InputProjection(
             g.hidden_size,
-            {"split": [g.attention_heads * self.key_dim], "whole": [self.latent_dim + self.shared_dim]},
+            {
+                "split": {"q_proj": g.attention_heads * self.key_dim},
+                "whole": {"kv_a_proj_with_mqa": self.latent_dim + self.shared_dim},
+            },
             vllm_config.quant_config,
             f"{prefix}.in_proj",
         )

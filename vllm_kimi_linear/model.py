@@ -1,6 +1,7 @@
 """Kimi Linear: decoder layer, model, and the class vLLM serves."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     make_empty_intermediate_tensors_factory,
@@ -22,8 +23,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_kimi_linear import validation, weights
+from vllm_kimi_linear.adapters.names import AdapterNames
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.config.parameters import GATE_UP
 from vllm_kimi_linear.decode_products import linear, norm_linear
 from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
@@ -117,13 +120,18 @@ class KimiLinearModel(nn.Module):
         return self.norm(hidden_states, residual)[0]
 
 
-class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
+class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsPP):
     """The model class vLLM builds for `"architectures": ["KimiLinearForCausalLM"]`."""
+
+    packed_modules_mapping: ClassVar = {"gate_up_proj": list(GATE_UP)}  # for adapters; `AdaptedPart` for the others
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.sizes = configured.model_sizes(vllm_config)
+        self.config = vllm_config.model_config.hf_config
         self.serving = False
+        if vllm_config.lora_config is not None:
+            self.hf_to_vllm_mapper = AdapterNames(self.sizes)
         vllm_config.quant_config = quantization(self.sizes, vllm_config.quant_config)
         self.model = KimiLinearModel(self.sizes, vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = PPMissingLayer()

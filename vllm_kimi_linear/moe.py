@@ -7,7 +7,9 @@ from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
@@ -53,12 +55,20 @@ class GatedMlp(nn.Module):
         return all_reduce(linear(self.activation(gate_up), self.down_proj)), residual
 
 
+class UnadaptedExperts(RoutedExperts):
+    """vLLM's, chosen as without --enable-lora: adapters of experts are refused."""
+
+    def __init__(self, layer_name: str, params_dtype: torch.dtype, moe_config: FusedMoEConfig, *args: Any, **more: Any):
+        moe_config.is_lora_enabled = False
+        super().__init__(layer_name, params_dtype, moe_config, *args, **more)
+
+
 class MixtureOfExperts(nn.Module):
     """Sigmoid routing in fp32: the top k of score + bias, weighted by the scores alone (docs/kda.md section 9)."""
 
     def __init__(self, sizes: ModelSizes, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        g = sizes
+        g, config = sizes, get_current_vllm_config()
         # A router that rounds its logits to bf16 sends tokens to other experts than the reference does.
         self.gate = GateLinear(
             g.hidden_size,
@@ -96,6 +106,7 @@ class MixtureOfExperts(nn.Module):
             shared_experts=self.shared_experts,
             quant_config=quant_config,
             prefix=f"{prefix}.experts",
+            routed_experts_cls=UnadaptedExperts if config.lora_config is not None else None,
         )
         if current_platform.is_cpu():
             from vllm_kimi_linear.cpu.experts import use_fast_experts
@@ -103,7 +114,7 @@ class MixtureOfExperts(nn.Module):
             use_fast_experts(self.experts)
         use_tables(self.experts)
         self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
-        expert_warmup.register_warmup(self, get_current_vllm_config())
+        expert_warmup.register_warmup(self, config)
 
     @property
     def backend(self) -> str:

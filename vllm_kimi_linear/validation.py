@@ -13,6 +13,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from kda_kernels import interface
 from vllm_kimi_linear import ARCHITECTURE, __version__
+from vllm_kimi_linear.adapters.names import TARGETS
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.config.flags import check_block_size, check_flags
@@ -37,6 +38,8 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
         check_device(sizes, device)
         check_cache_dtypes(cache.cache_dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype, device)
         check_flags(vllm_config, states=bool(sizes.kda_layers))
+        if vllm_config.lora_config is not None:
+            vllm_config.lora_config.target_modules = list(TARGETS)  # else vLLM would wrap what takes no adapter, too
         check_tokenizer(vllm_config.model_config)
         if sizes.kda_layers:
             # From here on as if the user had chosen it: vLLM would take a block that holds a state in each MLA layer.

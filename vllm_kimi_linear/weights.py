@@ -83,7 +83,8 @@ def load(
     """
     table = targets(model_sizes, device)
     others = other_names(table)
-    parameters = dict(model.named_parameters())
+    # Layers that vLLM wrapped for adapters hold theirs one level further down.
+    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     missing, loaded = set(table), set()
     parts: dict[str, dict[str, torch.Tensor]] = {}  # of weights that come in several tensors and are held in one
     for name, tensor in weights:

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.config.mamba import MambaBackendEnum
 from vllm.platforms import current_platform
 
+from vllm_kimi_linear.adapters.names import TARGETS
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.log import logger
@@ -34,18 +35,18 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     extra, speculative = vllm_config.additional_config, vllm_config.speculative_config
     mamba, offload, scheduler = vllm_config.mamba_config, vllm_config.offload_config, vllm_config.scheduler_config
-    attention = vllm_config.attention_config
+    attention, lora = vllm_config.attention_config, vllm_config.lora_config
     online = model.quantization in ONLINE  # of which vLLM makes such a config itself
     unset = "it is not implemented for this model, leave it out"
     unread = "nothing reads it for this model, leave it out"
     spaced = "states are kept at distances of the model's own, leave it out"
+    experts = "experts take no adapter, leave it out"
     mixed = "this model keeps two kinds of state, leave it out"
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
         ("quantization", model.quantization, QUANTIZATIONS[current_platform.device_type], unset),
         ("quantization-config", not online and model.quantization_config, (False, None), unset),
-        ("enable-lora", vllm_config.lora_config is not None, (False,), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
         ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
         ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
@@ -76,15 +77,29 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("offload-group-size", offload.prefetch.offload_group_size, (0,), unset),
         ("disable-hybrid-kv-cache-manager", bool(scheduler.disable_hybrid_kv_cache_manager), (False,), mixed),
     ]
+    if lora is not None:
+        dtypes = ("auto", model.dtype, str(model.dtype).removeprefix("torch."))
+        always = "whatever can take an adapter does, leave it out"
+        flags += [
+            ("lora-dtype", lora.lora_dtype, dtypes, "adapters have the model's, leave it out"),
+            ("lora-target-modules", lora.target_modules, (None, list(TARGETS)), always),
+            ("fully-sharded-loras", lora.fully_sharded_loras, (False,), unset),
+            ("enable-mixed-moe-lora-format", lora.enable_mixed_moe_lora_format, (False,), experts),
+            ("enable-moe-shared-loras", lora.enable_moe_shared_loras, (False,), experts),
+            ("enable-tower-connector-lora", lora.enable_tower_connector_lora, (False,), unread),
+            ("max-lora-cls-labels", lora.max_lora_cls_labels, (None,), unread),
+        ]
     if current_platform.is_cpu():
         method = speculative and speculative.rejection_sample_method
         remedy = "a CPU has only the standard one, leave it out"
+        specialized = lora is not None and lora.specialize_active_lora
         flags += [
             ("attention-backend", attention.backend, (None,), unread),
             ("attention-config backend_per_kind", attention.backend_per_kind, ({},), unread),
             ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
+            ("specialize-active-lora", specialized, (False,), unread),
             ("speculative-config rejection_sample_method", method, (None, "standard"), remedy),
         ]
     if cache.enable_prefix_caching:
@@ -104,6 +119,11 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
             "Kimi Linear: --quantization is %s; it has not been run with this model on a GPU yet, compare your answers "
             "or give a checkpoint that is stored in 4 bits.",
             model.quantization,
+        )
+    if lora is not None and not current_platform.is_cpu():
+        logger.warning_once(
+            "Kimi Linear: --enable-lora has not been run with this model on a GPU yet, compare your answers or merge "
+            "the adapter into the checkpoint."
         )
     if parallel.decode_context_parallel_size > 1:
         logger.warning_once(

@@ -24,6 +24,9 @@ MODULES = (
     "patches.cpu_pipeline_buffers",
     "patches.cpu_polling",
     "patches.old_tokenizer",
+    "patches.cpu_adapters",
+    "patches.adapter_shapes",
+    "patches.adapter_faults",
     # Speed-ups, beside what they speed up.
     "cache.steady_requests",
     "attention.mla_splits",

@@ -75,7 +75,19 @@ REFUSED: Refused = {
         "--disable-hybrid-kv-cache-manager",
         "True",
     ),
-    "LoRA": ({}, {"enable_lora": True}, "--enable-lora", "True"),
+    **{
+        f"LoRA, {flag}": ({}, {"enable_lora": True, flag: value}, f"--{flag.replace('_', '-')}", shown)
+        for flag, value, shown in (
+            ("lora_dtype", "float16", "float16"),
+            ("lora_target_modules", ["q_proj"], "q_proj"),
+            ("fully_sharded_loras", True, "True"),
+            ("enable_mixed_moe_lora_format", True, "True"),
+            ("enable_moe_shared_loras", True, "True"),
+            ("enable_tower_connector_lora", True, "True"),
+            ("max_lora_cls_labels", 2, "2"),
+            ("specialize_active_lora", True, "True"),
+        )
+    },
     "another attention backend": (
         {},
         {"attention_config": {"backend": "CPU_MLA"}},
@@ -146,6 +158,7 @@ ACCEPTED: Accepted = {
     "fp32": ({}, {"dtype": "float32"}),
     "state in fp32, said": ({}, {"mamba_ssm_cache_dtype": "float32"}),
     "two ranks": ({}, {"tensor_parallel_size": 2}),
+    "LoRA": ({}, {"enable_lora": True, "max_loras": 2, "lora_dtype": "bfloat16"}),
     "blocks of 32": ({}, {"block_size": 32}),
     "drafts by n-grams": ({}, {"speculative_config": NGRAM | {"method": "ngram"}, "enable_prefix_caching": True}),
     "a million tokens": ({}, {"max_model_len": 1048576}),
@@ -171,8 +184,10 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
 def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
     """Flag -> the sentence of `check_flags` where the platform is no CPU.
 
-    And of four ranks that share latents, which are let through: the warnings, and what the log says of their cache.
+    And of adapters and of four ranks that share latents, which are let through: the warnings, and what the log says of
+    the ranks' cache.
     """
+    from vllm.config.lora import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
@@ -203,6 +218,7 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
         check_flags(config, states=True)
         assert not warned
         config.parallel_config.decode_context_parallel_size = 4
+        config.lora_config = LoRAConfig()
         for _ in range(2):
             check_flags(config, states=True)
     return said, warned, configured.cache_layout(config, 1000).describe(4096)
@@ -214,8 +230,9 @@ def test_refused_elsewhere(demo_model: Path) -> None:
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
-    [warning] = warned
-    assert "--decode-context-parallel-size is 4; " in warning and "leave it out" in warning
+    adapters, shared = warned
+    assert "--enable-lora has not been run with this model on a GPU yet" in adapters and "merge" in adapters
+    assert "--decode-context-parallel-size is 4; " in shared and "leave it out" in shared
     assert "bytes a token of latent cache on one rank of 4" in cache
 
 

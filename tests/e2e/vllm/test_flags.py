@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[2]
 # Refused by a sentence that names the flag: the cases stand in test_flag_errors.py.
 REFUSED_FLAGS = """
     attention_backend block_size cpu_offload_gb data_parallel_size dcp_q_replicate decode_context_parallel_size
+    enable_mixed_moe_lora_format enable_moe_shared_loras enable_tower_connector_lora
+    fully_sharded_loras lora_dtype lora_target_modules max_lora_cls_labels specialize_active_lora
     disable_chunked_mm_input disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep
-    enable_eplb enable_expert_parallel enable_hc_sp enable_lora enable_mamba_cache_stochastic_rounding
+    enable_eplb enable_expert_parallel enable_hc_sp enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_return_routed_experts gdn_prefill_backend kda_decode_backend
     kda_prefill_backend kv_cache_dtype kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_philox_rounds model_impl offload_group_size
@@ -36,11 +38,15 @@ TESTED = {
     "disable_log_stats": "e2e/plugin/test_other_models.py",
     "distributed_executor_backend": "e2e/plugin/test_other_models.py",
     "dtype": "e2e/vllm/test_bfloat16.py",
+    "enable_lora": "e2e/vllm/test_adapters.py",
     "enable_prefix_caching": "e2e/vllm/test_prefix_cache.py",
     "gpu_memory_utilization": "e2e/vllm/test_gpu.py",
     "hf_overrides": "e2e/vllm/test_config_errors.py",
     "kv_cache_memory_bytes": "conftest.py",
     "mamba_ssm_cache_dtype": "e2e/vllm/test_gpu.py",
+    "max_cpu_loras": "e2e/vllm/test_adapters.py",
+    "max_lora_rank": "e2e/vllm/test_adapters.py",
+    "max_loras": "e2e/vllm/test_adapters.py",
     "max_model_len": "e2e/vllm/test_long_context.py",
     "max_num_batched_tokens": "conftest.py",
     "max_num_seqs": "e2e/vllm/test_prefix_cache.py",
@@ -144,14 +150,12 @@ UNTOUCHED = {
         interleave_mm_strings media_io_kwargs mm_processor_kwargs mm_processor_cache_gb mm_processor_cache_type
         mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_only mm_encoder_tp_mode mm_encoder_attn_backend
         mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
-        skip_mm_profiling video_pruning_rate video_pruning_method mm_tensor_ipc mm_processor_device
+        default_mm_loras skip_mm_profiling video_pruning_rate video_pruning_method mm_tensor_ipc mm_processor_device
         mm_ipc_gpu_memory_gb mm_device_do_normalize enable_mm_processor_stats
         ec_transfer_config ec_manager_config
     """,
-    "what reads them is refused: adapters, drafters, offloading, kinds of parallelism, pooling": """
-        max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras lora_dtype lora_target_modules
-        enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras
-        max_lora_cls_labels spec_model offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step
+    "what reads them is refused: drafters, offloading, kinds of parallelism, pooling": """
+        spec_model offload_backend cpu_offload_params offload_num_in_group offload_prefetch_step
         offload_params kv_offloading_backend dbo_decode_token_threshold dbo_prefill_token_threshold
         elastic_ep_max_dp_size eplb_config allow_deprecated_quantization pooler_config mamba_ssu_algorithm
         replayssm_buffer_len

@@ -7,7 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.reference import HfReference
+from tests.support import adapters
 from tests.support.own_process import in_own_process
+from vllm_kimi_linear.adapters.names import TARGETS
 
 PROMPT = list(range(100, 160))
 # What a KDA layer holds itself, beside vLLM's linear layers: tensors of a checkpoint, and parameters.
@@ -77,6 +80,22 @@ def answers(asked: dict[str, Any]) -> dict[str, list[int]]:
     return found
 
 
+def answers_with_adapter(asked: dict[str, str]) -> list[list[int]]:
+    """24 greedy tokens of the model, and of the adapter on it, after it was given the second checkpoint's weights."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False}
+    limits: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20}
+    engine = LLM(model=asked["first"], enable_lora=True, **options, **limits)
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts, adapter = [{"prompt_token_ids": PROMPT}] * 2, [None, LoRARequest("a", 1, asked["adapter"])]
+    engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": asked["second"]})
+    outputs = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder: Path = tmp_path_factory.mktemp("reload")
@@ -103,3 +122,15 @@ def test_reload(models: dict[str, str], dtype: str) -> None:
     assert found["reloaded"] == found["second"]
     assert found["replaced"] == found["mixed"]
     assert found["sent"] == found["first"]
+
+
+def test_reload_under_an_adapter(models: dict[str, str], tmp_path: Path) -> None:
+    """Layers that vLLM wraps for adapters get their weights, too."""
+    reference = HfReference(models["second"])
+    names = adapters.modules(reference.model, TARGETS)
+    adapter = adapters.write(tmp_path / "adapter", reference.model, names)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    found = in_own_process(answers_with_adapter, models | {"adapter": str(adapter)}, **environment)
+    for answer, folder in zip(found, (None, adapter), strict=True):
+        with adapters.merged(reference.model, folder):
+            assert reference.score(PROMPT, answer).agrees
