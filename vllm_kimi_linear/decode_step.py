@@ -16,6 +16,8 @@ from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.log import logger
 
 MAX_TOKENS = 8  # on a GPU; on a CPU any number
+CPU_EXPERTS = {"CPU", "QuantizedExperts"}
+GPU_EXPERTS = {"TRITON", "VLLM_CUTLASS", "MARLIN", "HUMMING"}  # the last two by vLLM's kernels, in a step of ours
 
 
 def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection[str]) -> str | None:
@@ -51,7 +53,7 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     name, reason = interface.describe(device, model.dtype, sizes.kda_head_dim, state)
     if name != device:
         return reason
-    if others := set(moe_backends) - ({"CPU", "QuantizedExperts"} if cpu else {"TRITON", "VLLM_CUTLASS", "MARLIN"}):
+    if others := set(moe_backends) - (CPU_EXPERTS if cpu else GPU_EXPERTS):
         return f"they do not go with experts that run on {min(others)}"
     return None
 

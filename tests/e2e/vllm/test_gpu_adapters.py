@@ -34,7 +34,7 @@ def check(judge: Judge, known: Adapters, asked: list[tuple[str | None, list[int]
         judge.scores.clear()  # of another adapter
         with adapters.merged(judge.reference.model, folder), adapters.merged(judge.rough.model, folder):
             own = [(one[1], answer) for one, answer in zip(asked, answers, strict=True) if one[0] == name]
-            print(name, judge.check([(prompt, TOKENS) for prompt, _ in own], [answer for _, answer in own], ratio=2.0))
+            print(name, judge.check([(prompt, TOKENS) for prompt, _ in own], [answer for _, answer in own]))
 
 
 @pytest.mark.parametrize("way", WAYS)

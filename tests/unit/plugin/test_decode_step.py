@@ -48,7 +48,7 @@ def sizes(**changes: Any) -> ModelSizes:
 
 def test_a_model_that_fits(on_a_gpu: None) -> None:
     assert why_not(config(), sizes(), {"TRITON"}) is None
-    assert why_not(config(), sizes(), {"MARLIN"}) is None  # by vLLM's kernel, in a step of ours
+    assert why_not(config(), sizes(), {"HUMMING"}) is None  # by vLLM's kernel, in a step of ours
 
 
 def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
