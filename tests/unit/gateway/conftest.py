@@ -1,12 +1,15 @@
 """Fixtures that start gateways and write files of keys."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kimi_server.gateway.keys import limits
 from tests.support.gateway import Start, starting
 
 
@@ -39,3 +42,10 @@ def keys_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def time_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the keys' limits, which refill by the clock: what is left must not depend on how long a request took."""
+    now = time.monotonic()
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now))
