@@ -68,7 +68,7 @@ def main() -> None:
     deadline = time.monotonic() + args.seconds
     args.results /= args.weights
     args.results.mkdir(parents=True, exist_ok=True)
-    results = Results(args.results, args.layers, args.gpus, args.out, args.note)
+    results = Results(args.results, args.layers, args.gpus, args.out, args.note, args.weights)
     for names in [args.only] if args.at_once else [[name] for name in args.only]:
         if time.monotonic() < deadline:
             serve(names, args, results, deadline)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import BANDWIDTHS, CONFIG, MILLION, gpus, versions
+from benchmarks.h200.quantised import quantised
 from benchmarks.h200.rows import tokens_of
 from benchmarks.h200.runs import LAYERS, RUNS, model_config
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
+from vllm_kimi_linear.config.parameters import stored_as
 
 PAGE = Path("docs/benchmarks/h200.md")
 
@@ -30,7 +32,7 @@ def tpot_floor(
     share = model_sizes.experts_per_token / model_sizes.num_experts
     touched = 1 - (1 - share) ** sequences
     weights = sum(
-        math.prod(w.shape) * 2 * (touched if ".experts." in w.name else 1)
+        _stored_bytes(w, model_sizes) * (touched if ".experts." in w.name else 1)
         for w in tensors.weights(model_sizes)
         if "embed_tokens" not in w.name
     )
@@ -39,12 +41,22 @@ def tpot_floor(
     return ((weights + sequences * state) / gpus + sequences * plan.mla_bytes_per_token * context) / bandwidth
 
 
+def _stored_bytes(weight: tensors.Weight, model_sizes: ModelSizes) -> int:
+    scheme = stored_as(weight, model_sizes)
+    if scheme is None:
+        return math.prod(weight.shape) * 2
+    rows, columns = weight.shape
+    return sum(math.prod(shape) * size for shape, size in scheme.tensors(rows, columns).values())
+
+
 class Results:
     """The figures of all runs at one depth on so many GPUs, kept in a file and shown in a table."""
 
-    def __init__(self, folder: Path, layers: int, gpus: int, out: Path | None, note: str = "") -> None:
+    def __init__(
+        self, folder: Path, layers: int, gpus: int, out: Path | None, note: str = "", weights: str = "bf16"
+    ) -> None:
         self.file, self.layers, self.gpus = folder / f"{layers}-layers-{gpus}.json", layers, gpus
-        self.out, self.note = out, note
+        self.out, self.note, self.weights = out, note, weights
         self.runs: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def missing(self, name: str, rows: list[str]) -> list[str]:
@@ -64,20 +76,27 @@ class Results:
     def save(self) -> None:
         self.file.write_text(json.dumps(self.runs, indent=1))
         if self.out:
-            self.out.write_text(table(self.runs, self.layers, self.gpus, self.note, self.out))
+            self.out.write_text(table(self.runs, self.layers, self.gpus, self.note, self.out, self.weights))
 
 
 def table(
-    runs: dict[str, dict[str, Any]], layers: int = LAYERS, gpus: int = 1, note: str = "", out: Path = PAGE
+    runs: dict[str, dict[str, Any]],
+    layers: int = LAYERS,
+    gpus: int = 1,
+    note: str = "",
+    out: Path = PAGE,
+    weights: str = "bf16",
 ) -> str:
     """The page, in Markdown; `out` is its name in the command that makes it."""
     shown = [name for name in RUNS if name in runs]
     machines = " ".join(runs[name]["machine"] for name in shown)
     gpu = next((name for name in BANDWIDTHS if name in machines), "H200")
+    quantised_to = "" if weights == "bf16" else f", weights in {weights}"
+    stored = "" if weights == "bf16" else f" --weights {weights}"
     lines = [
-        f"# The whole server on {'one GPU' if gpus == 1 else f'{gpus} GPUs'}, {layers} layers",
+        f"# The whole server on {'one GPU' if gpus == 1 else f'{gpus} GPUs'}, {layers} layers{quantised_to}",
         "",
-        f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus} --out {out}",
+        f"    python -m benchmarks.h200 --layers {layers} --gpus {gpus}{stored} --out {out}",
         "",
         f"{layers} of the 48B's {LAYERS} layers, with random weights. ms; the floor counts latents, states and "
         f"weights, experts as if chosen evenly, of ours at {BANDWIDTHS[gpu] / 1e12} TB/s. "
@@ -86,7 +105,7 @@ def table(
         *([note, ""] if note else []),
     ]
     floors = {"floor": RUNS["ours"]} | {f"floor, {name}": RUNS[name] for name in shown if RUNS[name].attention_only}
-    base = json.loads(CONFIG.read_text())
+    base = json.loads(CONFIG.read_text()) | quantised(weights)
     models = [ModelSizes.from_config(model_config(run, base, layers)) for run in floors.values()]
     lines += ["| row | " + " | ".join([*shown, *floors]) + " |", "| --- " * (1 + len(shown) + len(floors)) + "|"]
     for row in dict.fromkeys(row for run in RUNS.values() for row in run.rows):

@@ -1,6 +1,7 @@
 """The arithmetic of the whole-server benchmark: its floors and the models it serves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_a_table_shows_what_was_measured_and_what_was_not():
     text = table({"ours": kept, "vLLM": {**kept, "rows": {}}})
     assert f"| tpot 1 4K: tpot | 2.00 | - | {1.32 * 4.8 / 3.35:.2f} |" in text
     assert "| million: error | TimeoutError:  | - |  |" in text
+
+
+def test_the_floor_of_quantised_weights_is_that_of_their_bytes():
+    kept = {"machine": "NVIDIA H200", "start": 60.0, "flags": "", "rows": {"tpot 1 4K": {"tpot": 0.002}}}
+    text = table({"ours": kept}, weights="fp8")
+    assert "--weights fp8 --out" in text and "27 layers, weights in fp8" in text
+    (floor,) = re.findall(r"\| tpot 1 4K: tpot \| 2.00 \| (\S+) \|", text)
+    assert 0.66 < float(floor) < 0.8  # half of 1.32, and what stays in bf16: router, head, states
 
 
 def test_what_is_missing_or_failed_is_measured_again(tmp_path: Path):
