@@ -114,7 +114,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
-    if online:
+    if online and model.quantization != "fp8":
         logger.warning_once(
             "Kimi Linear: --quantization is %s; it has not been run with this model on a GPU yet, compare your answers "
             "or give a checkpoint that is stored in 4 bits.",
