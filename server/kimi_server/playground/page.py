@@ -1,10 +1,15 @@
 """Serves the playground: a static page and its files, from this package's data."""
 
+import mimetypes
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
+
+# Not in every system's list of types.
+mimetypes.add_type("font/woff2", ".woff2")
+mimetypes.add_type("text/javascript", ".js")
 
 FILES = Path(__file__).with_name("static")
 

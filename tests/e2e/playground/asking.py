@@ -1,9 +1,11 @@
 """How the browser tests ask, and where the answer stands."""
 
+from typing import Any
+
 import pytest
 from playwright.sync_api import Page
 
-ANSWER = "#conversation .turn:last-child .answer .text"
+ANSWER = "#conversation .turn:last-child .answer > .text"
 DONE = "#conversation .turn:last-child:not(.running)"
 
 
@@ -22,6 +24,12 @@ def start(page: Page, question: str) -> None:
 
 
 def attach(page: Page, name: str, content: bytes) -> None:
+    """Choose a file of this content, and wait until it is read or refused."""
+    choose(page, name, content)
+    page.wait_for_selector("#composer[aria-busy=false]")
+
+
+def choose(page: Page, name: str, content: bytes) -> None:
     """Choose a file of this content."""
     page.set_input_files("#files", {"name": name, "mimeType": "text/plain", "buffer": content})
 
@@ -33,3 +41,19 @@ def until(page: Page, condition: str) -> None:
             return
         page.wait_for_timeout(20)
     pytest.fail(f"never came: {condition}")
+
+
+def module(page: Page, path: str, expression: str, argument: Any = None) -> Any:
+    """The value of an expression over a module of the page, `m`, and an argument, `a`."""
+    return page.evaluate(
+        f"async (a) => {{ const m = await import('/playground/{path}'); return {expression}; }}", argument
+    )
+
+
+def kept(page: Page) -> list[dict[str, Any]]:
+    """The conversations that the browser keeps, newest first."""
+    return module(
+        page,
+        "store/database.js",
+        "(await (await m.openDatabase()).all('conversations')).sort((one, other) => other.changed - one.changed)",
+    )

@@ -55,6 +55,8 @@ class FakeGateway:
         self.context: dict[str, Any] | None = dict(CONTEXT)
         self.models = ["kimi-linear"]
         self.bodies: list[dict[str, Any]] = []
+        self.counts: int | None = 70_000  # what it says of a prompt's tokens; None: it does not count
+        self.counted: list[str] = []  # the texts that it was asked to count
         self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()  # a client left before its answer was complete
         self.held = threading.Event()
@@ -62,6 +64,7 @@ class FakeGateway:
         page.mount_playground(self.app)
         self.app.add_api_route("/v1/models", self._models)
         self.app.add_api_route("/v1/kimi/context", self._context)
+        self.app.add_api_route("/v1/messages/count_tokens", self._count, methods=["POST"])
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
 
     def release(self) -> None:
@@ -80,6 +83,13 @@ class FakeGateway:
     async def _context(self, request: Request) -> Response:
         answer = JSONResponse(self.context) if self.context else JSONResponse({"error": {"message": "none"}}, 404)
         return self._refusal(request) or answer
+
+    async def _count(self, request: Request) -> Response:
+        body = await request.json()
+        self.counted.append(body["messages"][0]["content"])
+        if self.counts is None:
+            return JSONResponse({"error": {"message": "no such route"}}, 404)
+        return self._refusal(request) or JSONResponse({"input_tokens": self.counts})
 
     async def _chat(self, request: Request) -> Response:
         self.bodies.append(await request.json())

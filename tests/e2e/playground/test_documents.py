@@ -1,9 +1,11 @@
 """Long documents in a browser: dropped, pasted or chosen, sent before the question, never in the page's way."""
 
+import re
+
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.playground.asking import ANSWER, ask, attach
+from tests.e2e.playground.asking import ANSWER, ask, attach, choose
 from tests.e2e.playground.fake_gateway import FakeGateway
 
 pytestmark = pytest.mark.browser
@@ -53,7 +55,7 @@ def test_five_megabytes_dropped(page: Page, gateway: FakeGateway) -> None:
 
 def test_long_text_pasted_becomes_a_document(page: Page, gateway: FakeGateway) -> None:
     assert page.evaluate(PASTE, "word " * 10_000)
-    expect(page.locator("#attached .chip")).to_have_text("pasted-1.txt 48.8 KiB Remove")
+    expect(page.locator("#attached .chip")).to_have_text(re.compile(r"^pasted-1.txt 48.8 KiB, 70,000 tokens\s+Remove"))
     expect(page.locator("#question")).to_have_value("")
     ask(page, "")
     assert gateway.bodies[0]["messages"][0]["content"].startswith('<document name="pasted-1.txt">\nword word')
@@ -81,9 +83,10 @@ def test_chosen_and_removed(page: Page, gateway: FakeGateway) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"\x7fELF\x00\x00\x01", "bad.txt is not text in UTF-8: save it as a text file first."),
-        ("läuft".encode("latin-1"), "bad.txt is not text in UTF-8: save it as a text file first."),
-        ("text".encode("utf-16"), "bad.txt is not text in UTF-8: save it as a text file first."),
+        (b"\x7fELF\x00\x00\x01", "bad.txt is neither text nor a PDF: save it as a text file first."),
+        (b"\x89PNG\r\n\x1a\n\xff\xd8", "bad.txt is neither text nor a PDF: save it as a text file first."),
+        (b"\xff\xfeodd", "bad.txt is neither text nor a PDF: save it as a text file first."),
+        (b"%PDF-1.7 nothing", "bad.txt is no PDF that can be read: save it again, or as text."),
         (b"", "bad.txt is empty: attach one with text."),
         (b" \n", "bad.txt is empty: attach one with text."),
     ],
@@ -113,7 +116,7 @@ def test_a_message_waits_for_its_document(page: Page, gateway: FakeGateway) -> N
             return new Promise((done) => { window.goOn = done; }).then(() => read.call(this));
         };
     }""")
-    attach(page, "slow.txt", b"content")
+    choose(page, "slow.txt", b"content")
     expect(page.locator("#send")).to_be_disabled()
     page.press("#question", "Enter")
     expect(page.locator(".turn")).to_have_count(0)

@@ -21,21 +21,34 @@ def refused(status: int, error: str = "", after: str = "") -> Reply:
     [
         (
             refused(429, "60 requests a minute.", "12"),
-            "Too many requests for now (60 requests a minute): retry in 12 s.",
+            "Too many requests for now: retry in 12 s.",
         ),
         (refused(429), "Too many requests for now: retry in a while."),
-        (refused(503, "draining", "3"), "The server has no room for this request now (draining): retry in 3 s."),
+        (refused(503, "draining", "3"), "The server has no room for this request now: retry in 3 s."),
         (
             refused(503, "", "Wed, 21 Oct 2026 07:28:00 GMT"),
             "The server has no room for this request now: retry in a while.",
         ),
-        (refused(502, "no replica"), "The server failed with status 502 (no replica): retry in a while."),
+        (refused(502, "no replica"), "The server failed with status 502: retry in a while."),
         (refused(413), "This is more than the gateway takes in one request: attach a shorter document."),
         (
-            refused(400, "at most 8192 tokens"),
-            "The server refused this request with status 400 (at most 8192 tokens): edit it, or start a new chat.",
+            refused(400, "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens."),
+            "This is longer than what may be read at once (8,192 tokens): attach less, or start a new chat.",
         ),
-        (Reply(end="engine died"), "The server ended this answer (engine died): retry to ask again."),
+        (
+            refused(400, "Traceback: KeyError 'x' in engine/core.py"),
+            "The server did not take this request (status 400): check the settings, edit it, or start a new chat.",
+        ),
+        (
+            Reply(status=500, error="NCCL error", headers={"X-Request-Id": "req-1f"}),
+            "The server failed with status 500: retry in a while. "
+            "If it stays so, tell who runs the server of request req-1f.",
+        ),
+        (
+            refused(404, "The model `x` does not exist."),
+            "The gateway does not serve this model any more: reload the page, and choose another.",
+        ),
+        (Reply(end="engine died"), "The server broke this answer off: retry to ask again."),
         (Reply(end="drop", pause=0.05), "The connection broke off before the answer was complete: retry to ask again."),
         (Reply(end="silent"), "The stream ended before the answer was complete: retry to ask again."),
         (
@@ -63,7 +76,7 @@ def test_one_sentence_and_a_way_on(page: Page, gateway: FakeGateway, reply: Repl
 def test_an_error_body_that_is_no_json(page: Page) -> None:
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=504, body="<h1>nginx</h1>"))
     ask(page, "Well?")
-    expect(page.locator(".turn .problem")).to_have_text("The server failed with status 504: retry in a while.")
+    expect(page.locator(".turn .problem")).to_have_text("The server was silent for too long: retry in a while.")
 
 
 def test_nobody_answers(page: Page) -> None:
@@ -78,7 +91,7 @@ def test_a_key_is_asked_for_sent_and_kept_for_the_tab_only(visit: Callable[..., 
     gateway.key = "kl-secret"
     page = visit()
     expect(page.locator("#notice")).to_have_text(
-        "The gateway asks for a valid API key: enter one under “API key”, then retry."
+        "The gateway asks for a valid API key: enter one under “Settings”, “API key”, then retry."
     )
     expect(page.locator("#key")).to_be_focused()
     assert page.locator("#key").get_attribute("type") == "password"
@@ -111,7 +124,8 @@ def test_a_key_that_stops_to_fit(page: Page, gateway: FakeGateway) -> None:
 
 
 def test_a_key_no_header_can_carry(page: Page, gateway: FakeGateway) -> None:
-    page.click("text=API key")
+    page.click("text=Settings")
+    page.click("#settings >> text=API key")
     page.fill("#key", "schlüssel")
     page.press("#key", "Enter")
     expect(page.locator("#notice")).to_have_text(
@@ -123,9 +137,13 @@ def test_escape_closes_the_key_before_it_stops_an_answer(page: Page, gateway: Fa
     gateway.reply = Reply(hold_after=1)
     page.fill("#question", "Long?")
     page.press("#question", "Enter")
-    page.click("text=API key")
+    page.click("text=Settings")
+    page.click("#settings >> text=API key")
     page.keyboard.press("Escape")
     expect(page.locator("#access")).to_be_hidden()
+    expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
     expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#send")).to_be_visible()

@@ -30,6 +30,12 @@ def widths(page: Page, bar: str) -> list[float]:
     )
 
 
+def picture(page: Page) -> tuple[float, float]:
+    """Where the mark of the present stands, as shares of the picture's axes."""
+    across, up = (float(page.locator('[data-show="now"]').get_attribute(name) or "") for name in ("cx", "cy"))
+    return across / 300, (120 - up) / 120
+
+
 def test_before_the_first_question(page: Page) -> None:
     figures = shown(page)
     assert figures["used"] == "0 of 1,048,576 tokens, 0%"
@@ -58,19 +64,29 @@ def test_after_an_answer(page: Page, gateway: FakeGateway) -> None:
 
 
 def test_state_is_constant_and_kv_grows(page: Page, gateway: FakeGateway) -> None:
-    each, state = CONTEXT["mla_bytes_per_token"], CONTEXT["kda_state_bytes"]
+    each, state, most = (CONTEXT[field] for field in ("mla_bytes_per_token", "kda_state_bytes", "max_model_len"))
     seen = []
     for tokens, kv in ((1_000, "7.7 MiB"), (10_000, "76.9 MiB"), (1_000_000, "7.5 GiB")):
         gateway.reply = Reply(usage={"prompt_tokens": tokens - 1, "completion_tokens": 1})
         ask(page, "More?")
         figures = shown(page)
         assert (figures["state"], figures["kv"]) == ("41.4 MiB", kv)
-        assert figures["kv-note"] == "7.9 KiB a token"
+        assert figures["kv-note"] == "grows by 7.9 KiB a token"
         assert figures["full"] == "With the whole context used: 41.4 MiB and 7.9 GiB."
-        seen.append((widths(page, "state-bar")[0], widths(page, "kv-bar")[0]))
-    assert seen[0] == pytest.approx((1, 1_000 * each / state), rel=0.05)
-    assert seen[1] == pytest.approx((state / (10_000 * each), 1), rel=0.05)
-    assert seen[2][1] == 1
+        seen.append(picture(page))
+    whole = 1.08 * most * each
+    for (across, up), tokens in zip(seen, (1_000, 10_000, 1_000_000), strict=True):
+        assert across == pytest.approx(tokens / most)
+        assert up == pytest.approx(tokens * each / whole)
+    expect(page.locator('[data-show="caption"]')).to_have_text(
+        "Now, at 1,000,000 tokens, the latent KV is 186 times the state."
+    )
+    expect(page.get_by_role("img")).to_have_attribute(
+        "aria-label",
+        "Memory by length of the conversation, up to 1,048,576 tokens: the KDA state stays at 41.4 MiB, "
+        "the latent KV grows to 7.9 GiB.",
+    )
+    assert state < whole
 
 
 @pytest.mark.parametrize(
@@ -83,6 +99,7 @@ def test_memory_is_hidden_where_it_is_not_known(
     page = visit()
     ask(page, "One?")
     expect(page.locator(".memory")).to_be_hidden()
+    expect(page.locator('[data-show="no-memory"]')).to_contain_text("model_config")
     assert shown(page)["used"] == "131,284 of 1,048,576 tokens, 12.5%"  # /v1/models has the length, too
 
 

@@ -9,22 +9,34 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.e2e.playground.asking import ask, attach
+from tests.e2e.playground.asking import ANSWER as ANSWER_TEXT
+from tests.e2e.playground.asking import DONE, ask, attach, module, start, until
 from tests.e2e.playground.conftest import DESK, PHONE
 from tests.e2e.playground.fake_gateway import FakeGateway, Reply
 
 pytestmark = pytest.mark.browser
 
-ANSWER = """A delta rule writes the difference between what a memory returns and what it should return.
+ANSWER = r"""A delta rule writes the *difference* between what a memory returns and what it should return:
+
+$$S_t = S_{t-1}\left(\operatorname{Diag}(\alpha_t) - \beta_t k_t k_t^\top\right) + \beta_t v_t k_t^\top$$
 
 ```python
 state = state * decay
 state = state + beta * outer(value - state @ key, key)  # an old association is replaced, not blurred
 ```
 
+| length | KDA state | latent KV |
+| ---: | ---: | ---: |
+| 4,096 | 41.4 MiB | 31.5 MiB |
+| 1,048,576 | 41.4 MiB | 7.9 GiB |
+
 1. The state has a fixed size, whatever the length of the text.
 2. A token costs the same at position ten and at position one million.
 """
+COLD = {"prompt_tokens": 612_040, "completion_tokens": 212, "prompt_tokens_details": {"cached_tokens": 0}}
+WARM = {"prompt_tokens": 612_290, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 612_096}}
+# As if earlier visits had measured this model.
+MEASURED = {"tokens": 262_144, "cached": 0, "bytes": 1_100_000, "seconds": 28}
 PLACES: dict[str, dict[str, Any]] = {
     "phone": {"viewport": PHONE, "is_mobile": True, "has_touch": True},
     "desk": {"viewport": DESK},
@@ -50,17 +62,56 @@ def test_accessible_in_each_state(
         for part in ("#composer", ".top", "summary"):
             expect(page.locator(part)).to_be_in_viewport(ratio=1)
 
+    measured = {"key": "kimi-linear", "prompts": [MEASURED], "prefixes": {}}
+    module(page, "store/database.js", "(await m.openDatabase()).put('measures', a)", measured)
+    page.reload()
+    expect(page.locator("#model option")).to_have_count(1)
     look("welcome")
+    gateway.counts = 1_200_000
     attach(page, "report-with-a-name-that-is-much-longer-than-a-phone-is-wide.txt", b"word " * 600_000)
+    expect(page.locator("#forecast")).to_contain_text("at most")
+    look("too-long")
+    page.get_by_role("button", name="Remove").click()
+    gateway.counts = 612_000
+    attach(page, "report.txt", b"words " * 500_000)
     page.fill("#question", "What is a delta rule?")
-    expect(page.locator("#attached .chip")).to_be_visible()
+    expect(page.locator("#forecast")).to_contain_text("first token in about")
     look("document")
-    ask(page, "What is a delta rule?")
+    gateway.reply = Reply(
+        pieces=["", *re.findall(r"\s*\S+", ANSWER)], pause=0.005, usage=COLD, hold_after=1, gateway_headers=False
+    )
+    page.press("#question", "Enter")
+    until(page, "document.querySelector('.waiting .bar').getAttribute('aria-valuenow') > 3")
+    look("reading")
+    gateway.release()
+    page.wait_for_selector(DONE)
+    expect(page.locator(".formula.set")).to_have_count(1)
+    until(page, "document.querySelector('.hljs-comment')")
     look("answer")
-    gateway.reply = Reply(status=429, error="60 requests a minute", headers={"Retry-After": "12"})
+    gateway.reply = Reply(pieces=["The state alone: 41.4 MiB."], usage=WARM, gateway_headers=False)
     ask(page, "And how much memory does that take?")
+    expect(page.locator("#warmth")).to_contain_text("times sooner")
     page.locator("#context").evaluate("(context) => { context.open = true; }")
+    look("warm")
+    page.locator("#context").evaluate("(context, open) => { context.open = open; }", place == "desk")
+    gateway.held.clear()
+    gateway.reply = Reply(pieces=["It is the sum of", " two parts"], hold_after=1)
+    start(page, "Why?")
+    expect(page.locator(ANSWER_TEXT)).to_have_text("It is the sum of")
+    page.click("#stop")
+    page.wait_for_selector(DONE)
+    look("stopped")
+    page.locator(".edit").nth(1).click()
+    look("editing")
+    page.keyboard.press("Escape")
+    gateway.reply = Reply(status=429, error="60 requests a minute", headers={"Retry-After": "12"})
+    ask(page, "And how fast is it?")
     look("refused")
+    page.get_by_role("button", name="Chats").click()
+    page.locator("#chats li").wait_for()
+    look("chats")
+    page.get_by_role("button", name="Settings").click()
+    look("settings")
     page.get_by_role("button", name="API key").click()
     look("key")
 
@@ -85,13 +136,13 @@ def test_figures_stand_beside_the_text_on_a_desk_and_above_it_on_a_phone(visit: 
     desk, phone = visit(**PLACES["desk"]), visit(**PLACES["phone"])
     text, side = boxes(desk)
     assert text["right"] <= side["left"]
-    expect(desk.locator(".legend")).to_be_visible()
+    expect(desk.locator(".legend").first).to_be_visible()
     text, side = boxes(phone)
     assert side["bottom"] <= text["top"]
     assert (text["left"], text["right"]) == (0, PHONE["width"])
-    expect(phone.locator(".legend")).to_be_hidden()
+    expect(phone.locator(".legend").first).to_be_hidden()
     phone.click("summary")
-    expect(phone.locator(".legend")).to_be_visible()
+    expect(phone.locator(".legend").first).to_be_visible()
 
 
 def test_message_field_stands_under_the_text(visit: Visit, gateway: FakeGateway) -> None:

@@ -1,49 +1,139 @@
-// The page: what is asked, with which key and model, and what happens when. No state outlives the tab.
+// The page: its parts and what connects them. Conversations stay in this browser, the API key in this tab.
 
-import { ask, chunks, Problem, read } from "./api.js";
-import { Documents } from "./documents.js";
-import { Follow } from "./follow.js";
-import { Meter } from "./meter.js";
-import { Turn } from "./turn.js";
+import { Chat } from "./chat/chat.js";
+import { newConversation } from "./chat/conversation.js";
+import { Follow } from "./chat/follow.js";
+import { tell as tellForecast } from "./chat/forecast.js";
+import { Attachments } from "./documents/attachments.js";
+import { count, read } from "./lib/api.js";
+import { modelNames } from "./lib/names.js";
+import { Problem } from "./lib/problems.js";
+import { Chats } from "./panels/chats.js";
+import { Drop } from "./panels/drop.js";
+import { Examples } from "./panels/examples.js";
+import { Settings } from "./panels/settings.js";
+import { Meter } from "./side/meter.js";
+import { Warmth } from "./side/warmth.js";
+import { Conversations } from "./store/conversations.js";
+import { openDatabase } from "./store/database.js";
+import { Library } from "./store/library.js";
+import { Measures } from "./store/measures.js";
 
-const KEY = "kimi-linear-key"; // in sessionStorage, which ends with the tab
+// In sessionStorage, which ends with the tab.
+const KEY = "kimi-linear-key";
+const SHOWN = "kimi-linear-conversation";
+const FEW_TOKENS = 2000; // of a document, which are estimated rather than counted
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
-const meter = new Meter(page.context);
-const follow = new Follow(page.reading, page.latest);
-const documents = new Documents(page.attached, (sentence) => {
-  tell(sentence);
-  showState();
-});
+const database = await openDatabase();
+const library = new Library(database);
+const conversations = new Conversations(database, library);
+const measures = new Measures(database);
+await measures.load();
 
-let turns = [];
-let session = newSession();
+const meter = new Meter(page.context);
+const warmth = new Warmth(page.warmth);
+const follow = new Follow(page.reading, page.latest);
+
 let models = new Map(); // name -> longest context, in tokens
 let limits = {}; // as /v1/kimi/context has them
-let running = null; // the AbortController of the answer that streams
-
-/** A conversation's name for the gateway. randomUUID exists behind https only. */
-function newSession() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
 
 const key = () => sessionStorage.getItem(KEY) ?? "";
+const longest = () => models.get(page.model.value) ?? limits.max_model_len;
 
-function tell(sentence = "") {
+const host = {
+  key,
+  fail,
+  tell,
+  model: () => page.model.value,
+  most: longest,
+  edit,
+  say(status) {
+    page.status.textContent = status;
+  },
+  began() {
+    host.say("Answering.");
+    showState();
+    follow.toEnd();
+  },
+  changed: showState,
+  progressed(usage, complete) {
+    meter.setUsage(usage, complete);
+    follow.grown();
+  },
+};
+const chat = new Chat(page.conversation, { library, conversations, measures, host });
+
+const attachments = new Attachments(page.attached, {
+  changed(sentence, kind) {
+    if (sentence !== null) tell(sentence, kind);
+    showState();
+  },
+  sent: (sha256) => chat.has(sha256),
+  async count({ sha256, text, bytes }) {
+    const model = page.model.value;
+    if (!model || bytes < FEW_TOKENS * measures.bytesPerToken(model)) return null;
+    const known = await library.tokens(sha256, model);
+    if (known) return known;
+    const tokens = await count(text, model, key());
+    if (tokens) await library.learn(sha256, model, tokens).catch(() => {}); // it is counted again next time
+    return tokens;
+  },
+});
+
+const settings = new Settings(page.settings, {
+  current: () => chat.conversation.settings,
+  changed(given) {
+    chat.conversation.settings = given;
+    chat.keep();
+    showState();
+  },
+});
+
+new Chats(page.chats, {
+  conversations,
+  library,
+  host: { current: () => chat.conversation, open: show, startNew },
+});
+
+const examples = new Examples(page.example, async (question, file) => {
+  if (chat.running) return;
+  await attachments.add([file]);
+  page.question.value = question;
+  await send();
+});
+
+new Drop(page.drop, attach);
+
+function tell(sentence = "", kind = "problem") {
   page.notice.textContent = sentence;
+  page.notice.className = kind;
   page.notice.hidden = !sentence;
 }
 
 /** Whether there is something to send, and all of it is here. */
-const ready = () => !running && !documents.reading && Boolean(page.question.value.trim() || documents.files.length);
+const ready = () =>
+  !chat.running && !attachments.reading && Boolean(page.question.value.trim() || attachments.files.length);
 
 function showState() {
-  page.welcome.hidden = turns.length > 0;
-  page.stop.hidden = !running;
-  page.send.hidden = Boolean(running);
+  page.welcome.hidden = chat.views.length > 0;
+  page.stop.hidden = !chat.running;
+  page.send.hidden = Boolean(chat.running);
   page.send.disabled = !ready();
+  page.composer.ariaBusy = String(attachments.reading > 0);
+  page.edited.hidden = !chat.editing;
   page.question.style.height = "auto";
   page.question.style.height = `${page.question.scrollHeight}px`;
+  const { text, fits } = ready()
+    ? tellForecast(chat.forecast(page.question.value, attachments.files))
+    : { text: "", fits: true };
+  page.forecast.textContent = text;
+  page.forecast.hidden = !text;
+  page.forecast.classList.toggle("alarm", !fits);
+  warmth.draw(chat.warmth);
+  const { title, id } = chat.conversation;
+  document.title = title ? `${title} · Kimi Linear` : "Kimi Linear";
+  sessionStorage.setItem(SHOWN, id);
 }
 
 function askForKey() {
@@ -70,14 +160,23 @@ async function connect() {
     limits = {};
     tell(fail(error));
   }
-  page.model.replaceChildren(...[...models.keys()].map((name) => new Option(name)));
+  const ids = [...models.keys()];
+  page.model.replaceChildren(...modelNames(ids).map((name, at) => new Option(name, ids[at])));
   page.model.disabled = models.size < 2;
-  showLimits();
+  chooseModel(chat.conversation.model);
   return models.size > 0;
 }
 
-function showLimits() {
-  meter.setLimits({ ...limits, max_model_len: models.get(page.model.value) ?? limits.max_model_len });
+/** Go on with the model of a conversation, where it is still served. */
+function chooseModel(model) {
+  if (models.has(model)) page.model.value = model;
+  showModel();
+}
+
+function showModel() {
+  meter.setLimits({ ...limits, max_model_len: longest() });
+  examples.show(page.model.value);
+  showState();
 }
 
 async function send() {
@@ -85,92 +184,47 @@ async function send() {
   tell();
   if (!models.size && !(await connect())) return;
   if (!ready()) return; // sent meanwhile
-  const turn = new Turn(page.question.value.trim(), documents.take());
+  const question = page.question.value.trim();
   page.question.value = "";
-  turns.push(turn);
-  page.conversation.append(turn.element);
-  turn.element.querySelector(".copy").addEventListener("click", () => copy(turn));
-  turn.element.querySelector(".edit").addEventListener("click", () => edit(turn));
-  turn.element.querySelector(".retry").addEventListener("click", () => {
-    turn.begin();
-    answer(turn);
-  });
-  await answer(turn);
+  await chat.send(question, attachments.take());
 }
 
-/** Stream the answer to the newest turn. */
-async function answer(turn) {
-  running = new AbortController();
-  const { signal } = running;
-  showState();
-  follow.toEnd();
-  page.status.textContent = "Answering.";
-  let problem = "";
-  try {
-    const messages = turns.flatMap((one) => one.messages());
-    const reply = await ask({ model: page.model.value, messages }, { key: key(), session, signal });
-    turn.headers = reply.headers;
-    for await (const chunk of chunks(reply)) turn.take(chunk, () => showProgress(turn, false));
-    if (turn.cutShort) problem = "The answer has reached the longest it may be: start a new chat, or attach less.";
-    page.status.textContent = "Answer complete.";
-  } catch (error) {
-    if (signal.aborted) page.status.textContent = "Stopped.";
-    else [problem, page.status.textContent] = [fail(error), ""];
-  } finally {
-    turn.end(problem);
-    if (running?.signal === signal) running = null;
-  }
-  showState();
-  showProgress(turn, true);
-}
-
-function showProgress(turn, complete) {
-  if (!turns.includes(turn)) return; // of a chat that was left meanwhile
-  if (turn.usage) meter.setUsage(turn.usage, complete);
-  follow.grown();
-}
-
-function stop() {
-  running?.abort();
-}
-
-function newChat() {
-  stop();
-  running = null;
-  turns = [];
-  session = newSession();
-  page.conversation.replaceChildren();
-  meter.setUsage(null);
+function show(conversation) {
+  attachments.take();
+  chat.open(conversation);
+  chooseModel(conversation.model);
   tell();
+  follow.toEnd();
+  page.question.focus();
+}
+
+function startNew() {
+  show({ ...newConversation(chat.conversation.settings), model: chat.conversation.model });
+}
+
+/** Write a turn's question anew, with its documents. */
+async function edit(view) {
+  const { question, documents } = view.record;
+  const texts = await library.read(documents.map(({ sha256 }) => sha256));
+  attachments.take();
+  chat.edit(view);
+  for (const one of documents) attachments.attach({ ...one, text: texts.get(one.sha256) });
+  page.question.value = question;
   showState();
   page.question.focus();
 }
 
-/** Take the newest turn back into the message being written. */
-function edit(turn) {
-  turns = turns.filter((one) => one !== turn);
-  turn.element.remove();
-  meter.setUsage(turns.at(-1)?.usage ?? null);
-  turn.documents.forEach((one) => documents.attach(one));
-  page.question.value = [turn.question, page.question.value].filter(Boolean).join("\n\n");
+function cancelEdit() {
+  chat.edit(null);
+  attachments.take();
+  page.question.value = "";
   showState();
   page.question.focus();
 }
 
-async function copy(turn) {
-  const text = turn.prose.text;
-  if (navigator.clipboard) {
-    await navigator.clipboard.writeText(text);
-  } else {
-    // Without https there is no clipboard but the one of a selection.
-    const field = document.createElement("textarea");
-    field.value = text;
-    document.body.append(field);
-    field.select();
-    document.execCommand("copy");
-    field.remove();
-  }
-  page.status.textContent = "Copied.";
+async function attach(files) {
+  await attachments.add(files);
+  page.question.focus();
 }
 
 page.composer.addEventListener("submit", (event) => {
@@ -184,13 +238,18 @@ page.question.addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !page.access.matches(":popover-open")) stop();
+page.question.addEventListener("paste", (event) => {
+  if (attachments.paste(event.clipboardData)) event.preventDefault();
 });
-page.stop.addEventListener("click", stop);
-page.new.addEventListener("click", newChat);
-page.model.addEventListener("change", showLimits);
-
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || document.querySelector(":popover-open")) return;
+  if (chat.running) chat.stop();
+  else if (chat.editing) cancelEdit();
+});
+page.stop.addEventListener("click", () => chat.stop());
+page.new.addEventListener("click", startNew);
+page["cancel-edit"].addEventListener("click", cancelEdit);
+page.model.addEventListener("change", showModel);
 page.access.addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, page.key.value.trim());
@@ -198,35 +257,19 @@ page.access.addEventListener("submit", (event) => {
   page.question.focus();
   connect();
 });
-
-page.files.addEventListener("change", async () => {
+page.files.addEventListener("change", () => {
   const files = [...page.files.files];
   page.files.value = ""; // so that the same file can be chosen again
-  await documents.add(files);
-  page.question.focus();
+  attach(files);
 });
-page.question.addEventListener("paste", (event) => {
-  if (documents.paste(event.clipboardData)) event.preventDefault();
-});
-const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-document.addEventListener("dragenter", (event) => {
-  if (carriesFiles(event)) page.drop.hidden = false;
-});
-page.drop.addEventListener("dragleave", () => {
-  page.drop.hidden = true;
-});
-document.addEventListener("dragover", (event) => {
-  if (carriesFiles(event)) event.preventDefault();
-});
-document.addEventListener("drop", async (event) => {
-  page.drop.hidden = true;
-  if (!carriesFiles(event)) return;
-  event.preventDefault();
-  await documents.add([...event.dataTransfer.files]);
-  page.question.focus();
-});
+addEventListener("pagehide", () => chat.leave());
+addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
 
 page.key.value = key();
 page.context.open = matchMedia("(min-width: 62rem)").matches;
+page.kept.hidden = database.keeps;
+const shown = await conversations.read(sessionStorage.getItem(SHOWN) ?? "");
+if (shown) show(shown);
+settings.show();
 showState();
 connect();

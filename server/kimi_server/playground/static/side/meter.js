@@ -1,10 +1,12 @@
-// How much of the context is used, what of it was cached, and what the conversation keeps in memory.
+// How much of the context is used, and what of it was cached.
 
-import { bytes, count, share } from "./units.js";
+import { count, share } from "../lib/units.js";
+import { Memory } from "./memory.js";
 
 export class Meter {
   constructor(root) {
     this.show = Object.fromEntries([...root.querySelectorAll("[data-show]")].map((one) => [one.dataset.show, one]));
+    this.memory = new Memory(this.show);
     this.limits = {};
     this.usage = null;
     this.complete = true;
@@ -42,27 +44,12 @@ export class Meter {
     show.bar.setAttribute("aria-valuemax", most || Math.max(1, used));
     show.bar.setAttribute("aria-valuenow", used);
     show.bar.setAttribute("aria-valuetext", show.used.textContent);
-    this.#drawMemory(used);
-  }
-
-  #drawMemory(tokens) {
-    const { kda_state_bytes: state, mla_bytes_per_token: each, max_model_len: most } = this.limits;
-    const show = this.show;
-    show.memory.hidden = state == null || each == null;
-    if (show.memory.hidden) return;
-    const kv = tokens * each;
-    const scale = Math.max(state, kv);
-    show.state.textContent = bytes(state);
-    show.kv.textContent = bytes(kv);
-    show["kv-note"].textContent = `${bytes(each)} a token`;
-    fill(show["state-bar"], [state], scale);
-    fill(show["kv-bar"], [kv], scale);
-    show.full.textContent = most ? `With the whole context used: ${bytes(state)} and ${bytes(most * each)}.` : "";
+    this.memory.draw(this.limits, used);
   }
 }
 
 /** Give the parts of a bar their widths; what is there at all is seen. */
-function fill(bar, parts, whole) {
+export function fill(bar, parts, whole) {
   parts.forEach((part, index) => {
     const style = bar.children[index].style;
     style.width = part ? `${(100 * part) / whole}%` : "0";

@@ -1,14 +1,9 @@
-// The gateway's API: JSON, and a chat answer as a stream of chunks.
+// The gateway's API: JSON, a prompt's tokens, and a chat answer as a stream of chunks.
 
-const API = new URL("../v1/", import.meta.url);
+import { Problem, refusal } from "./problems.js";
 
-/** What went wrong, in one sentence that says what to do. `status` is HTTP's, or 0 where there was no reply. */
-export class Problem extends Error {
-  constructor(sentence, status = 0) {
-    super(sentence);
-    this.status = status;
-  }
-}
+const API = new URL("../../v1/", import.meta.url);
+const COUNT_SECONDS = 60;
 
 /** GET a route under /v1/ as JSON; throws Problem. */
 export async function read(path, key) {
@@ -16,17 +11,26 @@ export async function read(path, key) {
   return reply.json();
 }
 
+/** The tokens of a text as the server counts them; null where it does not say. */
+export async function count(text, model, key) {
+  const signal = AbortSignal.timeout(COUNT_SECONDS * 1000);
+  try {
+    const reply = await post("messages/count_tokens", { model, messages: [{ role: "user", content: text }] }, key, {
+      signal,
+    });
+    const { input_tokens: tokens } = await reply.json();
+    return Number.isInteger(tokens) && tokens > 0 ? tokens : null;
+  } catch {
+    return null; // an estimate stands in for it
+  }
+}
+
 /** POST a streaming chat request; returns the reply once its headers are here; throws Problem. */
 export function ask(body, { key, session, signal }) {
   // Usage with every chunk, so that an answer that is stopped has its figures, too.
   const usage = { include_usage: true, continuous_usage_stats: true };
-  return send("chat/completions", {
-    method: "POST",
-    headers: { ...authorization(key), "Content-Type": "application/json", "X-Session-ID": session },
-    // As a Blob: a long string would be copied to the network on this thread, which holds up the page.
-    body: new Blob([JSON.stringify({ ...body, stream: true, stream_options: usage })]),
-    signal,
-  });
+  const streamed = { ...body, stream: true, stream_options: usage };
+  return post("chat/completions", streamed, key, { signal, headers: { "X-Session-ID": session } });
 }
 
 /** The chunks of a streamed reply; throws Problem where the server reports an error or the stream breaks off. */
@@ -46,7 +50,7 @@ export async function* chunks(reply) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Problem(`The server ended this answer (${reason(chunk)}): retry to ask again.`);
+        if (chunk.error) throw new Problem("The server broke this answer off: retry to ask again.");
         yield chunk;
       }
     }
@@ -59,6 +63,16 @@ export async function* chunks(reply) {
   throw new Problem("The stream ended before the answer was complete: retry to ask again.");
 }
 
+function post(path, body, key, { headers, ...options }) {
+  return send(path, {
+    method: "POST",
+    headers: { ...authorization(key), "Content-Type": "application/json", ...headers },
+    // As a Blob: a long string would be copied to the network on this thread, which holds up the page.
+    body: new Blob([JSON.stringify(body)]),
+    ...options,
+  });
+}
+
 async function send(path, options) {
   let reply;
   try {
@@ -68,7 +82,7 @@ async function send(path, options) {
     throw new Problem("The gateway cannot be reached: check that it runs and that you are online, then retry.");
   }
   if (reply.ok) return reply;
-  throw new Problem(sentence(reply, reason(await reply.json().catch(() => ({})))), reply.status);
+  throw refusal(reply, await reply.json().catch(() => ({})));
 }
 
 function authorization(key) {
@@ -77,28 +91,4 @@ function authorization(key) {
     throw new Problem("The API key has a space or a letter that keys cannot have: enter it again.", 401);
   }
   return { Authorization: `Bearer ${key}` };
-}
-
-/** The server's own words in an error body, without a full stop. */
-function reason(body) {
-  const words = body.error?.message ?? body.error ?? body.message ?? body.detail;
-  return typeof words === "string" ? words.trim().replace(/[.:]$/, "") : "";
-}
-
-function sentence(reply, words) {
-  const told = words && ` (${words})`;
-  const after = Number(reply.headers.get("Retry-After"));
-  const when = after > 0 ? `retry in ${Math.ceil(after)} s` : "retry in a while";
-  switch (reply.status) {
-    case 401:
-      return "The gateway asks for a valid API key: enter one under “API key”, then retry.";
-    case 413:
-      return `This is more than the gateway takes in one request${told}: attach a shorter document.`;
-    case 429:
-      return `Too many requests for now${told}: ${when}.`;
-    case 503:
-      return `The server has no room for this request now${told}: ${when}.`;
-  }
-  if (reply.status >= 500) return `The server failed with status ${reply.status}${told}: ${when}.`;
-  return `The server refused this request with status ${reply.status}${told}: edit it, or start a new chat.`;
 }

@@ -1,0 +1,27 @@
+// A file becomes a document: {name, size, text, bytes, sha256, encoding}.
+
+import { Problem } from "../lib/problems.js";
+import { bytes } from "../lib/units.js";
+import { digest } from "./digest.js";
+import { pdfText } from "./pdf_text.js";
+
+const MOST_BYTES = 64 * 2 ** 20; // what the gateway takes unless it was told otherwise; far over a million tokens
+
+/** Read a file of text or a PDF; throws Problem. `progress(page, pages)` is called for each page of a PDF. */
+export async function readDocument(file, progress = () => {}) {
+  const { name, size } = file;
+  if (size > MOST_BYTES) {
+    throw new Problem(`${name} has ${bytes(size)} and at most ${bytes(MOST_BYTES)} fit: split the file.`);
+  }
+  let content;
+  try {
+    content = await file.arrayBuffer();
+  } catch {
+    throw new Problem(`${name} cannot be read: attach files, not folders, that still exist.`);
+  }
+  const isPdf = new TextDecoder("latin1").decode(content.slice(0, 5)) === "%PDF-";
+  const found = await digest(isPdf ? await pdfText(name, content, progress) : content);
+  if (!found) throw new Problem(`${name} is neither text nor a PDF: save it as a text file first.`);
+  if (!found.text.trim()) throw new Problem(`${name} is empty: attach one with text.`);
+  return { name, size, ...found };
+}
