@@ -111,15 +111,26 @@ def test_a_first_long_prompt_says_that_its_speed_is_not_known(page: Page, gatewa
     expect(page.get_by_role("progressbar")).to_be_hidden()
 
 
-def test_before_the_server_has_begun(page: Page) -> None:
-    found = [
-        module(page, "chat/progress.js", "m.progress({ ...a, reading: 0, speed: null })", argument)["text"]
-        for argument in (
-            {"elapsed": 3, "begun": False, "expected": {"tokens": 70_000, "cached": 0}},
-            {"elapsed": 1, "begun": False, "expected": {"tokens": 70, "cached": 0}},
-        )
-    ]
-    assert found == ["Sent; waiting for the server to begin, 3 s", "Waiting for the first token"]
+@pytest.mark.parametrize(
+    ("elapsed", "tokens", "text", "share"),
+    [
+        (1, 70, "Waiting for the first token", None),
+        (3, 390, "Waiting for the first token, 3 s", None),
+        (10, 4_000, "Reading: about 1,000 of 4,000 tokens, about 30 s left (estimated from earlier prompts)", 0.25),
+        (
+            50,
+            4_000,
+            "Reading about 4,000 tokens takes longer than estimated, 50 s so far",
+            0.99,
+        ),
+    ],
+)
+def test_how_far_is_an_estimate(page: Page, elapsed: float, tokens: int, text: str, share: float | None) -> None:
+    """A hundred tokens a second; nothing is cached."""
+    reading = "(await import('/playground/store/speed.js')).Speed.fit([{ tokens: 1000, cached: 0, seconds: 10 }])"
+    argument = {"elapsed": elapsed, "expected": {"tokens": tokens, "cached": 0}}
+    found = module(page, "chat/progress.js", f"m.progress({{ ...a, speed: {reading} }})", argument)
+    assert found == {"text": text, "share": share}
 
 
 def test_speed_is_fitted_to_what_was_measured(page: Page) -> None:

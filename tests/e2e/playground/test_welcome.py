@@ -61,6 +61,7 @@ def test_an_example_by_keyboard(page: Page, gateway: FakeGateway) -> None:
         ("/models/Kimi-Linear-48B-A3B-Instruct/", "Kimi-Linear-48B-A3B-Instruct"),
         ("/home/a/.cache/hub/models--moonshotai--Kimi-Linear-48B/snapshots/0f3a", "Kimi-Linear-48B"),
         ("/srv/project/.demo/model", "Demo model"),
+        ("/srv/examples/demo_model/checkpoint", "Demo model"),
         ("C:\\models\\kimi", "kimi"),
         ("kimi-linear", "kimi-linear"),
         ("<b>a</b>", "<b>a</b>"),

@@ -3,6 +3,8 @@
 import { count, seconds, share } from "../lib/units.js";
 import { isWarm } from "../store/measures.js";
 
+const SHORTEST = 0.05; // seconds: what came in one piece has no speed
+
 /** Of a turn as it is kept; `cold`: seconds to the first token when the same beginning was read without a cache. */
 export function figures({ queue, first, streamed, usage }, cold) {
   const known = [];
@@ -14,7 +16,7 @@ export function figures({ queue, first, streamed, usage }, cold) {
   const { prompt_tokens: prompt, completion_tokens: answered } = usage;
   known.push(`Prompt ${count(prompt)}${cached == null ? "" : `, ${share(cached, prompt)} cached`}`);
   known.push(`Answer ${count(answered)}`);
-  if (first != null && answered > 1 && streamed > 0) {
+  if (first != null && answered > 1 && streamed > SHORTEST) {
     const speed = (answered - 1) / streamed;
     known.push(`${speed < 10 ? speed.toFixed(1) : count(Math.round(speed))} tokens/s`);
   }

@@ -35,7 +35,7 @@ export class Turn {
       streamed: null,
       cut: false,
     });
-    Object.assign(this, { expected, speed, sent: performance.now(), accepted: null, firstToken: null });
+    Object.assign(this, { expected, speed, sent: performance.now(), firstToken: null });
     this.#empty();
     this.element.classList.add("running");
     this.element.setAttribute("aria-busy", "true");
@@ -43,12 +43,10 @@ export class Turn {
     this.clock = setInterval(() => this.#tick(), 1000);
   }
 
-  /** The server's header is here: it has the prompt. */
+  /** The server's header is here, which vLLM sends with the first token. */
   accept(headers) {
     const queue = headers.get("X-Kimi-Queue-Seconds");
     this.record.queue = queue === null ? null : Number(queue);
-    this.accepted = performance.now();
-    this.#tick();
   }
 
   /** Take one chunk of the stream; `grown` is called when the page shows it. */
@@ -69,6 +67,7 @@ export class Turn {
     this.frame ||= setTimeout(
       () =>
         requestAnimationFrame(() => {
+          if (record.state !== "running") return; // it has ended meanwhile, and all of it is shown
           this.#write();
           grown();
         }),
@@ -138,14 +137,8 @@ export class Turn {
 
   #tick() {
     if (this.firstToken !== null) return;
-    const now = performance.now();
-    const { text, share } = progress({
-      elapsed: (now - this.sent) / 1000,
-      begun: this.accepted !== null,
-      reading: (now - (this.accepted ?? now)) / 1000,
-      expected: this.expected,
-      speed: this.speed,
-    });
+    const elapsed = (performance.now() - this.sent) / 1000;
+    const { text, share } = progress({ elapsed, expected: this.expected, speed: this.speed });
     this.#find(".waiting").hidden = false;
     this.#find(".waiting .words").textContent = text;
     const bar = this.#find(".waiting .bar");

@@ -10,7 +10,7 @@ export const isDemo = (id) => /(^|[\\/_.-])demo([\\/_.-]|$)/i.test(id);
 export function modelName(id) {
   if (!PATH.test(id)) return id;
   const last = id.split(/[\\/]/).filter(Boolean).at(-1) ?? id;
-  if (isDemo(id) && last === "model") return "Demo model";
+  if (isDemo(id) && ["model", "checkpoint"].includes(last)) return "Demo model";
   return HUB.exec(id)?.[1] ?? last;
 }
 
