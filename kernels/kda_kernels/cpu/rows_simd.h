@@ -77,11 +77,11 @@ INLINE void KDA(widen_rows)(const matrix *w, int kind, int64_t k, int64_t end, i
         }
 }
 
-/* As many tokens at once as registers hold sums of; `ahead`: as the first go by or, where weights are widened, the last,
- * which are the fewest. */
+/* As many tokens at once as registers hold sums of; `ahead`: as the last go by, which are the fewest, and where nothing
+ * is widened as the first do. */
 INLINE void KDA(tiles)(const float *const *x, int tokens, const matrix *w, int kind, int64_t k, int64_t end, int rows,
                        int ahead, vec (*sums)[ROWS]) {
-    const int first = ahead && kind == FP32, last = ahead && (kind != FP32 || tokens <= 3);
+    const int first = ahead && kind == FP32, last = ahead;
     int t = tokens > 3 ? 3 : 0;
     if (tokens > 3) KDA(tile)(x, w, kind, k, end, rows, 3, first, sums);
     for (; t + 3 < tokens; t += 3) KDA(tile)(x + t, w, kind, k, end, rows, 3, 0, sums + t);
