@@ -32,10 +32,8 @@ NOT_MEASURED = """\
 ## Not measured
 
 - Real weights of the 48B model: whole servers run it with random weights, experts chosen evenly.
-- Servers of several GPUs, and an H100 with today's kernels. Correctness is tested on both
-  ([numerics](design/numerics.md)).
-- In bfloat16, the longest gap between two tokens since every kernel is compiled at the start (`warmup.py`).
-- Experts in 4 bits on the kernel that they run on now.
+- Servers of more than two GPUs, and an H100 with today's kernels.
+- On one GPU in bfloat16, the longest gap between two tokens since every kernel is compiled at the start (`warmup.py`).
 - A prefill on a GPU that keeps states for the prefix cache, beside one that keeps none.
 """
 
@@ -84,7 +82,7 @@ ROWS = {
 }
 
 # Result files that follow the whole server, in their order; of each, the reasons for what it missed, if it missed any.
-SECTIONS = ("h200-fp8", "kernels", "latent-decode", "expert-tiles", "cpu", "long-context", "cache-blocks", "gateway")
+SECTIONS = ("h200-2gpus", "h200-fp8", "h200-int4", "kernels", "latent-decode", "expert-tiles", "cpu", "long-context", "cache-blocks", "gateway")
 
 Table = dict[str, dict[str, str]]  # first cell of a row -> column -> cell
 

@@ -31,7 +31,10 @@ class ExpertWarmup(VllmJitKernel[Step]):
         """Every power of two, for tables are made for these, and a token more, up to the most tokens of a step.
 
         Triton compiles a kernel anew where an argument is no multiple of 16, as the rows of an odd number of tokens.
+        None with adapters: their products look up which one each token has, in a list that only a step writes.
         """
+        if config.lora_config is not None:
+            return []
         most = config.scheduler_config.max_num_batched_tokens
         powers = [1 << n for n in range(most.bit_length())]
         return [Step(tokens, layer, config) for tokens in sorted({*powers, *(n + 1 for n in powers)}) if tokens <= most]
@@ -42,6 +45,8 @@ class ExpertWarmup(VllmJitKernel[Step]):
         try:
             with torch.inference_mode(), set_forward_context(None, step.config, num_tokens=step.tokens):
                 step.layer(torch.zeros(step.tokens, model.get_hidden_size(), dtype=model.dtype, device=device))
+        except torch.AcceleratorError:  # the device answers nothing after it
+            raise
         except Exception as error:  # a warmup is not worth a server
             logger.warning_once("Kimi Linear: experts could not be run with %d tokens: %s", step.tokens, error)
 

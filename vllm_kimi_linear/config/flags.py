@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_kimi_linear.adapters.names import TARGETS
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
+from vllm_kimi_linear.config import gpu_flags
 from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.log import logger
 
@@ -102,6 +103,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
             ("specialize-active-lora", specialized, (False,), unread),
             ("speculative-config rejection_sample_method", method, (None, "standard"), remedy),
         ]
+    else:
+        flags += gpu_flags.flags(vllm_config)
     if cache.enable_prefix_caching:
         remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"
         flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), remedy))
@@ -114,18 +117,13 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
-    if online and model.quantization != "fp8":
-        logger.warning_once(
-            "Kimi Linear: --quantization is %s; it has not been run with this model on a GPU yet, compare your answers "
-            "or give a checkpoint that is stored in 4 bits.",
-            model.quantization,
-        )
     if lora is not None and not current_platform.is_cpu():
         logger.warning_once(
             "Kimi Linear: --enable-lora has not been run with this model on a GPU yet, compare your answers or merge "
             "the adapter into the checkpoint."
         )
     if parallel.decode_context_parallel_size > 1:
+        gpu_flags.check_nccl()
         logger.warning_once(
             "Kimi Linear: --decode-context-parallel-size is %d; its answers have not been compared with one rank's on "
             "GPUs yet, compare yours or leave it out.",

@@ -134,14 +134,14 @@ def test_a_server_waits_for_its_model_and_for_its_answers(at: str) -> None:
     assert shm["emptyDir"]["medium"] == "Memory"
     (mount,) = (mount for mount in own["volumeMounts"] if mount["mountPath"] == "/weights")
     assert mount["readOnly"] is True
-    gpus = config["tensor-parallel-size"]
-    assert own["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
+    nodes = 2 if at.startswith("leaderworkerset") else 1
+    assert int(own["resources"]["limits"]["nvidia.com/gpu"]) * nodes == config["tensor-parallel-size"]
 
 
 def test_a_group_has_the_nodes_that_its_server_is_spread_over() -> None:
     config = yaml.safe_load(DOCUMENTS["leaderworkerset.yaml:ConfigMap"]["data"]["vllm.yaml"])
     template = DOCUMENTS["leaderworkerset.yaml:LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
-    assert template["size"] == config["pipeline-parallel-size"]
+    assert template["size"] == 2
     assert config["distributed-executor-backend"] == "ray"
     leader, worker = (template[f"{role}Template"]["spec"]["containers"][0] for role in ("leader", "worker"))
     assert leader["resources"] == worker["resources"]

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -178,6 +179,20 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
     "enable_eplb": ("parallel_config.enable_eplb", True),
     "enable_elastic_ep": ("parallel_config.enable_elastic_ep", True),
     "enable_return_routed_experts": ("aux_output_config.enable_return_routed_experts", True),
+    "data_parallel_size": ("parallel_config.data_parallel_size", 2),
+    "pipeline_parallel_size": ("parallel_config.pipeline_parallel_size", 2),
+    "moe_backend": ("kernel_config.moe_backend", "flashinfer_cutlass"),
+    "linear_backend": ("kernel_config.linear_backend", "cutlass"),
+    "dcp_comm_backend": ("parallel_config.dcp_comm_backend", "a2a"),
+    "cp_kv_cache_interleave_size": ("parallel_config.cp_kv_cache_interleave_size", 16),
+    "enable_batch_sharded_sampling": ("parallel_config.enable_batch_sharded_sampling", True),
+    "enable_cumem_allocator": ("model_config.enable_cumem_allocator", True),
+    "enable_nccl_comm_suspend": ("model_config.enable_nccl_comm_suspend", True),
+    "enable_trace_replay": ("model_config.enable_trace_replay", True),
+    "return_sampling_mask": ("model_config.return_sampling_mask", True),
+    "sleep_mode_offload_cudagraph": ("model_config.sleep_mode_offload_cudagraph", True),
+    "sleep_preserve_parameter_names": ("model_config.sleep_preserve_parameter_names", ["lm_head*"]),
+    "attention_backend": ("attention_config.backend", SimpleNamespace(name="FLASHMLA")),
 }
 
 
@@ -203,7 +218,8 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    with mock.patch.object(type(current_platform), "is_cpu", lambda self: False):
+    on_gpus = mock.patch.object(type(current_platform), "is_cpu", lambda self: False)
+    with on_gpus, mock.patch("vllm.distributed.device_communicators.pynccl_wrapper.NCCLLibrary"):
         check_flags(config, states=True)
         for flag, (path, value) in ELSEWHERE.items():
             part, name = path.split(".")
@@ -228,7 +244,7 @@ def test_refused_elsewhere(demo_model: Path) -> None:
     said, warned, cache = in_own_process(check_elsewhere, str(demo_model))
     assert said.keys() == ELSEWHERE.keys()
     for flag, (_, value) in ELSEWHERE.items():
-        assert said[flag].startswith(f"--{flag.replace('_', '-')} is {value}; ")
+        assert said[flag].startswith(f"--{flag.replace('_', '-')} is {getattr(value, 'name', value)}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
     adapters, shared = warned
     assert "--enable-lora has not been run with this model on a GPU yet" in adapters and "merge" in adapters

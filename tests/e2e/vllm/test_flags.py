@@ -29,6 +29,9 @@ REFUSED_FLAGS = """
     mamba_block_size mamba_cache_dtype mamba_cache_philox_rounds model_impl offload_group_size
     prefill_context_parallel_size prefix_cache_retention_interval prefix_match_unit quantization quantization_config
     runner ubatch_size use_replayssm
+    moe_backend linear_backend dcp_comm_backend cp_kv_cache_interleave_size enable_batch_sharded_sampling
+    enable_cumem_allocator enable_nccl_comm_suspend enable_trace_replay return_sampling_mask
+    sleep_mode_offload_cudagraph sleep_preserve_parameter_names
 """
 
 # Run by another file of the tests, which names it.
@@ -40,6 +43,7 @@ TESTED = {
     "dtype": "e2e/vllm/test_bfloat16.py",
     "enable_lora": "e2e/vllm/test_adapters.py",
     "enable_prefix_caching": "e2e/vllm/test_prefix_cache.py",
+    "enable_sleep_mode": "e2e/vllm/test_gpu.py",
     "gpu_memory_utilization": "e2e/vllm/test_gpu.py",
     "hf_overrides": "e2e/vllm/test_config_errors.py",
     "kv_cache_memory_bytes": "conftest.py",
@@ -173,28 +177,23 @@ UNTOUCHED = {
         custom_histogram_buckets jit_monitor_mode jit_monitor_verbose profiler_config logging_config log_level
         log_config_file enable_log_requests per_request_spec_decode_metrics
     """,
-    "another class in place of ours, at one's own risk": "model_class_overrides",
+    "another class or kernel in place of ours or vLLM's, at one's own risk": "model_class_overrides ir_op_priority",
+    "of several flags in one, each of which has its verdict": "aux_output_config kernel_config mamba_config",
+    "read with --data-parallel-size, which is refused": """
+        all2all_backend data_parallel_address data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
+        data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port data_parallel_size_local
+        data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval
+    """,
+    "replaced by cp_kv_cache_interleave_size": "dcp_kv_cache_interleave_size",
     "other names of parts of what is run": "max_cudagraph_capture_size",
 }
-
-# Read on GPUs alone, and not yet run there with this model.
-TO_RUN_ON_GPUS = """
-    all2all_backend aux_output_config cp_kv_cache_interleave_size data_parallel_address data_parallel_backend
-    data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank
-    data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank dcp_comm_backend
-    dcp_kv_cache_interleave_size disable_nccl_for_dp_synchronization dp_sync_interval enable_batch_sharded_sampling
-    enable_cumem_allocator enable_nccl_comm_suspend
-    enable_sleep_mode enable_trace_replay ir_op_priority kernel_config mamba_config moe_backend return_sampling_mask
-    sleep_mode_offload_cudagraph sleep_preserve_parameter_names
-"""
-
 
 def verdicts() -> list[str]:
     """Each flag as often as it has a verdict."""
     run = {flag for flags in (SHORT | LONG).values() for flag in flags}
     untouched = [flag for flags in UNTOUCHED.values() for flag in flags.split()]
     elsewhere = [*REFUSED_FLAGS.split(), *TESTED]
-    return [*elsewhere, *run.difference(elsewhere), *untouched, *TO_RUN_ON_GPUS.split()]
+    return [*elsewhere, *run.difference(elsewhere), *untouched]
 
 
 def test_every_flag_has_one_verdict() -> None:

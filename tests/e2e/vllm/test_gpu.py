@@ -8,10 +8,12 @@ server must have taken it, and over all it may not take others much more often t
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -80,6 +82,17 @@ WAYS = {
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
+    "two ranks, experts apart": ("--tensor-parallel-size=2", "--enable-expert-parallel", "--enable-prefix-caching"),
+    "latents by Triton": ("--attention-backend=TRITON_MLA", "--enable-prefix-caching"),
+    "worker apart, steps in turn": (
+        "--distributed-executor-backend=mp",
+        "--no-async-scheduling",
+        "--enable-prefix-caching",
+    ),
+    **{
+        f"graphs {mode}": (f'--compilation-config={{"cudagraph_mode":"{mode}"}}', "--enable-prefix-caching")
+        for mode in ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY")
+    },
 }
 TOKENS = 64
 GROWING = (180,) * 24  # one block of 192 tokens each, until their answers need another: more than a short cache has
@@ -135,7 +148,7 @@ class Judge:
             rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
         seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
         assert not missed, f"{seen}; missed: {missed}"
-        assert others <= RATIO * rough_others, seen
+        assert others <= RATIO * rough_others + 2 * math.sqrt(rough_others), seen  # which of two near ones is chance
         return seen
 
 
@@ -266,6 +279,30 @@ def test_every_way(
     assert ("its answers have not been compared" in way.server.log) == (SHARED in str(way.server.flags))
     if "--num-gpu-blocks-override=25" in way.server.flags:
         assert way.metric("vllm:num_preemptions_total") > 0
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_and_awake(level: int, servers: Callable[..., Server], demo_model: Path, asked: list):
+    """Weights go to the host or are read again, all states and latents are lost: the answers are those of before."""
+    flags = (*FLAGS, "--enable-prefix-caching", "--enable-sleep-mode")
+    server = Completions(servers(demo_model, *flags, env={"VLLM_SERVER_DEV_MODE": "1"}))
+
+    def call(path: str, **body: object) -> None:
+        reply = httpx.post(f"{server.server.url}/{path}", json=body or None, timeout=120, trust_env=False)
+        assert reply.status_code == 200, (path, reply.text)
+
+    before = server.one_by_one(asked)
+    for _ in range(2):
+        call(f"sleep?level={level}")
+        if level == 2:
+            call("wake_up?tags=weights")
+            call("collective_rpc", method="reload_weights")
+            call("wake_up?tags=kv_cache")
+        else:
+            call("wake_up")
+        after = server.one_by_one(asked)
+        assert differing(before, after) == 0
+        assert sum(answer.cached_tokens for answer in after) == 0
 
 
 def test_warm_answers(

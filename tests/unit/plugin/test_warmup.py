@@ -1,5 +1,6 @@
 """What runs before the first request, so that none waits for a compiler."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -9,17 +10,40 @@ from vllm.config import VllmConfig
 
 from kda_kernels import interface
 from kda_kernels.interface import KdaInputs, KdaParams
-from vllm_kimi_linear import kda
-from vllm_kimi_linear.warmup import ExpertWarmup
+from vllm_kimi_linear import kda, warmup
+from vllm_kimi_linear.warmup import ExpertWarmup, Step
 
 HEADS, DIM = 2, 16
 
 
 def test_experts_of_odd_and_even_steps():
     """An odd number of tokens is another kernel: Triton compiles it for what 16 divides, and for what it does not."""
-    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=20))
+    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=20), lora_config=None)
     steps = ExpertWarmup().get_warmup_keys(Mock(), config)
     assert [step.tokens for step in steps] == [1, 2, 3, 4, 5, 8, 9, 16, 17]
+
+
+def test_no_experts_are_warmed_up_with_adapters():
+    """Outside a step their products read which adapter a token has from beyond what was written: an illegal access."""
+    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=20), lora_config=Mock())
+    assert ExpertWarmup().get_warmup_keys(Mock(), config) == []
+
+
+class Broken(torch.nn.Linear):
+    error: type[Exception] = RuntimeError
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise self.error("broken")
+
+
+def test_a_warmup_that_fails_costs_no_server_unless_the_device_is_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warmup, "set_forward_context", lambda *args, **kwargs: nullcontext())
+    model = Mock(dtype=torch.float32, get_hidden_size=lambda: 4)
+    step = Step(2, layer := Broken(4, 4), Mock(spec=VllmConfig, model_config=model))
+    ExpertWarmup().compile(step)
+    layer.error = torch.AcceleratorError
+    with pytest.raises(torch.AcceleratorError):
+        ExpertWarmup().compile(step)
 
 
 def test_kda_decodes_one_token_and_many(monkeypatch: pytest.MonkeyPatch):
