@@ -82,7 +82,18 @@ ROWS = {
 }
 
 # Result files that follow the whole server, in their order; of each, the reasons for what it missed, if it missed any.
-SECTIONS = ("h200-2gpus", "h200-fp8", "h200-int4", "kernels", "latent-decode", "expert-tiles", "cpu", "long-context", "cache-blocks", "gateway")
+SECTIONS = (
+    "h200-2gpus",
+    "h200-fp8",
+    "h200-int4",
+    "kernels",
+    "latent-decode",
+    "expert-tiles",
+    "cpu",
+    "long-context",
+    "cache-blocks",
+    "gateway",
+)
 
 Table = dict[str, dict[str, str]]  # first cell of a row -> column -> cell
 

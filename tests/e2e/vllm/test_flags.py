@@ -188,6 +188,7 @@ UNTOUCHED = {
     "other names of parts of what is run": "max_cudagraph_capture_size",
 }
 
+
 def verdicts() -> list[str]:
     """Each flag as often as it has a verdict."""
     run = {flag for flags in (SHORT | LONG).values() for flag in flags}
