@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from kimi_demo.server import Server
+from tests.support import patience
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Completions:
 
     def connect(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, keepalive_expiry=2)  # vLLM closes idle ones after five seconds
-        return httpx.AsyncClient(base_url=self.server.url, timeout=600, limits=limits, trust_env=False)
+        return httpx.AsyncClient(base_url=self.server.url, timeout=patience.SECONDS, limits=limits, trust_env=False)
 
     def body(self, prompt: Sequence[int], tokens: int, **more: Any) -> dict[str, Any]:
         return {
@@ -50,7 +51,7 @@ class Completions:
 
     def post(self, body: dict[str, Any]) -> dict[str, Any]:
         """The whole reply to one request."""
-        reply = httpx.post(f"{self.server.url}/v1/completions", json=body, timeout=600, trust_env=False)
+        reply = httpx.post(f"{self.server.url}/v1/completions", json=body, timeout=patience.SECONDS, trust_env=False)
         assert reply.status_code == 200, reply.text
         return reply.json()
 

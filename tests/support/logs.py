@@ -6,11 +6,12 @@ from openai import AsyncOpenAI
 
 from examples.demo_model.conversations import Log, Question
 from kimi_demo.server import Server
+from tests.support import patience
 
 
 async def ask_all(server: Server, log: Log, questions: list[Question]) -> list[tuple[str, int]]:
     """Answers and how many tokens of their prompts were cached."""
-    client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
+    client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=patience.SECONDS)
 
     async def ask(question: Question) -> tuple[str, int]:
         reply = await client.chat.completions.create(

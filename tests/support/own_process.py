@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support import patience
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,7 +32,7 @@ def in_own_process(function: Callable[[Any], Any], argument: Any, **environment:
             text=True,
             cwd=ROOT,
             env={**os.environ, **environment},
-            timeout=600,
+            timeout=patience.SECONDS,
         )
         assert process.returncode == 0, process.stderr[-4000:]
         return json.loads((Path(folder) / "result.json").read_text())
