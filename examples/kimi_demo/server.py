@@ -79,10 +79,12 @@ class Server:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def start(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
-        """Start and return when /health answers; raises StartError if it ends or `timeout` seconds pass.
+        """Start and return when /health answers. Raises what `launch` and `wait` raise."""
+        self.launch()
+        return self.wait(timeout, waiting)
 
-        Raises ValueError if nothing names the server's size.
-        """
+    def launch(self) -> None:
+        """Start the process; raises ValueError if nothing names the server's size."""
         if not any(word.startswith(SIZES) for word in self.command) and "VLLM_CPU_KVCACHE_SPACE" not in self.env:
             raise ValueError(f"{' '.join(self.command)} names no size: give it {SIZES[0]}, such as 256M")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,13 @@ class Server:
                 env=self.env,
                 start_new_session=True,
             )
+
+    def wait(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
+        """Return when /health answers; raises StartError if the process ends or `timeout` seconds pass.
+
+        `waiting` is called with the seconds so far, four times a second.
+        """
+        assert self.process is not None
         begun = time.monotonic()
         while not self.is_healthy():
             seconds = time.monotonic() - begun
