@@ -1,7 +1,6 @@
 """A bar for the start of `vllm serve`: its phase, as its log says it, and the seconds so far."""
 
-import os
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 
 # What vLLM does -> what its log says when that begins. The three processes import it one after another.
@@ -29,7 +28,7 @@ class StartBar:
     def __init__(self, log: Callable[[], str], terminal: bool) -> None:
         self.log = log
         self.terminal = terminal
-        self.begun: dict[str, float] = {}  # phase -> seconds
+        self.begun = {next(iter(PHASES)): 0.0}  # phase -> seconds
         self.shown = ""
 
     def __call__(self, seconds: float) -> None:
@@ -64,7 +63,7 @@ class StartBar:
 
     def _draw(self, line: str) -> None:
         if self.terminal:
-            columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+            columns = shutil.get_terminal_size().columns
             print(f"\r\033[K{line[: columns - 1]}", end="", flush=True)
         else:
             print(line, flush=True)
