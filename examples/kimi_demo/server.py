@@ -65,6 +65,7 @@ class Server:
         self.env = {**DEFAULT_ENV, **os.environ, **(env or {})}
         self.port = free_port()
         self.process: subprocess.Popen | None = None
+        self.launched = 0.0  # by time.monotonic
 
     @property
     def url(self) -> str:
@@ -90,6 +91,7 @@ class Server:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             # A session of its own, so that stop() reaches the engine and worker processes as well.
+            self.launched = time.monotonic()
             self.process = subprocess.Popen(
                 self.command,
                 stdout=log,
@@ -99,14 +101,13 @@ class Server:
             )
 
     def wait(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
-        """Return when /health answers; raises StartError if the process ends or `timeout` seconds pass.
+        """Return when /health answers; raises StartError if the process ends or is `timeout` seconds old.
 
-        `waiting` is called with the seconds so far, four times a second.
+        `waiting` is called with its age in seconds, four times a second.
         """
         assert self.process is not None
-        begun = time.monotonic()
         while not self.is_healthy():
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - self.launched
             if self.process.poll() is not None:
                 raise StartError(f"vllm serve ended with status {self.process.returncode}.", self.log)
             if seconds > timeout:
