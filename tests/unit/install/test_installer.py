@@ -55,7 +55,12 @@ def test_extras_alone_do_not_build_the_project_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, todo: stamp.Todo, compiled: bool
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(installer.Steps, "run", lambda steps, title, command, **more: lines.append(title) or (0, ""))
+
+    def run(steps: installer.Steps, title: str, command: list[str], may_fail: bool = False) -> tuple[int, str]:
+        lines.append(title)
+        return 0, ""
+
+    monkeypatch.setattr(installer.Steps, "run", run)
     monkeypatch.setattr(installer, "tools", lambda steps, python: [installer.pip(python)])
     monkeypatch.setattr(installer, "install_project", lambda *arguments: lines.append("this project"))
     installer.install(ROOT, tmp_path, "cuda", todo, "server,test")
