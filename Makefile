@@ -1,9 +1,9 @@
 # `make` or `make help` lists the targets. Variables can be set on the command line:
 #   DEVICE=cpu|cuda   what to install for (default: what this machine has)
-#   EXTRAS=server     without the tools of the tests (default: server,test)
+#   EXTRAS=server     without the tools of the tests (default: server,test; for demo and serve server)
 #   PYTHON=...        the Python 3.11 or newer that .venv is made from
 #   TAG=v1.2.3        the release that `make dist` builds
-#   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for pytest)
+#   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for the demo, or pytest)
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 ifndef PYTHON
@@ -11,6 +11,10 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p $(NEW_ENOUGH) && echo $$p && break; done)
 endif
 DEVICE ?=
+# An environment that has more keeps it.
+ifeq ($(filter-out demo serve,$(or $(MAKECMDGOALS),help)),)
+EXTRAS ?= server
+endif
 EXTRAS ?= server,test
 DEMO_MODEL := .demo/model
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
@@ -46,8 +50,8 @@ install: ## make .venv and install vLLM and this project in it
 lock: install ## renew the versions that an install takes (ARGS=--upgrade: the newest)
 	@$(BIN)/python -m deploy.install.lock $(ARGS)
 
-demo: install ## serve a small trained model, ask it about a log, compare with the reference
-	@$(BIN)/kimi-linear demo
+demo: install ## serve a small trained model, ask it about a log, leave a page open (ARGS=--once: end)
+	@$(BIN)/kimi-linear demo $(ARGS)
 
 serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo checkpoint)
 ifeq ($(MODEL),$(DEMO_MODEL))

@@ -1,4 +1,4 @@
-"""Bring the environment to what the tree asks for: nothing, this project again, its dependencies too, or all anew."""
+"""Bring the environment to what the tree asks for: nothing, more extras, this project again, all of it, or all anew."""
 
 import argparse
 import fcntl
@@ -72,7 +72,8 @@ def install(root: Path, venv: Path, device: str, todo: stamp.Todo, extras: str =
 
     def with_dependencies(tool: Tool) -> None:
         install_dependencies(steps, tool, root, device, wanted)
-        install_project(steps, tool, root, device)
+        if todo != "extras":
+            install_project(steps, tool, root, device)
 
     if todo == "project":
         has_uv = (venv / "bin" / "uv").exists()
@@ -109,8 +110,10 @@ def main() -> int:
                 check_place(venv)
             if missing := missing_tools(device):
                 raise Failed("\n".join(missing))
+            if found and todo != "anew":
+                wanted = stamp.with_extras_of(found, wanted)
             stamp.remove(venv)
-            install(ROOT, venv, device, todo, arguments.extras)
+            install(ROOT, venv, device, todo, wanted["extras"])
             stamp.write(venv, wanted)
     except Failed as error:
         print(f"make install: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 NAME = "kimi-linear.json"
-Todo = Literal["nothing", "project", "update", "anew"]
+Todo = Literal["nothing", "extras", "project", "update", "anew"]
 
 
 def fingerprint(root: Path, device: str, extras: str) -> dict[str, str]:
@@ -32,8 +32,9 @@ def fingerprint(root: Path, device: str, extras: str) -> dict[str, str]:
     return {
         "root": str(root),
         "device": device,
+        "extras": ",".join(sorted(_names(extras))),
         "dependencies": digest(
-            json.dumps([dependencies, pyproject["build-system"], extras], sort_keys=True),
+            json.dumps([dependencies, pyproject["build-system"]], sort_keys=True),
             (root / "deploy/cpu-alias/pyproject.toml").read_bytes(),
             *(part for path in sorted(installer) for part in (path.name, path.read_bytes())),
         ),
@@ -47,7 +48,9 @@ def fingerprint(root: Path, device: str, extras: str) -> dict[str, str]:
 
 
 def decide(stamp: Mapping[str, str] | None, wanted: Mapping[str, str], works: bool) -> Todo:
-    """What to do: `nothing`, `project` (build ours again), `update` (dependencies too) or `anew`.
+    """What to do: `nothing`, `extras` (add those that lack), `project` (build ours again), `update` (both) or `anew`.
+
+    An environment with more extras than are wanted serves.
 
     Args:
         stamp: what the environment's stamp says; None where there is none.
@@ -58,9 +61,19 @@ def decide(stamp: Mapping[str, str] | None, wanted: Mapping[str, str], works: bo
         return "anew"
     if stamp.get("dependencies") != wanted["dependencies"]:
         return "update"
+    lacks_extras = not _names(wanted["extras"]) <= _names(stamp.get("extras", ""))
     if stamp.get("project") != wanted["project"]:
-        return "project"
-    return "nothing"
+        return "update" if lacks_extras else "project"
+    return "extras" if lacks_extras else "nothing"
+
+
+def with_extras_of(stamp: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint `wanted`, with the extras that the environment has beside: they are kept, and kept fitting."""
+    return {**wanted, "extras": ",".join(sorted(_names(wanted["extras"]) | _names(stamp.get("extras", ""))))}
+
+
+def _names(extras: str) -> set[str]:
+    return {name for name in extras.split(",") if name}
 
 
 def read(venv: Path) -> dict[str, str] | None:

@@ -8,23 +8,23 @@ bf16: most tokens must be, and all whose lead over the second best is larger tha
 import contextlib
 import json
 import re
+import signal
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
-from openai import OpenAI
-
+from kimi_demo.agreement import agrees
 from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.open_page import PageError, keep_open
 from kimi_demo.server import Server, StartError
+from kimi_demo.start_bar import StartBar
+from kimi_demo.subject import TRAINED, Subject, trained
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
-
-if TYPE_CHECKING:
-    from kimi_demo.reference import Score
 
 KV_BYTES = 256 << 20
 FLAGS = (
@@ -32,125 +32,105 @@ FLAGS = (
     f"--kv-cache-memory-bytes={KV_BYTES}",
     "--gpu-memory-utilization=0.1",  # on a GPU so much must be free, however large the cache
     "--enable-prompt-tokens-details",
+    "--enable-force-include-usage",  # for the gateway
 )
-TRAINED = Path(__file__).parents[1] / "demo_model"
+PATIENCE = 900.0  # seconds: a start beside much other work takes minutes
 PROMPT = "What do you remember of a very long document?"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = 128 + signal.SIGINT
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model, a text that every question follows, and questions, with their answers where there are right ones."""
+def run(folder: Path, prompt: str | None, tokens: int, check: bool = False, once: bool = False) -> int:
+    """Print the whole demo; returns 0 only if answers are right, tokens the reference's, and the plan holds.
 
-    model: Path
-    text: str
-    questions: list[tuple[str, str | None]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    prompt_ids: list[int]
-    token_ids: list[int]
-    cached_tokens: int
-    seconds_to_first: float
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding rate: the tokens after the first over the time after the first."""
-        return (len(self.token_ids) - 1) / max(self.seconds - self.seconds_to_first, 1e-9)
-
-
-def run(folder: Path, prompt: str | None, tokens: int) -> int:
-    """Print the whole demo; returns 0 only if answers are right, tokens the reference's, and the plan holds."""
-    subject = _subject(folder, prompt)
-    dtype = "bfloat16" if _has_gpu() else "float32"
+    On a terminal, but for `once`, the server and the page then stay open until Ctrl-C. `check` asks transformers
+    though its answers are kept.
+    """
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     folder.mkdir(parents=True, exist_ok=True)
-    server = Server(subject.model, (f"--dtype={dtype}", *FLAGS), log_path=folder / "server.log")
+    with _ends_like_ctrl_c():
+        try:
+            subject = _subject(folder, prompt)
+            dtype = "bfloat16" if _has_gpu() else "float32"
+            server = Server(subject.model, (f"--dtype={dtype}", *FLAGS), log_path=folder / "server.log")
+            with _stopped_at_the_end(server):
+                fine = _ask_and_check(server, subject, tokens, dtype, check)
+                if fine and at_terminal and not once:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        keep_open(server, subject, folder)
+            return 0 if fine else 1
+        except (StartError, PageError) as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nStopped before all was checked.", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _ask_and_check(server: Server, subject: Subject, tokens: int, dtype: str, check: bool) -> bool:
+    """Start the server, ask, compare; returns whether all is right. Raises StartError."""
+    print(f"Starting vllm serve {subject.model}, with its log in {server.log_path}", flush=True)
+    server.launch()
+    from kimi_demo.conversation import converse  # takes seconds, in which the server starts
+
+    bar = StartBar(lambda: server.log, sys.stdout.isatty())
+    server.wait(PATIENCE, waiting=bar)
+    bar.ready(time.monotonic() - server.launched)
+    answers, right = converse(server, subject, tokens)
+    planned = _print_memory(subject.model, dtype, _allocated_blocks(server))
+    agreed = agrees(subject.model, answers, tokens, exactly=dtype == "float32", check=check)
+    return right and planned and agreed
+
+
+@contextlib.contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """Within, each signal that ends a program raises KeyboardInterrupt, so that nothing started here stays."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in ENDING}
     try:
-        with _step(f"Starting vllm serve {subject.model}") as ticking:
-            server.start(waiting=ticking)
-    except StartError as error:
-        print(error, file=sys.stderr)
-        return 1
-    try:
-        answers, right = _converse(server, subject, tokens)
-        blocks = _allocated_blocks(server)
+        yield
     finally:
-        server.stop()
-    planned = _print_memory(subject.model, dtype, blocks)
-    agreed = _agrees(subject.model, answers[0], exactly=dtype == "float32")
-    return 0 if right and planned and agreed else 1
+        _restore(before)
+
+
+def _restore(handlers: dict) -> None:
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def _stopped_at_the_end(server: Server) -> Iterator[None]:
+    """Stops the server whatever happens within; another Ctrl-C does not break that off."""
+    try:
+        yield
+    finally:
+        before = {each: signal.signal(each, signal.SIG_IGN) for each in ENDING}
+        try:
+            server.stop()
+        finally:
+            _restore(before)
 
 
 def _subject(folder: Path, prompt: str | None) -> Subject:
     """The trained model and its log; the random one if it is not at hand, or to answer a prompt of one's own."""
-    if prompt is None and (TRAINED / "checkpoint" / "config.json").exists():
-        sample = json.loads((TRAINED / "sample.json").read_text())
-        asked = [(each["question"], each["answer"]) for each in sample["questions"]]
-        return Subject(TRAINED / "checkpoint", sample["log"], asked)
+    if prompt is None and (found := trained(TRAINED)):
+        return found
     model = folder / "model"
-    with _step(f"Writing a small checkpoint with random weights, which talks no sense, to {model}"):
-        write_checkpoint(model)
+    print(f"Writing a small checkpoint with random weights, which talks no sense, to {model}", flush=True)
+    write_checkpoint(model)
     return Subject(model, "", [(prompt or PROMPT, None)])
 
 
 def _has_gpu() -> bool:
+    """Whether torch sees one; its CPU build, whose import takes seconds, is not asked."""
+    if metadata.version("torch").endswith("+cpu"):
+        return False
     import torch
 
     return torch.cuda.is_available()
-
-
-def _converse(server: Server, subject: Subject, tokens: int) -> tuple[list[Answer], bool]:
-    """Ask all questions, each in a conversation of its own; returns the answers, and whether all are right."""
-    if subject.text:
-        lines = subject.text.splitlines()
-        print(f"\nA log of {len(lines)} lines stands before each question:\n")
-        print("\n".join(f"    {line}" for line in (*lines[:3], "...", lines[-1])))
-    answers, right = [], True
-    for question, expected in subject.questions:
-        print(f"\nQuestion: {question}\nAnswer:   ", end="")
-        answer = _ask(server, subject.text + question, tokens, to_the_end=expected is None)
-        verdict = "" if expected is None else "right, " if answer.text == expected else f"WRONG, it is: {expected}, "
-        right = right and expected in (None, answer.text)
-        computed = len(answer.prompt_ids) - answer.cached_tokens
-        read = f"{len(answer.prompt_ids):,} tokens of prompt, {computed:,} of them computed"
-        speed = f"first token after {answer.seconds_to_first:.2f} s, then {answer.tokens_per_second:.0f} tokens/s"
-        print(f"\n          {verdict}{read}, {speed}")
-        answers.append(answer)
-    return answers, right
-
-
-def _ask(server: Server, prompt: str, tokens: int, to_the_end: bool) -> Answer:
-    """Stream one chat answer to the terminal; `to_the_end` of `tokens`, whatever the model says."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    begun = time.monotonic()
-    first = None
-    text, cached = "", 0
-    prompt_ids: list[int] = []
-    token_ids: list[int] = []
-    stream = client.chat.completions.create(
-        model=server.model,
-        messages=[{"role": "user", "content": prompt}],
-        temperature=0,
-        max_tokens=tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"return_token_ids": True, "ignore_eos": to_the_end},
-    )
-    for chunk in stream:
-        if chunk.usage and chunk.usage.prompt_tokens_details:
-            cached = chunk.usage.prompt_tokens_details.cached_tokens or 0
-        for choice in chunk.choices:
-            extra = {**(chunk.model_extra or {}), **(choice.model_extra or {})}
-            prompt_ids = extra.get("prompt_token_ids") or prompt_ids
-            token_ids += extra.get("token_ids") or []
-            if choice.delta.content:
-                first = first or time.monotonic()
-                text += choice.delta.content
-                print(choice.delta.content, end="", flush=True)
-    ended = time.monotonic()
-    return Answer(text, prompt_ids, token_ids, cached, (first or ended) - begun, ended - begun)
 
 
 def _allocated_blocks(server: Server) -> int:
@@ -171,41 +151,3 @@ def _print_memory(model: Path, dtype: str, blocks: int) -> bool:
     )
     print(f"Cache blocks of {plan.block_tokens} tokens: {plan.num_blocks} planned, {blocks} allocated")
     return plan.num_blocks == blocks
-
-
-def _agrees(model: Path, answer: Answer, exactly: bool) -> bool:
-    """Whether the transformers reference in fp32, step by step, takes the answer's tokens; `exactly` all of them."""
-    with _step("Asking the transformers reference in fp32"):
-        score = _score(model, answer)
-    tokens = len(answer.token_ids)
-    agreeing = sum(a == b for a, b in zip(score.argmax, score.answer, strict=True))
-    print(f"{agreeing} of {tokens} tokens of the first answer agree with the transformers reference")
-    if exactly:
-        return agreeing == tokens
-    wrong = score.clearly_wrong()
-    print(f"{wrong} differ where the reference's choice leads by over {score.clear_lead}, more than bf16 overturns")
-    return not wrong and agreeing > tokens / 2
-
-
-def _score(model: Path, answer: Answer) -> "Score":
-    """What the reference says of the answer."""
-    from kimi_demo.reference import HfReference
-
-    return HfReference(model).score(answer.prompt_ids, answer.token_ids)
-
-
-@contextlib.contextmanager
-def _step(what: str) -> Iterator:
-    """Say what is under way, tick while it lasts, say how long it took."""
-    begun = time.monotonic()
-    print(f"{what} ", end="", flush=True)
-    last = begun
-
-    def ticking(seconds: float) -> None:
-        nonlocal last
-        if time.monotonic() - last > 1:
-            last = time.monotonic()
-            print(".", end="", flush=True)
-
-    yield ticking
-    print(f" {time.monotonic() - begun:.1f} s", flush=True)

@@ -65,6 +65,7 @@ class Server:
         self.env = {**DEFAULT_ENV, **os.environ, **(env or {})}
         self.port = free_port()
         self.process: subprocess.Popen | None = None
+        self.launched = 0.0  # by time.monotonic
 
     @property
     def url(self) -> str:
@@ -79,15 +80,18 @@ class Server:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def start(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
-        """Start and return when /health answers; raises StartError if it ends or `timeout` seconds pass.
+        """Start and return when /health answers. Raises what `launch` and `wait` raise."""
+        self.launch()
+        return self.wait(timeout, waiting)
 
-        Raises ValueError if nothing names the server's size.
-        """
+    def launch(self) -> None:
+        """Start the process; raises ValueError if nothing names the server's size."""
         if not any(word.startswith(SIZES) for word in self.command) and "VLLM_CPU_KVCACHE_SPACE" not in self.env:
             raise ValueError(f"{' '.join(self.command)} names no size: give it {SIZES[0]}, such as 256M")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             # A session of its own, so that stop() reaches the engine and worker processes as well.
+            self.launched = time.monotonic()
             self.process = subprocess.Popen(
                 self.command,
                 stdout=log,
@@ -95,9 +99,15 @@ class Server:
                 env=self.env,
                 start_new_session=True,
             )
-        begun = time.monotonic()
+
+    def wait(self, timeout: float = 300, waiting: Callable[[float], None] | None = None) -> "Server":
+        """Return when /health answers; raises StartError if the process ends or is `timeout` seconds old.
+
+        `waiting` is called with its age in seconds, four times a second.
+        """
+        assert self.process is not None
         while not self.is_healthy():
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - self.launched
             if self.process.poll() is not None:
                 raise StartError(f"vllm serve ended with status {self.process.returncode}.", self.log)
             if seconds > timeout:

@@ -18,12 +18,25 @@ def demo(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument("--prompt", help="ask a random checkpoint this, in place of the trained one about its log")
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
-    examples(parser, "kimi-linear demo", 'kimi-linear demo --prompt "What is a delta rule?" --tokens 16')
+    parser.add_argument(
+        "--check", action="store_true", help="ask transformers, though its answers are kept with the checkpoint's hash"
+    )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="end when all is asked, as always without a terminal; else the server and a page stay open until Ctrl-C",
+    )
+    examples(
+        parser,
+        "kimi-linear demo",
+        "kimi-linear demo --once --check",
+        'kimi-linear demo --prompt "What is a delta rule?" --tokens 16',
+    )
 
     def run(args: argparse.Namespace) -> int:
         from kimi_demo import demo
 
-        return demo.run(args.dir, args.prompt, args.tokens)
+        return demo.run(args.dir, args.prompt, args.tokens, args.check, args.once)
 
     return run
 
@@ -66,7 +79,7 @@ def completion(parser: argparse.ArgumentParser) -> Run:
 
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
-    "demo": ("serve a small model, ask it about a log, compare with transformers", demo),
+    "demo": ("serve a small model, ask it about a log, compare with transformers, leave a page open", demo),
     "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
     "serve": ("plan, and start vLLM with the plan", serve),
     "doctor": ("say what this machine has, lacks and would serve", doctor),

@@ -70,6 +70,16 @@ def test_every_command_installs_first() -> None:
         assert "-m deploy.install --device" in make("-n", target).stdout, target
 
 
+def test_the_demo_installs_no_tools_of_the_tests() -> None:
+    def extras(*goals: str, **environment: str) -> str:
+        [asked] = re.findall(r"--extras '(.*?)'", make("-n", *goals, **environment).stdout)
+        return asked
+
+    assert extras("demo") == extras("serve") == "server"
+    assert extras("install") == extras("test") == extras("demo", "test") == "server,test"
+    assert extras("demo", EXTRAS="docs") == extras("demo", "EXTRAS=docs") == "docs"
+
+
 def test_serve_hands_on_model_and_arguments() -> None:
     last = make("-n", "serve", "MODEL=some/model", "ARGS=--port 9").stdout.splitlines()[-1]
     assert last.endswith(".venv/bin/vllm serve some/model --port 9")

@@ -10,16 +10,18 @@ from deploy.install import __main__ as installer
 from deploy.install import stamp
 from deploy.install.steps import Failed
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """main() on an environment in tmp_path, its real work replaced by what the test gives."""
 
-    def run(work, venv: str | Path = tmp_path / "venv") -> tuple[int, list[str]]:
+    def run(work, venv: str | Path = tmp_path / "venv", asked: str = "") -> tuple[int, list[str]]:
         done: list[str] = []
 
         def fake_install(root: Path, venv: Path, device: str, todo: str, extras: str) -> None:
-            done.append(todo)
+            done.append(f"{todo} {extras}" if asked else todo)
             venv.mkdir(exist_ok=True)
             assert not (venv / stamp.NAME).exists(), "a stamp stands while the environment is changed"
             work()
@@ -27,7 +29,8 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setattr(installer, "install", fake_install)
         monkeypatch.setattr(installer, "python_works", lambda python: True)
         monkeypatch.setattr(installer, "missing_tools", lambda device: [])
-        monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(venv), "--device", "cpu"])
+        extras = ["--extras", asked] if asked else []
+        monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(venv), "--device", "cpu", *extras])
         return installer.main(), done
 
     return run
@@ -36,6 +39,33 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_finished_install_is_left_alone(run_main) -> None:
     assert run_main(lambda: None) == (0, ["anew"])
     assert run_main(lambda: None) == (0, [])
+
+
+def test_extras_are_added_and_never_lost(run_main, tmp_path: Path) -> None:
+    assert run_main(lambda: None, asked="server") == (0, ["anew server"])
+    assert run_main(lambda: None, asked="server,test") == (0, ["extras server,test"])
+    assert run_main(lambda: None, asked="server") == (0, [])
+    stamp.write(tmp_path / "venv", (stamp.read(tmp_path / "venv") or {}) | {"project": "old"})
+    assert run_main(lambda: None, asked="server") == (0, ["project server,test"])
+    assert run_main(lambda: None, asked="test") == (0, [])
+
+
+@pytest.mark.parametrize(("todo", "compiled"), [("extras", False), ("update", True)])
+def test_extras_alone_do_not_build_the_project_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, todo: stamp.Todo, compiled: bool
+) -> None:
+    lines: list[str] = []
+
+    def run(steps: installer.Steps, title: str, command: list[str], may_fail: bool = False) -> tuple[int, str]:
+        lines.append(title)
+        return 0, ""
+
+    monkeypatch.setattr(installer.Steps, "run", run)
+    monkeypatch.setattr(installer, "tools", lambda steps, python: [installer.pip(python)])
+    monkeypatch.setattr(installer, "install_project", lambda *arguments: lines.append("this project"))
+    installer.install(ROOT, tmp_path, "cuda", todo, "server,test")
+    assert any(line.startswith("vLLM for CUDA and the rest") for line in lines)
+    assert ("this project" in lines) is compiled
 
 
 def test_the_environment_may_be_anywhere(run_main, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from deploy.install import stamp
 
 ROOT = Path(__file__).resolve().parents[3]
-WANTED = {"root": "/tree", "device": "cpu", "dependencies": "d", "project": "p"}
+WANTED = {"root": "/tree", "device": "cpu", "extras": "server,test", "dependencies": "d", "project": "p"}
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,21 @@ WANTED = {"root": "/tree", "device": "cpu", "dependencies": "d", "project": "p"}
         (WANTED | {"dependencies": "old"}, True, "update"),
         (WANTED | {"dependencies": "old", "project": "old"}, True, "update"),
         (WANTED | {"project": "old"}, True, "project"),
+        (WANTED | {"extras": "server"}, True, "extras"),
+        (WANTED | {"extras": ""}, True, "extras"),
+        (WANTED | {"extras": "docs,server,test"}, True, "nothing"),
+        (WANTED | {"extras": "server", "project": "old"}, True, "update"),
+        (WANTED | {"extras": "docs,server,test", "project": "old"}, True, "project"),
     ],
 )
 def test_decision(found: dict | None, works: bool, todo: str) -> None:
     assert stamp.decide(found, WANTED, works) == todo
+
+
+def test_extras_are_kept_beside_those_that_are_wanted() -> None:
+    wanted = WANTED | {"extras": "server"}
+    assert stamp.with_extras_of({"extras": "docs,server"}, wanted) == WANTED | {"extras": "docs,server"}
+    assert stamp.with_extras_of({}, wanted) == wanted
 
 
 @pytest.mark.parametrize("text", [None, "", '{"root": "/tr', "[]"])
@@ -70,7 +81,9 @@ def test_fingerprint_sees_dependencies_and_version(tmp_path: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tree / name)
     before = stamp.fingerprint(tree, "cpu", "server,test")
-    assert stamp.fingerprint(tree, "cpu", "server")["dependencies"] != before["dependencies"]
+    fewer = stamp.fingerprint(tree, "cpu", "server")
+    assert {key for key in before if before[key] != fewer[key]} == {"extras"}
+    assert stamp.fingerprint(tree, "cpu", ",test,server,") == before
     (tree / "vllm_kimi_linear/__init__.py").write_text('__version__ = "99"\n')
     assert stamp.fingerprint(tree, "cpu", "server,test")["project"] != before["project"]
     text = (tree / "pyproject.toml").read_text()
