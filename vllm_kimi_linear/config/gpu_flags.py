@@ -15,7 +15,7 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
     attention, model, kernels = vllm_config.attention_config, vllm_config.model_config, vllm_config.kernel_config
     parallel = vllm_config.parallel_config
     backend = attention.backend and attention.backend.name
-    stages = "on GPUs its answers have only been seen wrong, where vLLM had found no NCCL; choose --tensor-parallel-size"
+    stages = "on GPUs its answers were only seen wrong, where vLLM had found no NCCL; choose --tensor-parallel-size"
     untried = "it has not been run with this model, leave it out"
     return [
         ("attention-backend", backend, (None, *MLA_BACKENDS), f"choose {' or '.join(MLA_BACKENDS)}"),
