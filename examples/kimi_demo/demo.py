@@ -71,9 +71,10 @@ def _ask_and_check(server: Server, subject: Subject, tokens: int, dtype: str, ch
     """Start the server, ask, compare; returns whether all is right. Raises StartError."""
     print(f"Starting vllm serve {subject.model}, with its log in {server.log_path}", flush=True)
     server.launch()
+    bar = StartBar(lambda: server.log, sys.stdout.isatty())
+    bar(0.0)
     from kimi_demo.conversation import converse  # takes seconds, in which the server starts
 
-    bar = StartBar(lambda: server.log, sys.stdout.isatty())
     server.wait(PATIENCE, waiting=bar)
     bar.ready(time.monotonic() - server.launched)
     answers, right = converse(server, subject, tokens)
