@@ -90,7 +90,7 @@ def _subject(folder: Path, prompt: str | None) -> Subject:
         asked = [(each["question"], each["answer"]) for each in sample["questions"]]
         return Subject(TRAINED / "checkpoint", sample["log"], asked)
     model = folder / "model"
-    with _step(f"Writing a small checkpoint with random weights, which talks no sense, to {model}"):
+    with _step(f"Writing a small checkpoint with random weights, which writes nonsense, to {model}"):
         write_checkpoint(model)
     return Subject(model, "", [(prompt or PROMPT, None)])
 
@@ -105,13 +105,13 @@ def _converse(server: Server, subject: Subject, tokens: int) -> tuple[list[Answe
     """Ask all questions, each in a conversation of its own; returns the answers, and whether all are right."""
     if subject.text:
         lines = subject.text.splitlines()
-        print(f"\nA log of {len(lines)} lines stands before each question:\n")
+        print(f"\nBefore each question comes this log of {len(lines)} lines:\n")
         print("\n".join(f"    {line}" for line in (*lines[:3], "...", lines[-1])))
     answers, right = [], True
     for question, expected in subject.questions:
         print(f"\nQuestion: {question}\nAnswer:   ", end="")
         answer = _ask(server, subject.text + question, tokens, to_the_end=expected is None)
-        verdict = "" if expected is None else "right, " if answer.text == expected else f"WRONG, it is: {expected}, "
+        verdict = "" if expected is None else "right, " if answer.text == expected else f"WRONG, not {expected}, "
         right = right and expected in (None, answer.text)
         computed = len(answer.prompt_ids) - answer.cached_tokens
         read = f"{len(answer.prompt_ids):,} tokens of prompt, {computed:,} of them computed"
@@ -183,7 +183,7 @@ def _agrees(model: Path, answer: Answer, exactly: bool) -> bool:
     if exactly:
         return agreeing == tokens
     wrong = score.clearly_wrong()
-    print(f"{wrong} differ where the reference's choice leads by over {score.clear_lead}, more than bf16 overturns")
+    print(f"{wrong} differ where the reference's choice leads by more than {score.clear_lead}, beyond rounding in bf16")
     return not wrong and agreeing > tokens / 2
 
 
