@@ -187,6 +187,18 @@ def test_the_guide_shows_the_answers() -> None:
         assert f"    {ANSWERS[case]}\n" in GUIDE
 
 
+def test_the_guide_shows_the_tables_as_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", MODEL, "--gpus", "4xH100-80GB", "--context", "1M", "--concurrency", "5"]) == 0
+    printed = re.findall(r"^  ([\w ]+?)(?:, \w+)?  +(\d+\.\d{3}) ", capsys.readouterr().out, re.MULTILINE)
+    parts = re.findall(r"^\| ([\w ]+) \| (\d+\.\d{3}) \|", GUIDE, re.MULTILINE)
+    assert len(parts) == 7 and set(parts) <= set(printed)
+    assert main(["plan", MODEL, "--gpus", "2xRTX-4090", "--context", "128K"]) == 1
+    lines = [line.replace(",", "").replace("GiB", "").split() for line in capsys.readouterr().out.splitlines()]
+    shown = re.findall(r"^\|.* servers? of .*\|$", GUIDE, re.MULTILINE)
+    rows = [row.replace(",", "").replace("|", "").split() for row in shown]
+    assert len(rows) == 5 and all(row in lines for row in rows)
+
+
 def test_a_cpu_hears_no_word_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     for memory, status in (("32G", 1), ("256G", 0)):
         assert main(["plan", MODEL, "--device", "cpu", "--memory", memory]) == status
