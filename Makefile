@@ -1,6 +1,6 @@
 # `make` or `make help` lists the targets. Variables can be set on the command line:
 #   DEVICE=cpu|cuda   what to install for (default: what this machine has)
-#   EXTRAS=server     without the tools of the tests (default: server,test; for demo and serve server)
+#   EXTRAS=server     without the test tools (default: server,test; for demo and serve server)
 #   PYTHON=...        the Python 3.11 or newer that .venv is made from
 #   TAG=v1.2.3        the release that `make dist` builds
 #   MODEL=... ARGS=...  what `make serve` serves, and further arguments for it (or for the demo, or pytest)
@@ -84,7 +84,7 @@ docs: install ## the documents as a site in build/site
 dist: install ## the sdist and the wheel in dist/ (TAG=v1.2.3: checked against version and changelog)
 	@$(BIN)/python -m deploy.release --tag '$(TAG)'
 
-soak: install ## random traffic for 30 minutes, or ARGS='--minutes 8': nothing dies, lies or leaks
+soak: install ## random traffic for 30 minutes, or ARGS='--minutes 8': no crash, no wrong answer, no leak
 	@$(BIN)/python -m tests.soak $(if $(shell command -v nvidia-smi),--gpu) $(ARGS)
 
 clean: ## remove .venv, the demo checkpoint and build output

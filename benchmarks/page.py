@@ -22,19 +22,19 @@ HEAD = """\
 # Performance
 
 Written by `python -m benchmarks.page` from the result files in `docs/benchmarks/`, each of which names its command and
-its machine. Figures are those of the newest run; earlier ones are in the history of these files.
+its machine. Figures are from the newest run; earlier ones are in the git history of these files.
 
-"times faster" is the other implementation's time over ours, or our rate over its; below 1 ours is slower. "Floor" is
-the time that the bytes alone take, at the bandwidth of the data sheet.
+"times faster" is the other implementation's time divided by ours, or our rate divided by its rate; below 1 ours is
+slower. "Floor" is the time to move the bytes at the bandwidth of the data sheet, and nothing else.
 """
 
 NOT_MEASURED = """\
 ## Not measured
 
-- Real weights of the 48B model: whole servers run it with random weights, experts chosen evenly.
-- Servers of more than two GPUs, and an H100 with today's kernels.
-- On one GPU in bfloat16, the longest gap between two tokens since every kernel is compiled at the start (`warmup.py`).
-- A prefill on a GPU that keeps states for the prefix cache, beside one that keeps none.
+- The real weights of the 48B: whole servers were measured with random weights and evenly used experts.
+- Servers of more than two GPUs, and an H100 with the current kernels.
+- On one GPU in bfloat16, the longest gap between two tokens with every kernel compiled at the start (`warmup.py`).
+- What it costs a prefill on a GPU to keep states for the prefix cache.
 """
 
 
@@ -49,7 +49,7 @@ class Row:
 
 
 ROWS = {
-    "A token while decoding": (
+    "Time per token while decoding": (
         Row("tpot 1 4K: tpot", "decode, 1 sequence, 4K of context"),
         Row("tpot 8 4K: tpot", "decode, 8 sequences, 4K"),
         Row("tpot 32 4K: tpot", "decode, 32 sequences, 4K"),
@@ -64,12 +64,12 @@ ROWS = {
         Row("tpot 1 128K: ttft", "first token, prompt of 128K", "s"),
         Row("ttft 512K: ttft", "first token, prompt of 512K", "s", in_readme=False),
         Row("million: ttft", "first token, prompt of 1M", "s"),
-        Row("million: second ttft", "first token, second question on a cached 1M", "s"),
+        Row("million: second ttft", "first token, second question about a cached 1M", "s"),
     ),
     "Requests that arrive at random, 2K tokens in, 256 out, 16 a second": (
         Row("poisson: tokens a second", "random arrivals, throughput", "tokens/s"),
-        Row("poisson: p50 tpot", "random arrivals, a token, p50", in_readme=False),
-        Row("poisson: p99 tpot", "random arrivals, a token, p99"),
+        Row("poisson: p50 tpot", "random arrivals, time per token, p50", in_readme=False),
+        Row("poisson: p99 tpot", "random arrivals, time per token, p99"),
         Row("poisson: p50 ttft", "random arrivals, first token, p50", "s", in_readme=False),
     ),
     "The longest gap between two tokens": (
@@ -186,9 +186,10 @@ def server_section() -> str:
     columns = ("attention only", "floor", "floor, attention only")
     parts = [
         "## The 48B model on one H200",
-        "Made by `python -m benchmarks.h200`: 27 layers with random weights in bfloat16, experts chosen evenly, one "
-        'server after the other on the same machine. "vLLM" is its own implementation of this model, "attention only" '
-        "this model with every layer one of latent attention. Runs, with all flags in their files:",
+        "Made by `python -m benchmarks.h200`: 27 layers with random weights in bfloat16, a router that spreads tokens "
+        'evenly over the experts, all servers on the same machine, one after the other. "vLLM" is its own '
+        'implementation of this model, "attention only" this model with latent attention in every layer. Runs, with '
+        "all flags in their files:",
         "\n".join(
             f"{number}. [{name}.md](benchmarks/{name}.md): {machine}."
             for number, (name, machine) in enumerate(zip(SERVER_RUNS, server.machines, strict=True), 1)
@@ -204,7 +205,7 @@ def server_section() -> str:
     column = "ours, bf16 state"
     rows = [
         [row.words, *(_cell(row, figures[row.name][name]) for name in ("ours", column))]
-        for row in ROWS["A token while decoding"]
+        for row in ROWS["Time per token while decoding"]
         if figures[row.name][column] != "-"
     ]
     head = [f"run {SERVER_RUNS.index(run) + 1}", "ours", column]

@@ -31,7 +31,7 @@ def _section(name: str, patch: Patch) -> str:
     hooks = ", ".join(f"`{hook.target.partition(':')[2]}`" for hook in patch.hooks)
     lines = [
         f"### {title}\n",
-        f"`{name.replace('.', '/')}.py`, on {device}, of vLLM {' and '.join(patch.versions)}. Changes {hooks}.\n",
+        f"`{name.replace('.', '/')}.py`, on {device}, for vLLM {' and '.join(patch.versions)}. Changes {hooks}.\n",
         f"- Symptom: {patch.symptom}",
         f"- Cause: {patch.cause}",
         f"- Upstream: {patch.upstream}",

@@ -29,7 +29,7 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     state = torch.bfloat16 if vllm_config.cache_config.mamba_ssm_cache_dtype == "bfloat16" else torch.float32
     cpu = current_platform.is_cpu()
     if not cpu and not current_platform.is_cuda():
-        return "they are for NVIDIA GPUs and for CPUs"
+        return "the plugin's kernels are for NVIDIA GPUs and for CPUs"
     if not vllm_config.additional_config.get("decode_kernels", True):
         return "turned off by --additional-config '{\"decode_kernels\": false}'"
     if cpu:
@@ -38,15 +38,15 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
         if not takes_c_kernels(model.dtype, sizes.kv_lora_rank):
             return f"the C kernels do not take {model.dtype} and {sizes.kv_lora_rank} latent channels on this processor"
     elif model.dtype != torch.bfloat16:
-        return f"they take bfloat16, not {model.dtype}"
+        return f"the plugin's kernels take bfloat16, not {model.dtype}"
     if vllm_config.lora_config is not None:
-        return "they do not take LoRA"
+        return "the plugin's kernels do not take LoRA"
     if vllm_config.num_speculative_tokens:
-        return "they do not take drafted tokens"
+        return "the plugin's kernels do not take drafted tokens"
     if parallel.enable_expert_parallel or parallel.data_parallel_size > 1:
-        return "they do not take expert or data parallelism"
+        return "the plugin's kernels do not take expert or data parallelism"
     if sizes.expert_groups != 1:
-        return f"they take experts of one group, not {sizes.expert_groups}"
+        return f"the plugin's kernels take one group of experts, not {sizes.expert_groups}"
     if not sizes.kda_layers:
         return "the model has no KDA layer"
     device = "cpu" if cpu else "cuda"
@@ -54,7 +54,7 @@ def why_not(vllm_config: VllmConfig, sizes: ModelSizes, moe_backends: Collection
     if name != device:
         return reason
     if others := set(moe_backends) - (CPU_EXPERTS if cpu else GPU_EXPERTS):
-        return f"they do not go with experts that run on {min(others)}"
+        return f"the plugin's kernels do not go with experts that run on {min(others)}"
     return None
 
 
@@ -66,10 +66,10 @@ class DecodeStep:
         self.kda_layer = kda_layer if reason is None else None
         if self.kda_layer:
             most = f" of up to {MAX_TOKENS} tokens" if current_platform.is_cuda() else ""
-            logger.info_once("Kimi Linear: decode steps%s take kernels of our own", most)
+            logger.info_once("Kimi Linear: decode steps%s run on the plugin's kernels", most)
         else:
             reason = reason or "this pipeline stage has no KDA layer"
-            logger.info_once("Kimi Linear: decode steps take vLLM's layers: %s", reason)
+            logger.info_once("Kimi Linear: decode steps run on vLLM's layers: %s", reason)
 
     def takes(self, tokens: int) -> bool:
         """Whether this step of so many tokens, those that pad a graph included, only decodes, and few of them.

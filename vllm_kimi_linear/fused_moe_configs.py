@@ -55,9 +55,9 @@ def _in_a_step_of_ours() -> bool:
 
 
 PATCH = Patch(
-    symptom="On an H200 the experts of this model run with tiles for no GPU in particular.",
-    cause="vLLM looks for tables by GPU and sizes in a folder of its own and in VLLM_TUNED_CONFIG_FOLDER, which holds "
-    "for every model and for other kernels of the process.",
+    symptom="On an H200 the experts of this model run with vLLM's default tiles, tuned for no GPU in particular.",
+    cause="vLLM looks for tables by GPU and sizes in its own folder and in VLLM_TUNED_CONFIG_FOLDER, which applies "
+    "to every model and to other kernels of the process.",
     remove_when="vLLM ships the tables in `fused_moe_tables/`, or a layer can name its own.",
     device="cuda",
     speed=True,

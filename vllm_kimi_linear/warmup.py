@@ -48,7 +48,7 @@ class ExpertWarmup(VllmJitKernel[Step]):
         except torch.AcceleratorError:  # the device answers nothing after it
             raise
         except Exception as error:  # a warmup is not worth a server
-            logger.warning_once("Kimi Linear: experts could not be run with %d tokens: %s", step.tokens, error)
+            logger.warning_once("Kimi Linear warmup: experts could not be run with %d tokens: %s", step.tokens, error)
 
 
 expert_warmup = ExpertWarmup()

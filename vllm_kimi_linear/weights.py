@@ -89,7 +89,7 @@ def load(
     parts: dict[str, dict[str, torch.Tensor]] = {}  # of weights that come in several tensors and are held in one
     for name, tensor in weights:
         if SPARE.fullmatch(name):
-            logger.info_once("Skipping rotary_emb.inv_freq of the checkpoint: this model rotates nothing")
+            logger.info_once("Skipping rotary_emb.inv_freq of the checkpoint: this model has no rotary positions")
             continue
         original = others.get(name, name)
         target = table.get(original)

@@ -34,7 +34,7 @@ def check_place(venv: Path) -> None:
     """Raises Failed where something stands that no install made: an environment made anew replaces all of it."""
     marks = ("pyvenv.cfg", "install.log", stamp.NAME)
     if venv.exists() and not (venv.is_dir() and (any((venv / mark).exists() for mark in marks) or _is_empty(venv))):
-        raise Failed(f"--venv is {str(venv)!r}, which is no environment and would be lost: name another folder.")
+        raise Failed(f"--venv is {str(venv)!r}, no virtual environment, and would be deleted: name another folder.")
 
 
 def _is_empty(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def main() -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print("Waiting for another install that is at work here.", flush=True)
+                print("Waiting for another install in this folder to finish.", flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             found = stamp.read(venv)
             device = choose_device(arguments.device, (found or {}).get("device", ""))

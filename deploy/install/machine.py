@@ -63,7 +63,7 @@ def missing_tools(
     if not (find_module("venv") and find_module("ensurepip")):
         missing.append("Python's venv module is missing (Debian: apt install python3-venv).")
     if not find_program(compiler()):
-        missing.append("A C compiler is missing (Debian: apt install gcc); another than gcc is named by CC.")
+        missing.append("A C compiler is missing (Debian: apt install gcc); set CC to use another than gcc.")
     if device == "cpu":
         try:
             load_library("libnuma.so.1")

@@ -83,11 +83,11 @@ def tools(steps: Steps, python: str) -> list[Tool]:
     listing = subprocess.run(asked, env=steps.environment, cwd=steps.directory, capture_output=True, text=True)
     settings = pip_settings.parse(listing.stdout)
     if unknown := pip_settings.unknown_to_uv(settings):
-        print(f"pip is configured with {', '.join(unknown)}, which uv cannot be told: pip installs.", flush=True)
+        print(f"pip is configured with {', '.join(unknown)}, which uv does not have: pip installs instead.", flush=True)
         return [pip(python)]
     code, _ = steps.run(UV, [python, "-m", "pip", "install", UV], may_fail=True)
     if code:
-        print(f"{UV} cannot be had, {steps.log} says why: pip installs, which takes longer.", flush=True)
+        print(f"{UV} is not available ({steps.log} says why): pip installs, which takes longer.", flush=True)
         return [pip(python)]
     steps.environment = pip_settings.uv_environment(settings, steps.environment)
     return [uv(python, steps.environment.get("UV_CONSTRAINT", "").split()), pip(python)]
@@ -106,7 +106,7 @@ def by_the_first_that_can(candidates: Sequence[Tool], install: Callable[[Tool], 
             if then is None:
                 raise
             reason = str(error).splitlines()[0].rstrip(".")
-            print(f"{tool.name} did not do it ({reason}): {then.name} tries.", flush=True)
+            print(f"{tool.name} failed ({reason}): trying {then.name}.", flush=True)
 
 
 def install_dependencies(steps: Steps, tool: Tool, root: Path, device: str, wanted: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ def install_torch_cpu(steps: Steps, tool: Tool, requirement: str) -> None:
     code, output = steps.run(f"{requirement} from the configured index", [*command, requirement], may_fail=True)
     if code and tool.lacks_version(output):
         from_pytorch = [*command, tool.only_index, PYTORCH_CPU_INDEX, requirement]
-        steps.run(f"it gives none, so {requirement} from {PYTORCH_CPU_INDEX}", from_pytorch)
+        steps.run(f"that index has none, so {requirement} from {PYTORCH_CPU_INDEX}", from_pytorch)
     elif code:
         steps.fail(f"{requirement} could not be installed", output)
 
@@ -141,7 +141,7 @@ def install_locked(steps: Steps, tool: Tool, device: str, wanted: Sequence[str])
     title = f"vLLM for {'the CPU' if device == 'cpu' else 'CUDA'} and the rest"
     code, output = steps.run(f"{title}, in the versions of {lock}", [*command, *locked, *wanted], may_fail=True)
     if code and tool.lacks_version(output):
-        again = "one of these versions is not to be had, so in those that pyproject.toml allows"
+        again = "one of these versions is not available, so in versions that pyproject.toml allows"
         steps.run(again, [*command, *wanted])
     elif code:
         steps.fail(f"{title} could not be installed", output)
@@ -168,4 +168,4 @@ def install_project(steps: Steps, tool: Tool, root: Path, device: str) -> None:
         stale.unlink()
     steps.run("this project", [*tool.install, *options, *alias, "--editable", "."])
     if list(compiled.glob("*.c")) and not list(compiled.glob("_kda*.so")):
-        print(f"The C kernels did not compile, slower ones will be used: {steps.log} says why.", flush=True)
+        print(f"The C kernels did not compile, so slower ones will be used; {steps.log} says why.", flush=True)

@@ -71,7 +71,7 @@ class Steps:
     def fail(self, sentence: str, output: str = "") -> None:
         """Raise Failed with the end of what was printed, and where the rest is."""
         tail = "".join(f"  {line}\n" for line in output.splitlines()[-12:])
-        raise Failed(f"{sentence}.\n{tail}The whole log is {self.log}; `make install` starts again.")
+        raise Failed(f"{sentence}.\n{tail}The whole log is in {self.log}. Then run `make install` again.")
 
     def _show(self, title: str, state: str, last: bool = False) -> None:
         line = f"[{self.count}] {title}: {state}"

@@ -3,5 +3,5 @@
 #   deploy/runs/single-gpu.sh [--print]
 . "$(dirname "$0")/run.inc"
 
-# What follows -- is for vLLM. The published checkpoint's tokenizer is code of its own, hence --trust-remote-code.
+# Arguments after -- are for vLLM. The published checkpoint brings its own tokenizer code: hence --trust-remote-code.
 run kimi-linear serve "$MODEL" --context 1M --concurrency 2 --out "$OUT/serve.yaml" -- --trust-remote-code

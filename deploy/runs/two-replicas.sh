@@ -5,7 +5,7 @@
 
 run kimi-linear plan "$MODEL" --gpus 4xH100-80GB --tensor-parallel 2 --context 1M --concurrency 4 --out "$OUT/serve.yaml"
 
-# Both end with this script.
+# Both servers end with this script.
 trap '[ -z "$pids" ] || kill $pids 2>/dev/null || true' EXIT
 trap 'exit 143' TERM INT
 start env CUDA_VISIBLE_DEVICES=0,1 vllm serve --config "$OUT/serve.yaml" --trust-remote-code --port 8000
@@ -18,5 +18,5 @@ replicas:
   - url: http://127.0.0.1:8000
   - url: http://127.0.0.1:8001
 YAML
-# It answers at once, and says on /readyz when the servers do.
+# The gateway answers at once; its /readyz says when a server is up.
 run kimi-linear gateway --config "$OUT/gateway.yaml"

@@ -120,7 +120,7 @@ def _subject(folder: Path, prompt: str | None) -> Subject:
     if prompt is None and (found := trained(TRAINED)):
         return found
     model = folder / "model"
-    print(f"Writing a small checkpoint with random weights, which talks no sense, to {model}", flush=True)
+    print(f"Writing a small checkpoint with random weights, which writes nonsense, to {model}", flush=True)
     write_checkpoint(model)
     return Subject(model, "", [(prompt or PROMPT, None)])
 

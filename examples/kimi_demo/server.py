@@ -40,7 +40,7 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise OSError("of 100 ports of the loopback interface none is free")
+    raise OSError("none of 100 ports tried on the loopback interface is free")
 
 
 class Server:
@@ -87,7 +87,7 @@ class Server:
     def launch(self) -> None:
         """Start the process; raises ValueError if nothing names the server's size."""
         if not any(word.startswith(SIZES) for word in self.command) and "VLLM_CPU_KVCACHE_SPACE" not in self.env:
-            raise ValueError(f"{' '.join(self.command)} names no size: give it {SIZES[0]}, such as 256M")
+            raise ValueError(f"{' '.join(self.command)} sets no memory size: add {SIZES[0]}, such as 256M")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             # A session of its own, so that stop() reaches the engine and worker processes as well.

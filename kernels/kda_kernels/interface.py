@@ -228,7 +228,7 @@ def _choose(device: str, dtype: torch.dtype, head_dim: int, state_dtype: torch.d
     if asked not in ("auto", "reference"):
         raise ValueError(f"{BACKEND_VARIABLE} is {asked!r}; set it to 'auto' or 'reference'.")
     if asked == "reference":
-        return reference, "reference", f"{BACKEND_VARIABLE}=reference asks for plain torch"
+        return reference, "reference", f"{BACKEND_VARIABLE}=reference is set"
     if device not in _FAST_BACKENDS:
         return reference, "reference", f"there are no fast kernels for device {device!r}"
     try:

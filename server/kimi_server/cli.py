@@ -14,9 +14,9 @@ AFTER_DASHES = ("serve", "completion")  # those that take words after `--`
 
 def demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
-        "--dir", type=Path, default=Path(".demo"), help="where the checkpoint and the log are kept (default: .demo)"
+        "--dir", type=Path, default=Path(".demo"), help="folder for the checkpoint and the log (default: .demo)"
     )
-    parser.add_argument("--prompt", help="ask a random checkpoint this, in place of the trained one about its log")
+    parser.add_argument("--prompt", help="ask a random checkpoint this, and not the trained one about its log")
     parser.add_argument("--tokens", type=int, default=64, help="length of the answer (default: 64)")
     parser.add_argument(
         "--check", action="store_true", help="ask transformers, though its answers are kept with the checkpoint's hash"
@@ -80,10 +80,10 @@ def completion(parser: argparse.ArgumentParser) -> Run:
 # Name -> what it does, and the function that gives a parser its arguments and returns what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "demo": ("serve a small model, ask it about a log, compare with transformers, leave a page open", demo),
-    "plan": ("say how a model fits on a machine, and write the flags for vLLM", plan),
-    "serve": ("plan, and start vLLM with the plan", serve),
-    "doctor": ("say what this machine has, lacks and would serve", doctor),
-    "gateway": ("run admission, keys and sessions in front of vLLM servers", gateway),
+    "plan": ("say whether a model fits on a machine, and write the flags for vLLM", plan),
+    "serve": ("plan, and start vLLM with the result", serve),
+    "doctor": ("say what this machine has, what it lacks and whether it can serve", doctor),
+    "gateway": ("run the gateway for vLLM servers: keys, limits, fair admission, sessions", gateway),
     "keys": ("add, list, limit and revoke the gateway's API keys", keys),
     "completion": ("print a script that completes this command in a shell", completion),
 }
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_flags(parser, argv[:cut])
     args = parser.parse_args(argv[:cut], argparse.Namespace(further=argv[cut + 1 :]))
     if args.further and args.command not in AFTER_DASHES:
-        parser.error(f"nothing may follow -- after {args.command}; remove {' '.join(args.further)}")
+        parser.error(f"{args.command} takes nothing after --; remove {' '.join(args.further)}")
     return args.run(args)
 
 

@@ -9,7 +9,7 @@ from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import GATE_UP, GATES_B, KDA_IN_PROJ, MLA_IN_PROJ, parameter_of
 
 TARGETS = tuple(dict.fromkeys((*KDA_IN_PROJ, *GATES_B, *MLA_IN_PROJ, "o_proj", *GATE_UP, "down_proj")))
-REMEDY = "merge the adapter into the checkpoint by PEFT's merge_and_unload, or train it without that module"
+REMEDY = "merge the adapter into the checkpoint with PEFT's merge_and_unload, or train it without that module"
 
 
 class AdapterNames:
@@ -42,7 +42,7 @@ class AdapterNames:
             if match and candidate in self.modules:
                 return f"{self.modules[candidate]}.{match[2]}"
         raise ConfigError(
-            f"adapter tensor {tensor} is none of a module that takes an adapter here ({', '.join(TARGETS)}); {REMEDY}"
+            f"adapter tensor {tensor} is for a module that takes no adapter ({', '.join(TARGETS)} do); {REMEDY}"
         )
 
     def check(self, adapter: Any) -> None:
@@ -59,5 +59,5 @@ class AdapterNames:
                 if tuple(found.shape) != wanted:
                     raise ConfigError(
                         f"{tensor} has shape {list(found.shape)} where the model and adapter_config.json ask for "
-                        f"{list(wanted)}; use an adapter of this very model"
+                        f"{list(wanted)}; use an adapter that was trained on this model"
                     )

@@ -35,12 +35,13 @@ def few_tokens(graphs: tuple[int, ...]) -> int:
 
 
 PATCH = Patch(
-    symptom="One sequence of a million tokens decodes at a third of the memory's bandwidth (`docs/performance.md`).",
-    cause="In a CUDA graph FLASH_ATTN_MLA cuts a sequence into at most 32 parts, one for each multiprocessor, of which "
-    "a Hopper has 132. The bound is there for the buffers of partial results, which grow with it and with the tokens "
-    "of the step: a quarter of the largest graph's tokens can have four times the parts in the same bytes.",
-    upstream="vllm-project/vllm#35899, closed, did so for all sizes of a graph.",
-    remove_when="the bound depends on the size of the graph.",
+    symptom="Decoding one sequence of a million tokens uses a third of the memory's bandwidth (`docs/performance.md`).",
+    cause="In a CUDA graph FLASH_ATTN_MLA splits a sequence into at most 32 parts, one for each multiprocessor, of "
+    "which a Hopper has 132. The limit bounds the buffers of partial results, whose size is parts times tokens of "
+    "the step: steps of up to a quarter of the largest graph's tokens can have four times the parts in the same "
+    "memory.",
+    upstream="vllm-project/vllm#35899, closed, lifted the limit for graphs of every size.",
+    remove_when="the limit depends on the size of the graph.",
     device="cuda",
     speed=True,
     hooks=(

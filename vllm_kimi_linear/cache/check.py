@@ -28,9 +28,10 @@ class StateCheck:
         """
         for request, (row, context, length) in enumerate(zip(table, contexts, lengths, strict=False)):
             if context and length and (held := self.tokens.get(source := row[self._column(context)])) != context:
+                found = "was never written" if held is None else f"is that of {held} tokens"
                 raise RuntimeError(
-                    f"check_states: request {request} of this step goes on from {context} tokens, and the state in its "
-                    f"block {source} holds {held}; the prefix cache or the scheduler is wrong"
+                    f"check_states: request {request} of this step continues after {context} tokens, but the state in "
+                    f"its block {source} {found}; the prefix cache or the scheduler is wrong"
                 )
         for row, context, length in zip(table, contexts, lengths, strict=False):
             end = context + length

@@ -96,8 +96,8 @@ class CacheLayout:
             f"the cache of {self.num_blocks * self.block_bytes / GIB:.2f} GiB a rank holds {fitting:,} "
             f"sequence{'' if fitting == 1 else 's'} of "
             f"{context:,} tokens at once, {each / GIB:.3f} GiB each: {self.kda_state_bytes_per_sequence / MIB:.2f} MiB "
-            f"of KDA state whatever the length, {self.mla_bytes_per_token:,} bytes a token of latent cache{shared}, "
-            f"and what blocks of {self.block_tokens:,} tokens leave over"
+            f"of KDA state at any length, {self.mla_bytes_per_token:,} bytes a token of latent cache{shared}, "
+            f"and padding to blocks of {self.block_tokens:,} tokens"
         )
 
 

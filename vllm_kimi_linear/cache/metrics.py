@@ -68,11 +68,11 @@ class CheckpointMetrics:
         # Several API servers share the metrics, and each hears of some steps.
         held = gauge(
             HELD,
-            "Positions whose state of all KDA layers is in the prefix cache.",
+            "Positions in prompts for which the prefix cache holds the states of all KDA layers.",
             labelnames=labels,
             multiprocess_mode="mostrecent",
         )
-        evicted = counter(EVICTED, "Positions whose state left the prefix cache for something else.", labelnames=labels)
+        evicted = counter(EVICTED, "Positions whose states were evicted from the prefix cache.", labelnames=labels)
         self.engines = {
             engine: (held.labels(*values), evicted.labels(*values)) for engine, values in labels_by_engine.items()
         }

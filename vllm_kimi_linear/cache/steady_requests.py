@@ -1,4 +1,4 @@
-"""Ask the groups of layers nothing about a request that goes on inside its blocks."""
+"""Do not ask the groups of layers about a request that stays within its blocks."""
 
 from typing import Any
 
@@ -52,10 +52,10 @@ def none_to_cache(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With 21 groups (48B, one rank) the scheduler takes 5 times as long a step as with 4, 6 ms for 64 "
+    symptom="With 21 groups (48B, one rank) a step of the scheduler takes 5 times as long as with 4: 6 ms for 64 "
     "sequences (`benchmarks/cache_blocks.py`).",
-    cause="For every request `KVCacheCoordinator` asks each group's manager four times a step, though their answer "
-    "changes when the request enters a block.",
+    cause="For every request `KVCacheCoordinator` asks each group's manager four times a step, though the answers "
+    "change only when the request enters a new block.",
     remove_when="the coordinator asks once for groups of one kind.",
     speed=True,
     hooks=(

@@ -167,7 +167,7 @@ def _linear_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(linear, Mapping):
         raise ConfigError(
             f"{LINEAR} is {_show(linear)}; give the checkpoint's own lists kda_layers and full_attn_layers, "
-            "there is no default layout that fits"
+            "they have no default"
         )
     for name in sorted(linear.keys() - LINEAR_KEYS):
         if linear[name] is not None and linear[name] is not False:
@@ -195,7 +195,7 @@ def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
         if number not in kda and number not in mla:
             raise ConfigError(f"{LINEAR} has layer {number} in neither kda_layers nor full_attn_layers; add it to one")
     if not mla:
-        raise ConfigError(f"{LINEAR}.full_attn_layers is []; give at least one MLA layer, the cache is paged by it")
+        raise ConfigError(f"{LINEAR}.full_attn_layers is []; give at least one MLA layer, this model needs one")
     return tuple("kda" if number in kda else "mla" for number in range(1, layers + 1))
 
 

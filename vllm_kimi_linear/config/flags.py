@@ -40,9 +40,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     online = model.quantization in ONLINE  # of which vLLM makes such a config itself
     unset = "it is not implemented for this model, leave it out"
     unread = "nothing reads it for this model, leave it out"
-    spaced = "states are kept at distances of the model's own, leave it out"
+    spaced = "this model has its own rule for which states are kept, leave it out"
     experts = "experts take no adapter, leave it out"
-    mixed = "this model keeps two kinds of state, leave it out"
+    mixed = "this model has two kinds of layers and needs that manager, leave it out"
     flags: list[tuple[str, Any, Container[Any], str]] = [  # name, value, what is accepted, what to do
         ("dtype", model.dtype, (torch.bfloat16, torch.float32), "choose bfloat16 or float32"),
         ("runner", model.runner_type, ("generate",), "this model only generates, leave it out"),
@@ -52,9 +52,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
         ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
         ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
-        ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at whole blocks, leave it out"),
+        ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at ends of blocks, leave it out"),
         ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
-        ("mamba-block-size", cache.mamba_block_size, (None,), "the state's size sets the block, leave it out"),
+        ("mamba-block-size", cache.mamba_block_size, (None,), "--block-size is for all layers, leave it out"),
         ("prefix-cache-retention-interval", cache.prefix_cache_retention_interval, (0,), spaced),
         ("enable-mamba-shared-prefix-checkpoint", cache.enable_mamba_shared_prefix_checkpoint, (False,), unread),
         ("use-replayssm", cache.use_replayssm, (False,), unread),
@@ -80,9 +80,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     ]
     if lora is not None:
         dtypes = ("auto", model.dtype, str(model.dtype).removeprefix("torch."))
-        always = "whatever can take an adapter does, leave it out"
+        always = "every supported module takes adapters, leave it out"
         flags += [
-            ("lora-dtype", lora.lora_dtype, dtypes, "adapters have the model's, leave it out"),
+            ("lora-dtype", lora.lora_dtype, dtypes, "adapters have the model's dtype, leave it out"),
             ("lora-target-modules", lora.target_modules, (None, list(TARGETS)), always),
             ("fully-sharded-loras", lora.fully_sharded_loras, (False,), unset),
             ("enable-mixed-moe-lora-format", lora.enable_mixed_moe_lora_format, (False,), experts),
@@ -92,7 +92,7 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ]
     if current_platform.is_cpu():
         method = speculative and speculative.rejection_sample_method
-        remedy = "a CPU has only the standard one, leave it out"
+        remedy = "on a CPU only standard is implemented, leave it out"
         specialized = lora is not None and lora.specialize_active_lora
         flags += [
             ("attention-backend", attention.backend, (None,), unread),
@@ -106,26 +106,26 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     else:
         flags += gpu_flags.flags(vllm_config)
     if cache.enable_prefix_caching:
-        remedy = "prefixes would be found up to inside a block, where no state is, add --no-enable-prefix-caching"
+        remedy = "prefixes would be matched up to positions without a state, add --no-enable-prefix-caching"
         flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), remedy))
-        remedy = "prefix caching needs it, leave it out or add --no-enable-prefix-caching"
+        remedy = "prefix caching needs chunks, leave the flag out or add --no-enable-prefix-caching"
         flags.append(("enable-chunked-prefill", scheduler.enable_chunked_prefill, (True,), remedy))
     if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:
         # The older one lets a prompt of one token into a decode graph, where it would go on from another's state.
-        raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's second runner, leave it unset")
+        raise ConfigError("VLLM_USE_V2_MODEL_RUNNER is 0; this model needs vLLM's V2 model runner, leave it unset")
     for name, value, accepted, remedy in flags:
         if value not in accepted:
             shown = value.name if isinstance(value, Enum) else str(value).removeprefix("torch.")
             raise ConfigError(f"--{name} is {shown}; {remedy}")
     if lora is not None and not current_platform.is_cpu():
         logger.warning_once(
-            "Kimi Linear: --enable-lora has not been run with this model on a GPU yet, compare your answers or merge "
-            "the adapter into the checkpoint."
+            "Kimi Linear: --enable-lora has not been run with this model on a GPU yet; check its answers, or merge the "
+            "adapter into the checkpoint."
         )
     if parallel.decode_context_parallel_size > 1:
         gpu_flags.check_nccl()
         logger.warning_once(
-            "Kimi Linear: --decode-context-parallel-size is %d; its answers have not been compared with one rank's on "
-            "GPUs yet, compare yours or leave it out.",
+            "Kimi Linear: --decode-context-parallel-size is %d; on GPUs its answers have not been compared with those "
+            "of one rank yet, compare yours or leave it out.",
             parallel.decode_context_parallel_size,
         )

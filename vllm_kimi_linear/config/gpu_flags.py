@@ -15,7 +15,7 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
     attention, model, kernels = vllm_config.attention_config, vllm_config.model_config, vllm_config.kernel_config
     parallel = vllm_config.parallel_config
     backend = attention.backend and attention.backend.name
-    stages = "on GPUs its answers were only seen wrong, where vLLM had found no NCCL; choose --tensor-parallel-size"
+    stages = "pipeline stages were only seen to give wrong answers on GPUs, choose --tensor-parallel-size"
     untried = "it has not been run with this model, leave it out"
     return [
         ("attention-backend", backend, (None, *MLA_BACKENDS), f"choose {' or '.join(MLA_BACKENDS)}"),
@@ -43,7 +43,7 @@ def check_nccl() -> None:
     from vllm import envs
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
-    remedy = "ranks that share latents need it, "
+    remedy = "ranks that share latents need NCCL, "
     if envs.VLLM_DISABLE_PYNCCL:
         raise ConfigError(f"VLLM_DISABLE_PYNCCL is set; {remedy}leave it unset")
     try:

@@ -92,12 +92,12 @@ def check_device(model_sizes: ModelSizes, device: str) -> None:
         schemes = [scheme for _, scheme in model_sizes.quantization.targets] if model_sizes.quantization else []
         for scheme in schemes:
             if scheme.form not in GPU_FORMS:
-                raise ConfigError(f"{FIELD} stores {scheme.form}; on GPUs {' and '.join(GPU_FORMS)} are served")
+                raise ConfigError(f"{FIELD} stores {scheme.form}; GPUs serve only {' and '.join(GPU_FORMS)}")
         return
     for name, needed in zip(("kv_lora_rank", "qk_rope_head_dim"), CPU_LATENT, strict=True):
         found = getattr(model_sizes, name)
         if found != needed:
-            raise ConfigError(f"{name} is {found}; the CPU's MLA kernel holds only {needed}, serve this model on a GPU")
+            raise ConfigError(f"{name} is {found}; the CPU's MLA kernel takes only {needed}, serve this model on a GPU")
 
 
 def check_cache_dtypes(kv_cache_dtype: str, mamba_cache_dtype: str, mamba_ssm_cache_dtype: str, device: str) -> None:

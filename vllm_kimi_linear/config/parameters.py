@@ -38,7 +38,7 @@ def held_as(model_sizes: ModelSizes, device: str = "cpu") -> dict[str, Scheme | 
     for parameter, kinds in found.items():
         experts, _, _ = parameter.partition(".routed_experts.")
         if experts != parameter and len(kinds | found[f"{experts}.routed_experts.w13_weight"]) > 1:
-            raise ConfigError(f"{FIELD} stores the parts of {experts} in several ways; give all its experts one")
+            raise ConfigError(f"{FIELD} stores the parts of {experts} in several formats; give them all one")
         plain = len(kinds) > 1 or parameter in cut or parameter.endswith(("gates_b", "kv_b_proj.weight"))
         table[parameter] = None if plain else next(iter(kinds))
     return table

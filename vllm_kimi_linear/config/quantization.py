@@ -78,8 +78,8 @@ class Quantization:
         if not isinstance(found, Mapping) or found.get("quant_method") != "compressed-tensors":
             method = found.get("quant_method") if isinstance(found, Mapping) else found
             raise ConfigError(
-                f"{FIELD} is of {method!r}; give a checkpoint of compressed-tensors (FP8 by channel or block, int8, or "
-                "4-bit integers), as llm-compressor makes them, or the one in bfloat16"
+                f"{FIELD} is of quant_method {method!r}; give a compressed-tensors checkpoint as llm-compressor makes "
+                "it (FP8 by channel or block, int8, or 4-bit integers), or one in bfloat16"
             )
         for name in ("sparsity_config", "transform_config", "kv_cache_scheme"):
             if found.get(name):
@@ -105,7 +105,7 @@ def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern[3:] if pattern.startswith("re:") else "")
     except re.error as error:
-        raise ConfigError(f"{FIELD} has the pattern {pattern!r}, which is none: {error}") from None
+        raise ConfigError(f"{FIELD} has the pattern {pattern!r}, which is no regular expression: {error}") from None
 
 
 def _group(name: str, group: Any, default_format: Any) -> Iterator[tuple[str, Scheme]]:
@@ -116,7 +116,7 @@ def _group(name: str, group: Any, default_format: Any) -> Iterator[tuple[str, Sc
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise ConfigError(f"{at}.targets is {targets!r}; give a list of layers' names, or ['{LINEAR}']")
     if inputs is not None and not (isinstance(inputs, Mapping) and inputs.get("dynamic") is True):
-        raise ConfigError(f"{at}.input_activations is {inputs!r}; only those with dynamic true are implemented")
+        raise ConfigError(f"{at}.input_activations is {inputs!r}; only dynamic ones (dynamic: true) are implemented")
     if group.get("output_activations"):
         raise ConfigError(f"{at}.output_activations is {group['output_activations']!r}; that is not implemented")
     scheme = _scheme(f"{at}.weights", group["weights"], group.get("format") or default_format)
@@ -129,7 +129,7 @@ def _scheme(at: str, weights: Mapping[str, Any], stored: Any) -> Scheme:
         if weights.get(key, value) is not value:
             raise ConfigError(f"{at}.{key} is {weights[key]!r}; only {str(value).lower()} is implemented")
     if weights.get("actorder") in ("group", "dynamic", True):
-        raise ConfigError(f"{at}.actorder is {weights['actorder']!r}; only columns in their own order are implemented")
+        raise ConfigError(f"{at}.actorder is {weights['actorder']!r}; only columns in original order are implemented")
     kind = weights.get("type"), weights.get("num_bits"), stored
     forms = {
         ("float", 8, "float-quantized"): "fp8",

@@ -71,7 +71,7 @@ def use_plain_products(model: nn.Module) -> None:
         dtype = module.weight.dtype
         if takes_c_kernels(dtype) or not has_onednn(dtype):
             method.process_weights_after_loading = _keep_weight
-            way = "by the C kernels" if takes_c_kernels(dtype) else "widened to fp32 in pieces: oneDNN has no product"
+            way = "by the C kernels" if takes_c_kernels(dtype) else "in fp32 piece by piece: oneDNN has no product"
             logger.info_once("Weights in %s are multiplied %s", str(dtype).removeprefix("torch."), way)
 
 

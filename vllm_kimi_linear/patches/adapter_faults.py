@@ -1,4 +1,4 @@
-"""Go on after an adapter that could not be loaded, on several ranks."""
+"""Keep serving after an adapter that could not be loaded, with several ranks."""
 
 from typing import Any
 
@@ -33,11 +33,11 @@ def raise_after_all_answered(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With several ranks, after an adapter that cannot be loaded every other is refused with that one's error, "
-    "for as long as the server runs.",
-    cause="`collective_rpc` ends at the first rank's error and leaves the others' answers in their queues, where the "
-    "next call takes them for its own.",
+    symptom="With several ranks, once an adapter could not be loaded, every other adapter is refused with the same "
+    "error until the server restarts.",
+    cause="`collective_rpc` stops at the first rank's error and leaves the other ranks' replies in their queues, "
+    "where the next call takes them for its own.",
     upstream="vllm-project/vllm#57846.",
-    remove_when="a failed call reads every answer.",
+    remove_when="a failed call reads every reply.",
     hooks=(Hook("vllm.v1.executor.abstract:Executor.add_lora", "self lora_request", raise_after_all_answered),),
 )

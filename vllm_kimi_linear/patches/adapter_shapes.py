@@ -18,8 +18,8 @@ def check_shapes(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="An adapter trained on a smaller model is served, and its answers are those of neither.",
-    cause="vLLM copies an adapter's matrices into the corner of the model's, whatever their size.",
+    symptom="An adapter trained on a smaller model is accepted, and the answers are wrong.",
+    cause="vLLM copies an adapter's matrices into a corner of the model's, whatever their sizes.",
     remove_when="vLLM compares their shapes.",
     hooks=(Hook("vllm.lora.lora_model:LoRAModel.from_lora_tensors", "cls ... weights_mapper ...", check_shapes),),
 )

@@ -1,4 +1,4 @@
-"""Log how many sequences fit, and what each takes, where vLLM logs a number of tokens."""
+"""Log how many sequences fit, and what each takes, in place of vLLM's number of tokens."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def log_sequences(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom='"KV cache size: 16,273,515 tokens" for a cache of which most is one state a sequence.',
-    cause="`update_kv_cache_capacity` multiplies the number of sequences of the full length by that length.",
+    symptom='vLLM logs "KV cache size: 16,273,515 tokens" for a cache that mostly holds one state per sequence.',
+    cause="`update_kv_cache_capacity` multiplies the number of sequences of full length that fit by that length.",
     upstream="vllm-project/vllm#28228.",
     remove_when="vLLM says how many sequences fit and what a token and a sequence take.",
     hooks=(

@@ -1,4 +1,4 @@
-"""Refuse a length that the cache can never hold in one sentence, with the bytes and the length that would fit."""
+"""Refuse a length that the cache can never hold, in one sentence that says what is missing and what fits."""
 
 from typing import Any
 
@@ -36,18 +36,18 @@ def out_of_memory_message(vllm_config: VllmConfig, cache_bytes: int) -> str:
     longest = held.longest_context(length)
     remedy = f"--max-model-len {longest} fits, or give" if longest else "give"
     return (
-        f"--max-model-len is {length}; a sequence of that length takes {needed / MIB:,.1f} MiB of cache a rank "
-        f"and {max(cache_bytes, 0) / MIB:,.1f} MiB are there, {(needed - cache_bytes) / MIB:,.1f} short: "
+        f"--max-model-len is {length}; a sequence of that length needs {needed / MIB:,.1f} MiB of cache on each rank, "
+        f"which has {max(cache_bytes, 0) / MIB:,.1f} MiB, {(needed - cache_bytes) / MIB:,.1f} short: "
         f"{remedy} more with --gpu-memory-utilization or --kv-cache-memory-bytes"
     )
 
 
 PATCH = Patch(
-    symptom="\"To serve at least one request with the model's max seq len (1048576), (4.5 GiB KV cache is needed, "
-    'which is larger than the available KV cache memory (0.06 GiB).", and four more sentences.',
-    cause="`get_kv_cache_configs` knows neither which flag set the size nor that we name flags.",
+    symptom="vLLM answers \"To serve at least one request with the model's max seq len (1048576), (4.5 GiB KV cache "
+    'is needed, which is larger than the available KV cache memory (0.06 GiB)." and four more sentences.',
+    cause="`get_kv_cache_configs` does not know which flag set the size, and its message names no flag to change.",
     upstream="Not reported.",
-    remove_when="vLLM names the flags, and what is missing.",
+    remove_when="vLLM's message names the flags and what is missing.",
     hooks=(
         Hook(
             "vllm.v1.engine.core:get_kv_cache_configs",

@@ -1,4 +1,4 @@
-"""Count the states in the prefix cache where it is kept, and show the counts at /metrics beside vLLM's own."""
+"""Count the states in the prefix cache, and show the counts at /metrics beside vLLM's own."""
 
 import dataclasses
 from typing import Any
@@ -58,13 +58,13 @@ def show(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="Nothing tells how many states of KDA layers the prefix cache holds, nor how many it lost. With a plugin "
-    "of the group `vllm.stat_logger_plugins`, which is there for this, --disable-log-stats is ignored for every model, "
-    'and a second `AsyncLLM` in one process ends with "Duplicated timeseries".',
-    cause="`SchedulerStats` has no field for what a plugin counts. `AsyncLLM` takes the presence of such a plugin for "
-    "a wish to log, before it can say which models it is for; and vLLM withdraws only metrics named `vllm:...` from "
-    "the registry before it registers them again.",
-    remove_when="a plugin can add to the scheduler's statistics, is asked whether it wants a model's, and can withdraw "
+    symptom="Nothing shows how many states of KDA layers the prefix cache holds, nor how many it evicted. The "
+    "interface for this is a plugin of the group `vllm.stat_logger_plugins`, but with one --disable-log-stats is "
+    'ignored for every model, and a second `AsyncLLM` in one process ends with "Duplicated timeseries".',
+    cause="`SchedulerStats` has no field for what a plugin counts. If such a plugin is installed, `AsyncLLM` turns "
+    "logging on before the plugin can say which models it is for. And before vLLM registers metrics again, it "
+    "unregisters only those named `vllm:...`.",
+    remove_when="a plugin can add to the scheduler's statistics, choose the models it applies to, and unregister "
     "its metrics.",
     hooks=(
         Hook("vllm.v1.metrics.stats:SchedulerStats", "", add_field),

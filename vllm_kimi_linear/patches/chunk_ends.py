@@ -1,4 +1,4 @@
-"""End the chunks of a prompt on the blocks of the KDA layers, and decide there which states a chunk keeps."""
+"""End the chunks of a prompt on block boundaries of the KDA layers, and decide there which states a chunk keeps."""
 
 from typing import Any
 
@@ -34,10 +34,11 @@ def split_at_kda_blocks(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="Warm prefix hits give wrong tokens where another group of layers has smaller blocks; and a prompt is read "
-    "in extra steps that end at its last block boundary and where it was seen to leave a shared prefix.",
-    cause="`Scheduler._mamba_block_aligned_split` cuts by the smallest block size of all groups, and knows no layer "
-    "that writes states inside a chunk but at one place. Ours writes them wherever its manager put a block.",
+    symptom="Prefix hits give wrong tokens if another group of layers has smaller blocks. And a prompt is read in "
+    "extra steps, which end at its last block boundary and where it was seen to leave a shared prefix.",
+    cause="`Scheduler._mamba_block_aligned_split` cuts by the smallest block size of all groups, and assumes that a "
+    "layer writes at most one state inside a chunk. Our kernel writes one wherever the manager of the cache planned "
+    "it.",
     upstream="vllm-project/vllm#54076 concerns the block size.",
     remove_when="the scheduler cuts by the group's own block size and lets a layer say where it keeps states.",
     hooks=(

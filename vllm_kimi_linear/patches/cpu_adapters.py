@@ -1,4 +1,4 @@
-"""Keep adapters from tokens that ask for none, on a CPU."""
+"""Do not apply adapters to tokens that ask for none, on a CPU."""
 
 from typing import Any
 
@@ -38,10 +38,11 @@ def add_to_each_adapters_tokens(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With --enable-lora on a CPU a request for the model itself is answered by the adapter in the last slot, "
-    "if it shares a step with a request for any: with --max-loras at its default, by that very adapter.",
-    cause="The torch version of vLLM's LoRA products takes -1, the slot of a token without an adapter, for an index: "
-    "the last one's. It also copies an adapter's matrices once for each token.",
+    symptom="With --enable-lora on a CPU, a request for the model itself is answered with the adapter in the last "
+    "slot if a request in the same step uses an adapter. With the default --max-loras there is one slot, so it is "
+    "that request's adapter.",
+    cause="In the torch version of vLLM's LoRA products a token without an adapter has the slot -1, which as an "
+    "index means the last one. It also copies an adapter's matrices once for each token.",
     upstream="vllm-project/vllm#48421, which is in 0.33.",
     remove_when="0.32 is no longer supported.",
     device="cpu",

@@ -1,4 +1,4 @@
-"""Let drafts be verified with prefix caching where no Triton kernel runs."""
+"""Let drafts be verified with prefix caching on a CPU, where no Triton kernel runs."""
 
 from vllm_kimi_linear.cpu import draft_states
 from vllm_kimi_linear.patches.patch import Hook, Patch

@@ -1,4 +1,4 @@
-"""Give the later stages of a pipeline the buffers they receive hidden states in, on a CPU."""
+"""Give the later stages of a pipeline buffers for the hidden states that they receive, on a CPU."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def make_buffers(original: Function) -> Function:
 PATCH = Patch(
     symptom="With --pipeline-parallel-size on a CPU the first request ends the engine with an AssertionError in "
     "`sync_and_gather_intermediate_tensors`.",
-    cause="The model runner makes the buffers in its profiling run, which the CPU runner leaves out when nothing is "
+    cause="The model runner makes the buffers in its profiling run, which the CPU runner skips when nothing is "
     "compiled.",
     remove_when="the CPU runner makes them itself.",
     device="cpu",

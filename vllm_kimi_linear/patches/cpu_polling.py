@@ -1,4 +1,4 @@
-"""Leave the cores to the threads that compute while a process waits for another's message, on a CPU."""
+"""Leave the cores to the computing threads while a process waits for another's message, on a CPU."""
 
 import functools
 import time
@@ -13,11 +13,11 @@ def sleep(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="On a machine of few cores decoding is a third slower than its matrix products.",
-    cause="A reader of the shared-memory queue polls without a pause for a second after each message, so that in "
-    "steady decoding the engine's process takes a core from the worker's threads all the time.",
+    symptom="On a machine with few cores decoding is a third slower than its matrix products.",
+    cause="A reader of the shared-memory queue polls without a pause for a second after each message, so in steady "
+    "decoding the engine's process always takes a core from the worker's threads.",
     upstream="vllm-project/vllm#52848 and #52814 make the wait configurable; #52916 would make it adaptive.",
-    remove_when="one of these has landed; set its variable in its place.",
+    remove_when="one of these is in vLLM; then set its variable instead.",
     device="cpu",
     scope="process",
     speed=True,

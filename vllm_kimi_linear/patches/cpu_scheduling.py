@@ -1,4 +1,4 @@
-"""Keep chunked prefill, prefix caching, the token budget and the block size that were configured, on a CPU."""
+"""Keep the configured chunked prefill, prefix caching, token budget and block size on a CPU."""
 
 from typing import Any
 
@@ -31,11 +31,11 @@ def keep_what_was_configured(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="On a CPU an MLA model runs without chunked prefill and prefix caching and prepares for one batch of the "
-    "whole context (a million tokens); warm prefix hits give wrong tokens, because the block size falls back from the "
-    "hybrid model's aligned one to 16 when the engine re-runs its configuration.",
-    cause="`CpuPlatform.check_and_update_config` sets these four for every MLA model on its own reference backend, "
-    "whatever backend the model brings, and is not idempotent for the block size.",
+    symptom="On a CPU an MLA model runs without chunked prefill and prefix caching and reserves memory for one "
+    "batch of the whole context (a million tokens). Prefix hits give wrong tokens, because the block size falls "
+    "back from the hybrid model's aligned one to 16 when the engine runs its configuration again.",
+    cause="`CpuPlatform.check_and_update_config` sets these four for every MLA model as if it ran on vLLM's own CPU "
+    "backend, whatever backend the model brings. For the block size it is not idempotent.",
     upstream="vllm-project/vllm#54076 concerns the block size that the scheduler reads.",
     remove_when="the CPU platform asks the model's backend what it supports.",
     device="cpu",

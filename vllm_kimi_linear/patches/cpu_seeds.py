@@ -32,9 +32,9 @@ def give_generators_back(original: Function) -> Function:
 PATCH = Patch(
     symptom="A request with `seed` and a temperature above 0 whose prompt is longer than a step's token budget ends "
     "the engine on a CPU: `CPU Generator does not use offset`.",
-    cause="The runner draws a token for every request of a step, also for one whose prompt goes on, drops that token "
-    "and sets the request's generator back by the offset that a GPU's generator has and a CPU's has not.",
-    remove_when="the CPU runner sets the generator back by its state, or draws from none.",
+    cause="The runner draws a token for every request of a step, also for one whose prompt is not read to its end. "
+    "It drops that token and resets the request's generator by its offset, which only a GPU's generator has.",
+    remove_when="the CPU runner resets the generator by its state, or draws no such token.",
     device="cpu",
     scope="process",
     hooks=(

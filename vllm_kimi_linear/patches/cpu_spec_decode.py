@@ -1,4 +1,4 @@
-"""Sample right with drafted tokens on a CPU, where Python and C++ stand for vLLM's Triton kernels."""
+"""Sample correctly with drafted tokens on a CPU, where Python and C++ replace vLLM's Triton kernels."""
 
 import inspect
 from typing import Any
@@ -46,16 +46,16 @@ def refuse_placeholders(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With --speculative-config on a CPU and a temperature above 0 the text is garbled and one seed gives two "
-    "answers; with `top_k`, in a request or in generation_config.json, the engine ends (`max(): Expected reduction "
-    "dim`).",
-    cause="Where no Triton kernel runs, `cpu_triton_utils._expand_kernel_impl` hands the C++ kernel a converted copy "
-    "of its output and drops it, so that each drafted token's temperature, top_p and top_k are what the memory held "
-    "before; `apply_top_k_only` takes the largest k of no rows in a step in which nothing was drafted; and the C++ "
-    "kernel of `_rejection_random_sample_kernel_impl` looks up the probability of a placeholder (-1), which is another "
-    "row's.",
-    remove_when="the first copies its result back, or keeps the dtype, the second returns early where there is no "
-    "row, and the third refuses placeholders.",
+    symptom="With --speculative-config on a CPU and a temperature above 0 the text is garbled, and one seed gives "
+    "two answers. With `top_k`, in a request or in generation_config.json, the engine ends (`max(): Expected "
+    "reduction dim`).",
+    cause="Three faults. `cpu_triton_utils._expand_kernel_impl` lets the C++ kernel write to a converted copy of "
+    "its output and drops the copy, so each drafted token's temperature, top_p and top_k are whatever the memory "
+    "held before. `apply_top_k_only` takes the maximum of no rows in a step without drafts. The C++ kernel of "
+    "`_rejection_random_sample_kernel_impl` looks up the probability of a placeholder (-1), which is in another "
+    "row.",
+    remove_when="the first copies its result back or keeps the dtype, the second returns early without rows, and "
+    "the third refuses placeholders.",
     device="cpu",
     scope="process",
     hooks=(

@@ -1,4 +1,4 @@
-"""Refuse a malformed request at the first faulty item of a list, and not after a look at them all."""
+"""Refuse a malformed request at the first faulty item of a list, without checking the rest."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -47,12 +47,13 @@ def _with_short_lists(schema: Any) -> Any:
 
 
 PATCH = Patch(
-    symptom='A body of 900 kB, `{"messages": [{}, {}, ...]}`, stops every stream of a server for 80 seconds, and '
-    "takes 7 GiB of its memory, before it is refused.",
-    cause="pydantic collects the faults of every item of a list, here 15 an item, one for each kind of message that "
-    "it is not, and FastAPI makes a dictionary of each. vLLM shortens the answer only, to ten of them.",
-    upstream="vLLM bounds what is shown (`_MAX_REPORTED_ERRORS`), not what is collected; not reported yet.",
-    remove_when="vLLM's request models end at a list's first fault (pydantic's `FailFast`).",
+    symptom='A body of 900 kB, `{"messages": [{}, {}, ...]}`, stops every stream of a server for 80 seconds and '
+    "takes 7 GiB of memory before it is refused.",
+    cause="pydantic collects the faults of every item of a list, here 15 for each item, one for each kind of "
+    "message that it might be, and FastAPI makes a dictionary of each. vLLM then shortens only the answer, to ten "
+    "of them.",
+    upstream="vLLM limits what is shown (`_MAX_REPORTED_ERRORS`), not what is collected; not reported yet.",
+    remove_when="vLLM's request models stop at the first fault in a list (pydantic's `FailFast`).",
     hooks=(
         # In the module that calls it, which has it by name from `launchers.app`.
         Hook(

@@ -25,7 +25,7 @@ def name_supplied() -> Iterator[None]:
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        logger.info_once("The tokenizer's code is of transformers 4: %s.%s is supplied", module.__name__, NAME)
+        logger.info_once("The tokenizer's code is for transformers 4: adding %s.%s for it", module.__name__, NAME)
         return bytes_to_unicode
 
     vars(module)["__getattr__"] = __getattr__
@@ -45,10 +45,10 @@ def load_old_code(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="A pruned, quantised or fine-tuned checkpoint does not start: cannot import name 'bytes_to_unicode' from "
-    "'transformers.models.gpt2.tokenization_gpt2'.",
-    cause="It carries the tokenizer code that Kimi Linear's repository had first. transformers 5 has moved the "
-    "function; the repository's own code was mended, copies of it were not.",
+    symptom="A server with a pruned, quantised or fine-tuned checkpoint does not start: cannot import name "
+    "'bytes_to_unicode' from 'transformers.models.gpt2.tokenization_gpt2'.",
+    cause="The checkpoint carries the first version of Kimi Linear's tokenizer code. transformers 5 moved the "
+    "function; the original repository has been corrected since, copies of it have not.",
     upstream="transformers#43726.",
     remove_when="such checkpoints are gone, or transformers has the name there again.",
     hooks=(Hook("vllm.tokenizers.hf:CachedHfTokenizer.from_pretrained", "cls path_or_repo_id ...", load_old_code),),

@@ -1,4 +1,4 @@
-"""Tell the engines and workers of this model from those of others, for patches that cannot."""
+"""Let patches that cannot see the model tell this model's processes from others'."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def serve_ours_if_so(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="A plugin that mends what knows no model, such as a sampler, mends it for all models.",
+    symptom="A patch of code that knows no model, such as a sampler, would apply to all models.",
     cause="vLLM loads plugins in an engine's or a worker's process before it says which model the process is for.",
     upstream="Not reported.",
     remove_when="no patch of scope `process` is left.",

@@ -1,4 +1,4 @@
-"""Send which states a step keeps from the scheduler to the builders of the KDA layers' metadata."""
+"""Send the states that a step keeps from the scheduler to the builders of the KDA layers' metadata."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -54,12 +54,11 @@ def hand_out(runner: Any, scheduler_output: SchedulerOutput, request_ids: Sequen
 
 
 PATCH = Patch(
-    symptom="With drafts a prompt read in several chunks ends the engine on a CPU "
-    "(`checkpoints.state_indices holds 2 twice`), and on a GPU overwrites the running state with an earlier one: a "
-    "worker that takes every column of its block table that names a block for a state to keep takes those that held "
-    "drafts before, too.",
-    cause="`SchedulerOutput` has no field for states inside a chunk but at vLLM's own one place "
-    "(`MambaPrefillCheckpointMetadata`), and a worker's block table only grows.",
+    symptom="Without it a worker can only look for blocks of kept states in its block table, and finds blocks of "
+    "earlier drafts there too. With drafts, a prompt read in several chunks then ends the engine on a CPU "
+    "(`checkpoints.state_indices holds 2 twice`), and on a GPU overwrites the running state with an earlier one.",
+    cause="`SchedulerOutput` has no field for states inside a chunk, except vLLM's own single one "
+    "(`MambaPrefillCheckpointMetadata`), and entries of a worker's block table are never removed.",
     remove_when="a layer can say where in a chunk it keeps states (more than `num_prefill_checkpoint_blocks` = 1).",
     hooks=(
         Hook("vllm.v1.core.sched.scheduler:Scheduler.schedule", "self ...", send),

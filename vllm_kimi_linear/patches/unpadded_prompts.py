@@ -1,4 +1,4 @@
-"""Start the state of a prompt of one token from zero, with drafts too."""
+"""Start the state of a one-token prompt from zero, also with drafts."""
 
 from typing import Any
 
@@ -20,10 +20,11 @@ def take_padding_off(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With --speculative-config a prompt of one token that comes while others are answered goes on from the "
-    "state that another request left in its block: the answer is wrong, and shows what the other was about.",
-    cause="`Scheduler.schedule` pads a request that has one token left to compute with placeholders for drafts (-1), "
-    "so that the step fits a CUDA graph of decodes. Drafts are verified from a request's state; this one has none yet.",
+    symptom="With --speculative-config, a prompt of one token that arrives while others are answered continues from "
+    "the state that another request left in its block: the answer is wrong, and reveals what the other was about.",
+    cause="`Scheduler.schedule` pads a request that has one token left to compute with placeholders for drafts "
+    "(-1), so that the step fits a CUDA graph of decodes. Drafts are verified from a request's state, and this "
+    "request has none yet.",
     remove_when="a request without computed tokens is not padded.",
     hooks=(
         Hook(

@@ -1,4 +1,4 @@
-"""Remember how many drafts a request had accepted while a step leaves it out."""
+"""Remember how many drafts a request had accepted while a step leaves the request out."""
 
 from itertools import chain
 from typing import Any
@@ -30,10 +30,11 @@ def keep_accepted(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="With --speculative-config on a CPU an answer goes wrong where it had accepted drafts and the next step "
-    "had no room for it: long prompts in front of it take most of a step's tokens.",
-    cause="vLLM's first runner takes a request that a step leaves out from its batch, and puts it back with one "
-    "accepted token (`InputBatch.add_request`); its recurrent state then is that of some tokens before.",
+    symptom="With --speculative-config on a CPU an answer goes wrong if it had accepted drafts and the next step "
+    "had no room for it, because long prompts took the step's tokens.",
+    cause="When a step leaves a request out, vLLM's first model runner removes it from the batch, and later adds it "
+    "again with one accepted token (`InputBatch.add_request`). It then continues from a state that is some tokens "
+    "too old.",
     remove_when="`CachedRequestState` keeps the number, or the first runner is gone.",
     hooks=(
         Hook("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states", "self scheduler_output", keep_accepted),

@@ -39,7 +39,7 @@ class CpuQuantization(CompressedTensorsConfig):
             interface.kernels("cpu")
         except ImportError as error:
             raise ConfigError(
-                f"{FIELD} needs the C kernels: install again where there is a C compiler ({error})"
+                f"{FIELD} needs the C kernels: install a C compiler, then this package again ({error})"
             ) from None
         self.held_as = held_as(model_sizes)
 

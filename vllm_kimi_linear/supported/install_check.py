@@ -51,8 +51,8 @@ def problems() -> list[str]:
         build = _build(name)
         if torch and build and _kind(build) != _kind(torch):
             found.append(
-                f"{name} is built for {build} and torch for {torch}, so it does not load and takes vLLM "
-                f"down: {REMEDY}, which removes it."
+                f"{name} is built for {build} and torch for {torch}, so it does not load and vLLM "
+                f"does not start: {REMEDY}, which removes it."
             )
     return found
 

@@ -26,9 +26,8 @@ def is_refused() -> bool:
 
 def refusal() -> str:
     return (
-        f"vLLM {version.__version__} is not one that vllm-kimi-linear knows, and answers can be wrong without its "
-        f"patches; install {install_check.SUPPORTED}, or set {UNSUPPORTED}=1 to serve unsupported and without prefix "
-        "caching"
+        f"vLLM {version.__version__} is not supported by vllm-kimi-linear, and answers can be wrong without its "
+        f"patches: install {install_check.SUPPORTED}, or set {UNSUPPORTED}=1 to serve without patches or prefix caching"
     )
 
 

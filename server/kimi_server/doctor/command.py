@@ -21,7 +21,7 @@ CONTEXT = 128 << 10  # tokens
 def doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the subcommand's arguments to its parser; returns the function that runs it."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.epilog = "Exits with 0 where a server can start, and with 1 where something keeps it from it.\n"
+    parser.epilog = "Exits with 0 if a server can start, and with 1 if not.\n"
     examples(parser, "kimi-linear doctor", "kimi-linear doctor --json")
     return run
 
@@ -60,9 +60,9 @@ def model() -> Finding:
     except ConfigError as error:
         return Finding("warning", "the 48B", str(error))
     if not choice.fits:
-        return Finding("warning", "the 48B", f"{refusal.head(choice)}; `kimi-linear plan {MODEL}` says what would do")
+        return Finding("warning", "the 48B", f"{refusal.head(choice)}; `kimi-linear plan {MODEL}` says what is needed")
     held = sizes.documents(choice.best.sequences(CONTEXT), CONTEXT)
-    return Finding("ok", "the 48B", f"fits, with {held} at once, by {choice.best.describe()}")
+    return Finding("ok", "the 48B", f"fits: {held} at once, with {choice.best.describe()}")
 
 
 def verdict(found: Sequence[Finding]) -> str:
@@ -71,4 +71,4 @@ def verdict(found: Sequence[Finding]) -> str:
         return f"A server cannot start here: see {', '.join(dict.fromkeys(faults))}."
     on = "CPU" if any(one.about == "GPUs" and one.text == "none" for one in found) else "GPU"
     fits = any(one.about == "the 48B" and one.level == "ok" for one in found)
-    return f"This machine serves on its {on}" + ("." if fits else ", models smaller than the 48B.")
+    return f"This machine can serve on its {on}" + ("." if fits else ", but only models smaller than the 48B.")

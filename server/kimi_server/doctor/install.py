@@ -27,7 +27,7 @@ def software() -> list[Finding]:
     found = [Finding("ok", "plugin", ours)]
     if problems := install_check.problems():
         return [*found, *(Finding("fault", "vLLM", sentence.rstrip(".")) for sentence in problems)]
-    versions = f"vLLM {metadata.version('vllm')}, of those that are served ({install_check.SUPPORTED})"
+    versions = f"vLLM {metadata.version('vllm')}, supported ({install_check.SUPPORTED})"
     return [*found, Finding("ok", "vLLM", f"{versions}; torch {metadata.version('torch')}")]
 
 
@@ -43,5 +43,5 @@ def kernels(device: str) -> Finding:
         return Finding("fault", "kernels", f"they do not load ({reason}): {install_check.REMEDY}")
     name, reason = json.loads(done.stdout.splitlines()[-1])
     if name == "reference":
-        return Finding("warning", "kernels", f"the slow ones in plain torch, for {reason}")
+        return Finding("warning", "kernels", f"slow ones in plain torch, because {reason}")
     return Finding("ok", "kernels", reason)

@@ -60,7 +60,7 @@ def gpus() -> tuple[Finding, bool]:
     least = nvidia.capability()
     if least is not None and least < LEAST_CAPABILITY:
         number, needed = ("{}.{}".format(*one) for one in (least, LEAST_CAPABILITY))
-        text = f"{shown}: compute capability {number} has no bfloat16; take GPUs from {needed} on"
+        text = f"{shown}: compute capability {number} has no bfloat16; take GPUs of {needed} or higher"
         return Finding("fault", "GPUs", text), True
     return Finding("ok", "GPUs", shown), True
 

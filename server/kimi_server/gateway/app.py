@@ -82,7 +82,9 @@ def build(gateway: Gateway) -> FastAPI:
     async def healthz() -> Response:
         return Response("ok\n", media_type="text/plain")
 
-    @app.get("/readyz", responses=openapi.plain("A replica is up.") | openapi.plain("None is, or it drains.", 503))
+    not_ready = openapi.plain("No replica is up, or the gateway is stopping.", 503)
+
+    @app.get("/readyz", responses=openapi.plain("A replica is up.") | not_ready)
     async def readyz() -> Response:
         return Response(
             "ready\n" if gateway.ready else "not ready\n", 200 if gateway.ready else 503, media_type="text/plain"
@@ -154,5 +156,5 @@ async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return redirect_without_slash(request) or not_found()
-    message = f"{error.detail}: {request.method} is not for {request.scope['path']}."
+    message = f"{error.detail}: {request.scope['path']} does not take {request.method}."
     return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)

@@ -20,7 +20,7 @@ async def repeat_forever(name: str, step: Callable[[], Awaitable[None]]) -> NoRe
         try:
             await step()
         except Exception:
-            log.exception("%s failed; the next try comes in %g seconds", name, pause)
+            log.exception("%s failed; it is tried again in %g seconds", name, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         else:

@@ -10,8 +10,8 @@ from typing import Any
 from kimi_server.command_line.parser import examples
 
 WORKERS = (
-    "--workers is {}: the gateway counts tokens, queues and keys in one process, and several would each count alone; "
-    "leave it at 1 and, for more, put the gateways behind a router, each with replicas of its own."
+    "--workers is {}: a gateway counts tokens, queues and keys in one process, and several would each count alone: "
+    "leave it at 1, or put several gateways behind a router, each with replicas of its own."
 )
 
 
@@ -24,7 +24,7 @@ def gateway(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], i
     parser.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key")
     parser.add_argument("--workers", type=int, default=1, help="always 1")
     key = parser.add_subparsers(dest="gateway_command").add_parser(
-        "key", help="make an API key: prints it once, with its entry in the file of keys"
+        "key", help="make an API key: print it once, with its entry for the file of keys"
     )
     examples(
         parser,

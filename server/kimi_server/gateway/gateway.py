@@ -119,14 +119,14 @@ class Gateway:
         """Reject new requests; return when the active ones have ended, or are cut off after drain_seconds."""
         self.draining = True
         log.info(
-            "draining: %d requests are left, at most %g seconds", self.active_requests, self.settings.drain_seconds
+            "stopping: %d requests have up to %g seconds to finish", self.active_requests, self.settings.drain_seconds
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.settings.drain_seconds):
                 while self.active_requests:
                     await asyncio.sleep(0.05)
                 return
-        log.warning("%d requests are broken off after %g seconds", self.active_requests, self.settings.drain_seconds)
+        log.warning("%d requests were cut off after %g seconds", self.active_requests, self.settings.drain_seconds)
         # Reading from a replica now fails as if the replica had been lost.
         self.admission.close()
         await self.client.aclose()

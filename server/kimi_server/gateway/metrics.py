@@ -23,23 +23,23 @@ class Metrics:
         def seconds(name: str, text: str) -> Histogram:
             return Histogram(f"kimi_gateway_{name}", text, ["lane"], registry=registry, buckets=SECONDS)
 
-        self.requests = counter("requests_total", "Requests that ended.", "route", "status", "lane")
+        self.requests = counter("requests_total", "Finished requests.", "route", "status", "lane")
         self.queue_seconds = seconds("queue_seconds", "Seconds that admitted prompts waited.")
         self.ttft = seconds("ttft_seconds", "Seconds from a request's first byte to its answer's first token.")
-        self.queued = gauge("queued", "Prompts that wait.", "lane")
-        self.running = gauge("running", "Requests at a replica.", "replica")
+        self.queued = gauge("queued", "Waiting prompts.", "lane")
+        self.running = gauge("running", "Requests running at a replica.", "replica")
         self.outstanding = gauge(
             "prefill_tokens_outstanding", "Estimated tokens of prompts without a first token.", "replica", "lane"
         )
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, as replicas counted them.", "key")
         self.cached_tokens = counter("cached_tokens_total", "Prompt tokens found in a prefix cache.", "key")
         self.completion_tokens = counter("completion_tokens_total", "Tokens generated.", "key")
-        self.rejected = counter("rejected_total", "Requests that the gateway answered itself.", "reason")
+        self.rejected = counter("rejected_total", "Requests that the gateway refused itself.", "reason")
         for reason in AWAITED:
             self.rejected.labels(reason)
-        self.up = gauge("replica_up", "1 where a replica answers its probes.", "replica")
+        self.up = gauge("replica_up", "1 if the replica answers its probes, else 0.", "replica")
         self.affinity_misses = counter(
-            "sessions_spilled_total", "Prompts sent to another replica than their session's."
+            "sessions_spilled_total", "Prompts sent to a replica other than their session's."
         )
 
     def text(self) -> bytes:

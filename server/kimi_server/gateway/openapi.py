@@ -27,7 +27,7 @@ ERRORS = {
     400: "The request cannot be served.",
     401: "The API key is missing or unknown.",
     403: "The API key may not do this.",
-    404: "There is no such thing.",
+    404: "There is no such path, model or response.",
     408: "The body came too slowly.",
     413: "The body is too large.",
     429: "A limit of the key is reached; see Retry-After.",

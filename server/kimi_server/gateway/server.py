@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         if self.started:
             where = f"{'http' if self.gateway.certificate is None else 'https'}://{settings.host}:{settings.port}"
             keys = "no keys" if keyring.path is None else f"{len(keyring.limiters)} keys"
-            log.info("listens on %s, with %d replicas and %s", where, len(settings.replicas), keys)
+            log.info("listening on %s, with %d replicas and %s", where, len(settings.replicas), keys)
 
     @contextlib.asynccontextmanager
     async def _metrics(self) -> AsyncIterator[None]:
@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             server = await self.loop.create_server(connection, settings.metrics_host, settings.metrics_port)
         except OSError as error:
             where = f"metrics_host {settings.metrics_host!r}, metrics_port {settings.metrics_port}"
-            raise SettingsError(f"{where} cannot be listened on: {error.strerror}: name others.") from None
+            raise SettingsError(f"{where} cannot be used ({error.strerror}): name others.") from None
         self.metrics_port = server.sockets[0].getsockname()[1]
         try:
             yield

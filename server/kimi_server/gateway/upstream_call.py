@@ -212,7 +212,7 @@ class UpstreamCall:
                 else:
                     self.sent = False
                     seconds = gateway.settings.limits.replica_seconds
-                    message = f"The replica gave no sign for {seconds:g} seconds."
+                    message = f"The replica sent nothing for {seconds:g} seconds."
                     raise GatewayError(504, "replica_silent", message) from None
             except httpx.TransportError as error:
                 if not self.client.response_started:

@@ -26,9 +26,9 @@ EXAMPLE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
 def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of `kimi-linear plan` to its parser; returns the function that runs it."""
     _add_arguments(parser)
-    parser.add_argument("--weights", choices=[*STORED], help="plan as if MODEL were a checkpoint that is stored so")
+    parser.add_argument("--weights", choices=[*STORED], help="plan as if MODEL's weights were stored in this format")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--brief", action="store_true", help="print the answer and its command alone")
+    shown.add_argument("--brief", action="store_true", help="print only the answer and its command")
     shown.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
     examples(
         parser,
@@ -42,7 +42,7 @@ def plan(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
 def serve(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of `kimi-linear serve` to its parser; returns the function that runs it."""
     _add_arguments(parser)
-    parser.epilog = "What follows `--` is handed to `vllm serve` as it is.\n"
+    parser.epilog = "Arguments after `--` go to `vllm serve` unchanged.\n"
     examples(
         parser,
         f"kimi-linear serve {EXAMPLE} --context 128K",
@@ -55,20 +55,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, its config.json, or a name on the hub")
     parser.add_argument("--gpus", help="such as 4xH100-80GB (default: those that nvidia-smi shows)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
-    parser.add_argument("--memory", help="of one GPU, or that one rank on a CPU may use, such as 80G (default: probed)")
+    parser.add_argument("--memory", help="memory of one GPU, or for one rank on a CPU, such as 80G (default: probed)")
     parser.add_argument("--context", default="1M", help="tokens of the longest sequence, such as 128K (default: 1M)")
     parser.add_argument("--concurrency", default="1", help="sequences of that length at once (default: 1)")
-    parser.add_argument("--tensor-parallel", metavar="N", help="ranks of a server (default: chosen; on a CPU 1)")
+    parser.add_argument("--tensor-parallel", metavar="N", help="ranks of a server (default: chosen; 1 on a CPU)")
     parser.add_argument(
         "--decode-context-parallel",
         metavar="N",
         default="1",
-        help="ranks that the latent KV of a sequence is spread over; untried with this model (default: 1)",
+        help="ranks that share the latent KV of a sequence; untested with this model (default: 1)",
     )
     parser.add_argument("--dtype", help="bfloat16, or on a CPU also float32 (default: the config's)")
     parser.add_argument("--kv-cache-dtype", default="auto", help="only auto: the latent KV has the dtype of the model")
     parser.add_argument("--state-dtype", default="auto", help="float32, or on a GPU bfloat16 (default: float32)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the YAML for `vllm serve --config` there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, for `vllm serve --config`")
 
 
 def _answer(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -158,7 +158,7 @@ def _served_name(args: argparse.Namespace) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--out is {str(path)!r}; vLLM reads only .yaml and .yml, name it so")
+        raise ConfigError(f"--out is {str(path)!r}; vLLM reads only .yaml and .yml, choose such a name")
     try:
         path.write_text(text)
     except OSError as error:

@@ -66,7 +66,8 @@ class Machine:
         if self.device == "cpu":
             ranks = f"{self.count} ranks, " if self.count > 1 else ""
             return f"CPU, {ranks}{sizes.gib(self.usable)} for a rank"
-        return f"{self.count} x {self.name}, {sizes.gib(self.total)} each, {sizes.gib(self.usable)} of it for a rank"
+        total, usable = sizes.gib(self.total), sizes.gib(self.usable)
+        return f"{self.count} x {self.name}, {total} each, of which a rank may use {usable}"
 
 
 def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int) -> Machine:
@@ -77,7 +78,7 @@ def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int
     """
     size = sizes.parse("--memory", memory, "80G") if memory is not None else None
     if size is not None and size < MIB:  # a letter was forgotten
-        raise ConfigError(f"--memory is {memory!r}, so many bytes; give a size such as 80G")
+        raise ConfigError(f"--memory is {memory!r}, which means bytes; give a size such as 80G")
     if gpus is not None:
         if device == "cpu":
             raise ConfigError(f"--gpus is {gpus!r} with --device cpu; leave one of the two out")

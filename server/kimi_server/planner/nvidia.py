@@ -21,7 +21,7 @@ PATIENCE = 60.0  # seconds: it loads the driver first, which takes long where th
 NO_SIZE = {
     "[N/A]": "a GPU that shares the machine's memory has no size of its own",
     "[Not Supported]": "a GPU that shares the machine's memory has no size of its own",
-    "[Insufficient Permissions]": "as in a container that is lent a slice of a GPU (MIG)",
+    "[Insufficient Permissions]": "as in a container with a slice of a GPU (MIG)",
     "0": "a GPU that shares the machine's memory has no size of its own",
 }
 REMEDY = "name the GPUs with --gpus, such as 4xH100-80GB, or plan for a CPU with --device cpu"
@@ -81,7 +81,7 @@ def _visible() -> list[str] | None:
 
 
 def _slices(why: str) -> ConfigError:
-    return ConfigError(f"{why}, and what a slice has is not known; give it, such as --gpus 1xH100-MIG --memory 20G")
+    return ConfigError(f"{why}, and the size of a slice is not known; give it, such as --gpus 1xH100-MIG --memory 20G")
 
 
 def _ask(program: str, *arguments: str) -> str:

@@ -7,7 +7,7 @@ from kimi_server.planner.remedies import Remedy, phrases, remedies
 from kimi_server.planner.sizes import documents, gib, tokens
 from vllm_kimi_linear.cache.layout import longest_context
 
-NOTHING = "no machine of up to 8 GPUs that is known here holds that"
+NOTHING = "no machine of up to 8 known GPUs holds that"
 
 
 def sentence(choice: Choice) -> str:
@@ -47,11 +47,11 @@ def shortage(choice: Choice) -> str:
     if held.cache <= 0:
         before = gib(held.weights + held.activations + held.runtime)
         return (
-            f"{who} needs {before} for weights and activations alone, may use {gib(held.memory)}, and is {short} short "
-            "with the cache"
+            f"{who} needs {before} for weights and activations alone and may use {gib(held.memory)}; with the cache "
+            f"{short} are missing"
         )
     needed = gib(held.cache_bytes(choice.per_server, request.context))
-    return f"{who} needs {needed} of cache, has {gib(held.cache)}, and is {short} short"
+    return f"{who} needs {needed} of cache and has {gib(held.cache)}; {short} are missing"
 
 
 def changes(choice: Choice) -> list[str]:
@@ -61,7 +61,7 @@ def changes(choice: Choice) -> list[str]:
     longest = longest_context(request.context, lambda context: best.sequences(context) >= request.concurrency)
     found += [f"--context {longest}"] if longest else []
     if (spread := best_spread(choice)) and spread.sequences(request.context) >= request.concurrency:
-        found += [f"--decode-context-parallel {spread.tensor_parallel} (untried with this model)"]
+        found += [f"--decode-context-parallel {spread.tensor_parallel} (untested with this model)"]
     return found
 
 

@@ -7,7 +7,7 @@ from kimi_server.planner import refusal
 from kimi_server.planner.plan import Choice, Layout, best_spread
 from kimi_server.planner.remedies import Remedy
 from kimi_server.planner.serve_config import settings
-from kimi_server.planner.sizes import gib, tokens
+from kimi_server.planner.sizes import documents, gib, tokens
 from vllm_kimi_linear.cache.layout import GIB, MIB
 
 CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
@@ -25,7 +25,7 @@ def refused(choice: Choice, found: Sequence[Remedy]) -> str:
     if found:
         parts.append(refusal.table(choice, found, contexts(choice)))
     if any(each.weights for each in found):
-        parts.append(["A smaller checkpoint is one of compressed-tensors; `--weights` plans as if MODEL were one."])
+        parts.append(["Smaller checkpoints are in the format of compressed-tensors; `--weights` plans for one."])
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -42,7 +42,7 @@ def _head(choice: Choice) -> list[str]:
         f"Model: {len(model_sizes.kda_layers)} KDA and {len(model_sizes.mla_layers)} MLA layers in {request.dtype}, "
         f"recurrent state in {state}",
         f"Machine: {choice.machine.describe()}",
-        f"Asked: {request.concurrency:,} at once of {request.context:,} tokens",
+        f"Asked for: {documents(request.concurrency, request.context)} at once",
         f"Chosen: {choice.best.describe()}",
     ]
 
@@ -55,7 +55,7 @@ def _memory(choice: Choice) -> list[str]:
     rows = [
         ("weights", held.weights),
         ("activations, estimated", held.activations),
-        ("runtime, allowed for", held.runtime),
+        ("runtime, allowance", held.runtime),
         ("KDA state", kda),
         ("latent KV", latent),
         ("padding of cache blocks", cache - kda - latent),
@@ -63,7 +63,7 @@ def _memory(choice: Choice) -> list[str]:
         ("in all", held.memory),
     ]
     names = ["rank 0"] if ranks == 1 else [f"rank {rank}" for rank in range(ranks)]
-    title = f"Memory of a server with {count:,} of {tokens(context)} tokens, GiB"
+    title = f"Memory of a server with {documents(count, context)}, GiB"
     body = [f"  {name:<24}" + "".join(f"{size / GIB:>10.3f}" for _ in names) for name, size in rows]
     return [title, " " * 26 + "".join(f"{name:>10}" for name in names), *body]
 
@@ -92,10 +92,10 @@ def _reasons(choice: Choice) -> list[str]:
         reasons.append(f"The {best.servers} servers are replicas for the gateway, each with all weights on its GPUs.")
     if (spread := best_spread(choice)) and spread.sequences(request.context) > best.sequences(request.context):
         reasons.append(
-            f"Decode context parallelism beats them: it spreads the latent KV, and {spread.describe()} with "
+            f"Decode context parallelism holds more, because it spreads the latent KV: {spread.describe()} with "
             f"--decode-context-parallel {spread.tensor_parallel} would hold {spread.sequences(request.context):,} of "
-            f"{tokens(request.context)}. It is untried with this model, and without prefix caching, so it has to be "
-            "asked for."
+            f"{tokens(request.context)}. It is untested with this model and excludes prefix caching, so it is used "
+            "only on request."
         )
     if "auto_map" in request.config:
         reasons.append("The checkpoint brings code of its own: --trust-remote-code runs it, so read it first.")
@@ -133,7 +133,7 @@ def _idle(choice: Choice) -> str:
     heads = best.model_sizes.attention_heads
     if heads % count:
         return f"{used}: {count} ranks cannot divide the model's {heads} heads evenly."
-    return f"{used}: no layout of all of them holds more."
+    return f"{used}: no layout that uses all of them holds more."
 
 
 def _better(best: Layout, other: Layout) -> str:

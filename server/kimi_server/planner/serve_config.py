@@ -21,22 +21,22 @@ def settings(choice: Choice) -> list[Setting]:
         Setting("dtype", request.dtype, "of weights, activations and latent KV"),
         Setting("tensor-parallel-size", layout.tensor_parallel, "ranks of this server"),
         *(
-            [Setting("decode-context-parallel-size", request.context_parallel, "as asked; untried with this model")]
+            [Setting("decode-context-parallel-size", request.context_parallel, "as asked; untested with this model")]
             if request.context_parallel > 1
             else []
         ),
         Setting("max-model-len", request.context, "the planned context"),
-        Setting("max-num-batched-tokens", BATCH_TOKENS[device], "tokens of a step, which size the activations"),
-        Setting("max-num-seqs", layout.batch_sequences, "sequences that run at once, where their length lets them"),
-        Setting("enable-prefix-caching", True, "a second question to a long document starts where it ends")
+        Setting("max-num-batched-tokens", BATCH_TOKENS[device], "tokens of a step; the activations grow with them"),
+        Setting("max-num-seqs", layout.batch_sequences, "most sequences at once; long ones take the place of several"),
+        Setting("enable-prefix-caching", True, "a second question about a document does not read it again")
         if request.context_parallel == 1
-        else Setting("enable-prefix-caching", False, "decode context parallelism is refused with it"),
+        else Setting("enable-prefix-caching", False, "decode context parallelism excludes it"),
     ]
     if device == "cuda":
-        chosen.append(Setting("gpu-memory-utilization", GPU_SHARE, "the planned share; vLLM measures what it leaves"))
+        chosen.append(Setting("gpu-memory-utilization", GPU_SHARE, "the planned share of the GPU's memory"))
     else:
         cache = layout.forecast.cache
-        chosen.append(Setting("kv-cache-memory-bytes", cache, "a rank's cache; else vLLM takes most of the memory"))
+        chosen.append(Setting("kv-cache-memory-bytes", cache, "cache of a rank; vLLM's default is most of the memory"))
     if request.kv_cache_dtype != "auto":
         chosen.append(Setting("kv-cache-dtype", request.kv_cache_dtype, "as asked"))
     if request.state_dtype != "auto":
@@ -44,17 +44,17 @@ def settings(choice: Choice) -> list[Setting]:
     block, half = layout.forecast.plan.block_tokens, BATCH_TOKENS[device] // 2
     threshold = max(half // block * block, block)
     if threshold <= request.context:
-        reason = f"a long prompt leaves part of a step to others; whole KDA blocks of {block:,} tokens"
+        reason = f"a long prompt leaves part of a step to others; a multiple of the block of {block:,}"
         chosen.append(Setting("long-prefill-token-threshold", threshold, reason))
     return [
         *chosen,
-        Setting("scheduling-policy", "priority", "the gateway sends short prompts with a better priority"),
-        Setting("sse-keep-alive-interval", 15, "seconds; proxies close streams that are silent for a long prefill"),
-        Setting("shutdown-timeout", 120, "seconds that running answers get to end in"),
+        Setting("scheduling-policy", "priority", "short prompts first, by the priorities that the gateway sends"),
+        Setting("sse-keep-alive-interval", 15, "seconds; keeps a stream open that is silent during a long prefill"),
+        Setting("shutdown-timeout", 120, "seconds for running answers to finish"),
         Setting("enable-prompt-tokens-details", True, "usage says how much of a prompt was cached"),
-        Setting("enable-force-include-usage", True, "streams end with their usage, which budgets are kept by"),
-        Setting("enable-auto-tool-choice", True, "tools work without being asked for"),
-        Setting("tool-call-parser", "kimi_k2", "the format of this model's calls; it takes no reasoning parser"),
+        Setting("enable-force-include-usage", True, "streams end with their usage, which the gateway counts"),
+        Setting("enable-auto-tool-choice", True, "the model may call tools"),
+        Setting("tool-call-parser", "kimi_k2", "the format of its tool calls; set no reasoning parser"),
     ]
 
 

@@ -99,4 +99,4 @@ def test_a_locked_version_that_the_index_lacks(place: Place, capsys: pytest.Capt
     place.lock.write_text(f"{TORCH}\ndependency==1.1.5\n")
     place.install()
     assert place.installed() == {"torch-2.13.0+cpu", "dependency-1.2"}
-    assert "one of these versions is not to be had" in capsys.readouterr().out
+    assert "one of these versions is not available" in capsys.readouterr().out

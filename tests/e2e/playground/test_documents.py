@@ -104,7 +104,7 @@ def test_what_is_no_text_is_refused(page: Page, content: bytes, sentence: str) -
 
 def test_too_large_a_file_is_refused_unread(page: Page) -> None:
     page.evaluate(DROP, ["huge.log", "x" * 1024, 65 * 1024])
-    expect(page.locator("#notice")).to_have_text("huge.log has 65.0 MiB and at most 64.0 MiB fit: split the file.")
+    expect(page.locator("#notice")).to_have_text("huge.log has 65.0 MiB; the limit is 64.0 MiB: split the file.")
     expect(page.locator("#attached .chip")).to_have_count(0)
 
 

@@ -21,34 +21,34 @@ def refused(status: int, error: str = "", after: str = "") -> Reply:
     [
         (
             refused(429, "60 requests a minute.", "12"),
-            "Too many requests for now: retry in 12 s.",
+            "Too many requests: retry in 12 s.",
         ),
-        (refused(429), "Too many requests for now: retry in a while."),
-        (refused(503, "draining", "3"), "The server has no room for this request now: retry in 3 s."),
+        (refused(429), "Too many requests: retry in a while."),
+        (refused(503, "draining", "3"), "The server has no capacity for this request now: retry in 3 s."),
         (
             refused(503, "", "Wed, 21 Oct 2026 07:28:00 GMT"),
-            "The server has no room for this request now: retry in a while.",
+            "The server has no capacity for this request now: retry in a while.",
         ),
         (refused(502, "no replica"), "The server failed with status 502: retry in a while."),
-        (refused(413), "This is more than the gateway takes in one request: attach a shorter document."),
+        (refused(413), "This is more than the gateway accepts in one request: attach a shorter document."),
         (
             refused(400, "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens."),
-            "This is longer than what may be read at once (8,192 tokens): attach less, or start a new chat.",
+            "This is longer than the longest context (8,192 tokens): attach less, or start a new chat.",
         ),
         (
             refused(400, "Traceback: KeyError 'x' in engine/core.py"),
-            "The server did not take this request (status 400): check the settings, edit it, or start a new chat.",
+            "The server did not accept this request (status 400): check the settings, or edit the question.",
         ),
         (
             Reply(status=500, error="NCCL error", headers={"X-Request-Id": "req-1f"}),
             "The server failed with status 500: retry in a while. "
-            "If it stays so, tell who runs the server of request req-1f.",
+            "If this continues, report the request id req-1f to the operator.",
         ),
         (
             refused(404, "The model `x` does not exist."),
             "The gateway does not serve this model any more: reload the page, and choose another.",
         ),
-        (Reply(end="engine died"), "The server broke this answer off: retry to ask again."),
+        (Reply(end="engine died"), "The server stopped this answer early: retry to ask again."),
         (Reply(end="drop", pause=0.05), "The connection broke off before the answer was complete: retry to ask again."),
         (Reply(end="silent"), "The stream ended before the answer was complete: retry to ask again."),
         (
@@ -129,7 +129,7 @@ def test_a_key_no_header_can_carry(page: Page, gateway: FakeGateway) -> None:
     page.fill("#key", "schlüssel")
     page.press("#key", "Enter")
     expect(page.locator("#notice")).to_have_text(
-        "The API key has a space or a letter that keys cannot have: enter it again."
+        "The API key has a space or another character that keys cannot have: enter it again."
     )
 
 

@@ -135,7 +135,7 @@ def test_a_stopped_answer_has_its_figures(page: Page, gateway: FakeGateway) -> N
     gateway.reply = Reply(hold_after=1, running_usage=True)
     start(page, "One?")
     expect(page.locator('[data-show="used"]')).to_have_text("131,073 of 1,048,576 tokens, 12.5%")
-    assert shown(page)["cached"] == "told at the end"
+    assert shown(page)["cached"] == "known at the end"
     page.click("#stop")
     page.wait_for_selector(DONE)
     expect(page.locator(".figures")).to_contain_text("Answer\u00a01")

@@ -156,7 +156,7 @@ def test_cold_beside_warm(page: Page, gateway: FakeGateway) -> None:
     gateway.release()
     page.wait_for_selector(DONE)
     warmth = page.locator("#warmth")
-    expect(warmth).to_contain_text(re.compile(r"Document read anew\s*1\.\d s"))
+    expect(warmth).to_contain_text(re.compile(r"Document not in the cache\s*1\.\d s"))
     expect(warmth).to_contain_text("not yet")
     gateway.reply = Reply(usage=WARM, gateway_headers=False)
     ask(page, "Two?")

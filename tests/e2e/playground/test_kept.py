@@ -44,7 +44,7 @@ def test_a_reload_in_the_middle_of_an_answer_keeps_what_was_written(page: Page, 
     page.reload()
     expect(page.locator(ANSWER)).to_have_text("Some words")
     expect(page.locator(".turn .ended")).to_have_text(
-        "Cut off: the page was left before this answer was complete. Retry asks again."
+        "Cut off: you left the page before this answer was complete. Retry asks again."
     )
     gateway.reply = Reply(pieces=["All of it."])
     expect(page.locator("#model option")).to_have_count(1)

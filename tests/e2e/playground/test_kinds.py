@@ -44,7 +44,7 @@ def test_pdf_says_how_far_it_is(page: Page) -> None:
 def test_pdf_without_text(page: Page) -> None:
     attach(page, "scan.pdf", pdf("", ""))
     expect(page.locator("#notice")).to_have_text(
-        "scan.pdf has pictures of text only: run a text recognition (OCR) on it first."
+        "scan.pdf contains only images: run text recognition (OCR) on it first."
     )
 
 

@@ -44,10 +44,10 @@ def test_settings_are_sent_and_kept_and_go_on_in_a_new_chat(page: Page, gateway:
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("temperature", "3", "Temperature is a number from 0 to 2: change it, or leave it empty."),
-        ("top_p", "0", "Top-p is a number above 0 and at most 1: change it, or leave it empty."),
-        ("max_tokens", "1.5", "Longest answer is a whole number from 1 to 10000000: change it, or leave it empty."),
-        ("max_tokens", "0", "Longest answer is a whole number from 1 to 10000000: change it, or leave it empty."),
+        ("temperature", "3", "Temperature must be a number from 0 to 2, or empty."),
+        ("top_p", "0", "Top-p must be a number above 0 and at most 1, or empty."),
+        ("max_tokens", "1.5", "Longest answer must be a whole number from 1 to 10000000, or empty."),
+        ("max_tokens", "0", "Longest answer must be a whole number from 1 to 10000000, or empty."),
     ],
 )
 def test_what_the_server_would_refuse_is_said_at_once(

@@ -145,9 +145,7 @@ def test_a_document_is_in_the_prompt_once(page: Page, gateway: FakeGateway) -> N
     attach(page, "a.txt", b"the text")
     ask(page, "One?")
     attach(page, "copy.txt", b"the text")
-    expect(page.locator("#notice")).to_have_text(
-        "copy.txt is in this chat already: ask about it, it need not be sent again."
-    )
+    expect(page.locator("#notice")).to_have_text("copy.txt is already in this chat: just ask about it.")
     ask(page, "Two?")
     assert json.dumps(gateway.bodies[1]).count("the text") == 1
     page.click("#new")

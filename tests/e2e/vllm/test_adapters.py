@@ -96,7 +96,7 @@ def test_each_module_alone(
 ) -> None:
     """More adapters than slots; one that any module ignored would answer as the model does."""
     server = servers(demo_model, *FLAGS, *LORA, "--max-loras=4", "--max-cpu-loras=20", *flags_of(alone))
-    assert "decode steps take vLLM's layers: they do not take LoRA" in server.log
+    assert "decode steps run on vLLM's layers: the plugin's kernels do not take LoRA" in server.log
     prompt = Stream(vocab, seed=21).prompt(70)
     asked = [(name, prompt) for name in alone]
     answers = ask(Completions(server), asked)
@@ -226,8 +226,8 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
     ),
     "the output matrix": (of("lm_head"), "lm_head", "merge_and_unload"),
     "a layer too many": (of("model.layers.99.self_attn.o_proj"), "model.layers.99.self_attn.o_proj", "merge"),
-    "of a smaller model": (of(f"{LAYER}.self_attn.o_proj", 64, 64), f"{LAYER}.self_attn.o_proj", "of this very model"),
-    "of another rank": (of(f"{LAYER}.self_attn.q_proj", rank=2), f"{LAYER}.self_attn.q_proj", "of this very model"),
+    "of a smaller model": (of(f"{LAYER}.self_attn.o_proj", 64, 64), f"{LAYER}.self_attn.o_proj", "trained on this"),
+    "of another rank": (of(f"{LAYER}.self_attn.q_proj", rank=2), f"{LAYER}.self_attn.q_proj", "trained on this"),
     "half of it": (
         without_b(of(f"{LAYER}.self_attn.o_proj", columns=512)),
         f"{LAYER}.self_attn.o_proj.lora_B",

@@ -200,7 +200,7 @@ def test_quantised(
     stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
     server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *STORED_WAYS[flags]))
     if NGRAM not in STORED_WAYS[flags]:
-        assert "decode steps of up to 8 tokens take kernels of our own" in server.server.log
+        assert "decode steps of up to 8 tokens run on the plugin's kernels" in server.server.log
     judge = Judge(plain, inputs)
     ways = {
         "alone": server.one_by_one(asked),
@@ -227,7 +227,7 @@ def test_quantised_as_it_is_loaded(quantization: str, servers: Callable[..., Ser
     asker = Asker(log, rng)
     questions = [asker.ask(kind) for kind in KINDS for _ in range(8)]
     server = servers(TRAINED / "checkpoint", *FLAGS, "--enable-prefix-caching", f"--quantization={quantization}")
-    assert "decode steps of up to 8 tokens take kernels of our own" in server.log
+    assert "decode steps of up to 8 tokens run on the plugin's kernels" in server.log
     for several in ([[question] for question in questions], [questions]):
         answers = [text for some in several for text, _ in asyncio.run(ask_all(server, log, some))]
         right = sum(text == question.answer for text, question in zip(answers, questions, strict=True))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_a_server_without_a_size_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     server = Server("model", ["--max-model-len=512"], log_path=tmp_path / "log")
-    with pytest.raises(ValueError, match=r"serve model .* names no size: give it --kv-cache-memory-bytes, such as"):
+    with pytest.raises(ValueError, match=r"serve model .* sets no memory size: add --kv-cache-memory-bytes, such as"):
         server.start()
     assert server.process is None and not server.log
 

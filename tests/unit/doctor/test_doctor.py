@@ -46,7 +46,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "capability", lambda: (7, 5))
     found, on_gpu = machine.gpus()
     assert found.level == "fault" and on_gpu
-    assert "compute capability 7.5 has no bfloat16; take GPUs from 8.0 on" in found.text
+    assert "compute capability 7.5 has no bfloat16; take GPUs of 8.0 or higher" in found.text
 
     def broken() -> list[nvidia.Gpu]:
         raise ConfigError("nvidia-smi failed")
@@ -84,7 +84,7 @@ def test_faults_of_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
     ("printed", "status", "level", "said"),
     [
         ('["cpu", "C kernels with AVX2"]\n', 0, "ok", "C kernels with AVX2"),
-        ('["reference", "the C kernels were not built"]\n', 0, "warning", "for the C kernels were not built"),
+        ('["reference", "the C kernels were not built"]\n', 0, "warning", "because the C kernels were not built"),
         ("", 1, "fault", "libgomp.so.1: cannot open"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_signal_drains(tmp_path: Path, upstream: Upstream, upstream_url: str, 
         assert sorted(line["status"] for line in lines) == [200] * 10 + [503]
         said = gateway.errors.read_text().splitlines()
         assert all(line.startswith("INFO kimi_server.") for line in said), "what is well is no warning"
-        for words in ("listens on http://", "is up", "draining: 10 requests"):
+        for words in ("listening on http://", "is up", "stopping: 10 requests"):
             assert any(words in line for line in said), words
 
 
@@ -95,7 +95,7 @@ def test_what_does_not_end_in_time_is_told_so(tmp_path: Path, upstream: Upstream
         assert gateway.process.wait(120) == 0
         levels = [line.split()[0] for line in gateway.errors.read_text().splitlines()]
         assert levels.count("WARNING") == 1 and {*levels} == {"INFO", "WARNING"}
-        assert "WARNING kimi_server.gateway.gateway: 3 requests are broken off" in gateway.errors.read_text()
+        assert "WARNING kimi_server.gateway.gateway: 3 requests were cut off" in gateway.errors.read_text()
 
 
 def test_what_waits_when_the_time_is_over_is_refused(tmp_path: Path, upstream: Upstream, upstream_url: str) -> None:

@@ -134,7 +134,7 @@ def test_uv_first_with_the_settings_of_pip(settings_of_pip: list[str]) -> None:
 def test_without_uv_it_is_pip_with_a_word(settings_of_pip: list[str], capsys) -> None:
     steps = FakeSteps({UV: (1, LACKING["pip"])})
     assert [tool.name for tool in packages.tools(steps, "python")] == ["pip"]
-    assert capsys.readouterr().out == f"{UV} cannot be had, log says why: pip installs, which takes longer.\n"
+    assert capsys.readouterr().out == f"{UV} is not available (log says why): pip installs, which takes longer.\n"
     assert steps.environment == {"PATH": "/bin"}
 
 
@@ -143,7 +143,7 @@ def test_a_setting_that_uv_cannot_be_told_makes_it_pip_with_a_word(settings_of_p
     steps = FakeSteps()
     assert [tool.name for tool in packages.tools(steps, "python")] == ["pip"]
     said = capsys.readouterr().out
-    assert said == "pip is configured with only-binary, which uv cannot be told: pip installs.\n"
+    assert said == "pip is configured with only-binary, which uv does not have: pip installs instead.\n"
     assert steps.commands == []
 
 
@@ -154,7 +154,7 @@ def test_pip_takes_over_where_uv_fails(capsys) -> None:
         packages.install_dependencies(steps, tool, ROOT, "cpu", [TORCH, "a"])
 
     packages.by_the_first_that_can([uv("python"), pip("python")], install)
-    assert f"uv did not do it ({TORCH} could not be installed): pip tries.\n" == capsys.readouterr().out
+    assert f"uv failed ({TORCH} could not be installed): trying pip.\n" == capsys.readouterr().out
     by_uv, newer_pip, torch, rest = steps.commands
     assert "-m uv" in by_uv and "--upgrade pip>=" in newer_pip
     assert torch.endswith(TORCH) and rest.endswith(f"{TORCH} a")
@@ -167,7 +167,7 @@ def test_where_no_tool_can_the_last_says_why(capsys) -> None:
             [uv("python"), pip("python")],
             lambda tool: packages.install_dependencies(steps, tool, ROOT, "cuda", ["a"]),
         )
-    assert capsys.readouterr().out.count("did not do it") == 1
+    assert capsys.readouterr().out.count("trying pip") == 1
 
 
 def test_requirements_are_those_of_the_extras_with_torch_for_the_device() -> None:
@@ -200,4 +200,4 @@ def test_kernels_that_do_not_compile_are_told(tool: Tool, tmp_path: Path, capsys
     (tmp_path / "kernels/kda_kernels/cpu").mkdir(parents=True)
     (tmp_path / "kernels/kda_kernels/cpu/kda.c").touch()
     packages.install_project(FakeSteps(), tool, tmp_path, "cuda")
-    assert capsys.readouterr().out == "The C kernels did not compile, slower ones will be used: log says why.\n"
+    assert capsys.readouterr().out == "The C kernels did not compile, so slower ones will be used; log says why.\n"

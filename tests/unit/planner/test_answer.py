@@ -87,11 +87,11 @@ OTHERS = {
     "--gpus 4xH100 --concurrency 8": (
         "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. They need 8 x H100-80GB, 2 x H200, or the fp8 "
         "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs. Here --concurrency 5, --context 762240, or "
-        "--decode-context-parallel 4 (untried with this model) fits."
+        "--decode-context-parallel 4 (untested with this model) fits."
     ),
     "--gpus 8xB200 --concurrency 500": (
-        "No: 500 documents of 1M do not fit on 8 x B200, 56 do. No machine of up to 8 GPUs that is known here holds "
-        "that. Here --concurrency 56, or --context 112960 fits."
+        "No: 500 documents of 1M do not fit on 8 x B200, 56 do. No machine of up to 8 known GPUs holds that. "
+        "Here --concurrency 56, or --context 112960 fits."
     ),
     "--gpus New --memory 70G": (
         "No: 1 document of 1M does not fit on 1 x New. It needs 2 x New, 2 x 80 GB, 1 x H200, 4 x 48 GB, or the fp8 "
@@ -185,6 +185,18 @@ def test_the_guide_shows_the_answers() -> None:
     assert len(ROWS) == 5
     for case in ("1xH200 128K", "2xRTX-4090 128K"):
         assert f"    {ANSWERS[case]}\n" in GUIDE
+
+
+def test_the_guide_shows_the_tables_as_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", MODEL, "--gpus", "4xH100-80GB", "--context", "1M", "--concurrency", "5"]) == 0
+    printed = re.findall(r"^  ([\w ]+?)(?:, \w+)?  +(\d+\.\d{3}) ", capsys.readouterr().out, re.MULTILINE)
+    parts = re.findall(r"^\| ([\w ]+) \| (\d+\.\d{3}) \|", GUIDE, re.MULTILINE)
+    assert len(parts) == 7 and set(parts) <= set(printed)
+    assert main(["plan", MODEL, "--gpus", "2xRTX-4090", "--context", "128K"]) == 1
+    lines = [line.replace(",", "").replace("GiB", "").split() for line in capsys.readouterr().out.splitlines()]
+    shown = re.findall(r"^\|.* servers? of .*\|$", GUIDE, re.MULTILINE)
+    rows = [row.replace(",", "").replace("|", "").split() for row in shown]
+    assert len(rows) == 5 and all(row in lines for row in rows)
 
 
 def test_a_cpu_hears_no_word_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:

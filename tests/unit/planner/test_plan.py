@@ -166,7 +166,7 @@ def test_what_is_asked_fits_in_memory() -> None:
 def test_rows_of_the_memory_table_add_up() -> None:
     text = report(plan("4xH100-80GB", concurrency=4))
     title, *lines = text.split("\n\n")[1].splitlines()
-    assert title == "Memory of a server with 4 of 1M tokens, GiB"
+    assert title == "Memory of a server with 4 documents of 1M, GiB"
     assert lines[0].split() == ["rank", "0", "rank", "1", "rank", "2", "rank", "3"]
     rows = [[float(cell) for cell in line.split()[-4:]] for line in lines[1:]]
     for rank in range(4):
@@ -251,4 +251,4 @@ def test_the_command_plans_a_file_and_a_folder(config: Path, tmp_path: Path) -> 
 def test_nothing_follows_a_plan(config: Path) -> None:
     done = kimi_linear("plan", str(config), "--gpus", "4xH200", "--", "--port", "9")
     assert done.returncode == 2
-    assert "nothing may follow -- after plan; remove --port 9" in done.stderr
+    assert "plan takes nothing after --; remove --port 9" in done.stderr

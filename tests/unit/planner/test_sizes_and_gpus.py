@@ -82,7 +82,7 @@ def test_what_names_no_gpu_is_refused(text: str) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_memory_without_its_letter(device: str) -> None:
     """A GPU of 1 byte was planned with, of any name."""
-    with pytest.raises(ConfigError, match="--memory is '80', so many bytes; give a size such as 80G"):
+    with pytest.raises(ConfigError, match="--memory is '80', which means bytes; give a size such as 80G"):
         gpus.machine(device, None if device == "cpu" else "H100", "80", 1)
 
 

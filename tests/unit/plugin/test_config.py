@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nextn": (changed(num_nextn_predict_layers=1), "num_nextn_predict_layers is 1; .* must be unset or 0"),
     "quantised": (
         changed(quantization_config={"quant_method": "fp8"}),
-        "quantization_config is of 'fp8'; give a checkpoint of compressed",
+        "quantization_config is of quant_method 'fp8'; give a compressed",
     ),
     "K3 output gate": (changed(mla_use_output_gate=True), "mla_use_output_gate is True; .* must be unset or false"),
     "K3 residual attention": (changed(attn_res_block_size=8), "attn_res_block_size is 8; .* must be unset"),

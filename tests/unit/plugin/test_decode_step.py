@@ -64,7 +64,7 @@ def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     neither = SimpleNamespace(is_cuda=lambda: False, is_cpu=lambda: False)
     monkeypatch.setattr(decode_step, "current_platform", neither)
-    assert why_not(config(), sizes(), {"TRITON"}) == "they are for NVIDIA GPUs and for CPUs"
+    assert why_not(config(), sizes(), {"TRITON"}) == "the plugin's kernels are for NVIDIA GPUs and for CPUs"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_does_not_fit(changes: dict[str, Any], reason: str, on_a_gpu: None)
 
 
 def test_models_that_do_not_fit(on_a_gpu: None) -> None:
-    assert "one group, not 2" in str(why_not(config(), sizes(expert_groups=2), ()))
+    assert "one group of experts, not 2" in str(why_not(config(), sizes(expert_groups=2), ()))
     assert "no KDA layer" in str(why_not(config(), sizes(kda_layers=[]), ()))
     assert "run on FlashInfer CUTLASS" in str(why_not(config(), sizes(), {"TRITON", "FlashInfer CUTLASS"}))
     assert "not 96" in str(why_not(config(), sizes(kda_head_dim=96), ()))

@@ -96,7 +96,7 @@ def test_what_is_fused_of_layers_stored_in_several_ways_is_held_plain():
     assert held_as(sizes(mixed))["model.layers.0.self_attn.in_proj.weight"] is None
     assert held_as(sizes(mixed))["model.layers.0.self_attn.o_proj.weight"] == Scheme("fp8")
     mixed["ignore"] += [r"re:.*experts\.3\.w2"]
-    with pytest.raises(ConfigError, match=r"block_sparse_moe.experts in several ways"):
+    with pytest.raises(ConfigError, match=r"block_sparse_moe.experts in several formats"):
         held_as(sizes(mixed))
 
 
@@ -123,9 +123,9 @@ def changed(path: str, value: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ("int8", "is of 'int8'; give a checkpoint of compressed-tensors"),
-        ({"quant_method": "gptq", "bits": 4}, "is of 'gptq'; give a checkpoint of compressed-tensors"),
-        ({"quant_method": "awq"}, "is of 'awq'"),
+        ("int8", "is of quant_method 'int8'; give a compressed-tensors checkpoint"),
+        ({"quant_method": "gptq", "bits": 4}, "is of quant_method 'gptq'; give a compressed-tensors checkpoint"),
+        ({"quant_method": "awq"}, "is of quant_method 'awq'"),
         (changed("config_groups", {}), "config_groups is {}; give at least one"),
         (changed("config_groups.group_0", 3), "config_groups.group_0 is 3; give its targets and weights"),
         (changed("config_groups.group_0.targets", "Linear"), "targets is 'Linear'; give a list"),
@@ -135,10 +135,10 @@ def changed(path: str, value: object) -> dict[str, Any]:
             "strategy is 'tensor_group'; give 'channel'",
         ),
         (changed("config_groups.group_0.weights.symmetric", False), "symmetric is False; only true"),
-        (changed("config_groups.group_0.input_activations.dynamic", False), "only those with dynamic true"),
+        (changed("config_groups.group_0.input_activations.dynamic", False), "only dynamic ones"),
         (changed("config_groups.group_0.weights.actorder", "group"), "actorder is 'group'"),
         (changed("ignore", "lm_head"), "ignore is 'lm_head'; give a list"),
-        (changed("ignore", ["re:*("]), r"has the pattern 're:\*\(', which is none"),
+        (changed("ignore", ["re:*("]), r"has the pattern 're:\*\(', which is no regular expression"),
         (changed("kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme is .* not implemented"),
         (changed("sparsity_config", {"format": "dense"}), "sparsity_config is .* not implemented"),
         (changed("format", "nvfp4-pack-quantized"), "is float of 8 bits, nvfp4-pack-quantized"),
@@ -160,7 +160,7 @@ def test_groups_that_do_not_divide_a_row():
 def test_what_a_gpu_does_not_serve():
     check_device(sizes(EXPERTS), "cuda")
     check_device(sizes(INT8), "cpu")
-    with pytest.raises(ConfigError, match="quantization_config stores int8; on GPUs fp8 and packed4 are served"):
+    with pytest.raises(ConfigError, match="quantization_config stores int8; GPUs serve only fp8 and packed4"):
         check_device(sizes(INT8), "cuda")
 
 
@@ -200,5 +200,5 @@ def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch
         raise ImportError(f"no kernels for {device}")
 
     monkeypatch.setattr("decode_kernels.interface.kernels", missing)
-    with pytest.raises(ConfigError, match="needs the C kernels: install again where there is a C compiler"):
+    with pytest.raises(ConfigError, match="needs the C kernels: install a C compiler, then this package again"):
         cpu.CpuQuantization(sizes(EXPERTS))

@@ -85,7 +85,7 @@ def test_inv_freq_is_skipped(
     spare = [(f"model.layers.{n}.self_attn.rotary_emb.inv_freq", torch.zeros(32)) for n in (3, 7)]
     assert load(model_sizes, [*spare, *checkpoint]) == set()
     assert [record.message for record in caplog.records] == [
-        "Skipping rotary_emb.inv_freq of the checkpoint: this model rotates nothing"
+        "Skipping rotary_emb.inv_freq of the checkpoint: this model has no rotary positions"
     ]
 
 

@@ -37,7 +37,7 @@ def keys(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]
             command.add_argument("id", help="the name under which the key is counted and logged")
         if name == "add":
             command.add_argument("--owner", help="whose it is; keys of one owner share cached prefixes")
-            command.add_argument("--metrics", action="store_true", help="it may read /metrics on the API's port")
+            command.add_argument("--metrics", action="store_true", help="let the key read /metrics on the API's port")
         if name in ("add", "limit"):
             for limit, meaning in LIMITS.items():
                 command.add_argument(f"--{limit.replace('_', '-')}", type=_limit, metavar="N", help=meaning)
@@ -99,7 +99,7 @@ def _revoke(args: argparse.Namespace) -> None:
     from kimi_server.gateway.keys import edit, stored
 
     stored.change(args.file, lambda text: edit.revoke(text, args.id, args.file))
-    print(f"Key {args.id!r} is out of {args.file}; requests of it that run go on to their end.")
+    print(f"Key {args.id!r} is removed from {args.file}; its running requests may finish.")
 
 
 def _set_limits(args: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ def _limits(args: argparse.Namespace) -> dict[str, int | None]:
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None], tuple[str, ...]]] = {
     "add": (
-        "make a key: prints it once, and writes its hash into the file",
+        "make a key: print it once, and write its hash to the file",
         _add,
         (
             "kimi-linear keys add team-a-web --owner team-a",
@@ -131,9 +131,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None], tuple[str, 
         ),
     ),
     "list": ("list the keys with their limits", _list, ("kimi-linear keys list", "kimi-linear keys list --json")),
-    "revoke": ("take a key out of the file", _revoke, ("kimi-linear keys revoke team-a-web",)),
+    "revoke": ("remove a key from the file", _revoke, ("kimi-linear keys revoke team-a-web",)),
     "limit": (
-        "change the limits of a key; none takes one away",
+        "change the limits of a key; the value none removes one",
         _set_limits,
         (
             "kimi-linear keys limit batch --requests-per-minute 60 --concurrency 4",

@@ -30,10 +30,10 @@ def change(path: Path, edit: Callable[[str], str], create: bool = False) -> None
         os.fsync(folder)
     except OSError as error:
         raise SettingsError(
-            f"{path} cannot be replaced: {error.strerror}; where it is mounted alone, change it where it comes from."
+            f"{path} cannot be replaced: {error.strerror}; if it is mounted as a single file, edit it at its source."
         ) from None
     except UnicodeDecodeError:
-        raise SettingsError(f"{path} is not UTF-8: save it so.") from None
+        raise SettingsError(f"{path} is not UTF-8: save it as UTF-8.") from None
     finally:
         os.close(folder)
 

@@ -43,7 +43,7 @@ class BodyParser:
             return await asyncio.shield(work)
         except BrokenProcessPool:
             self.close()
-            message = "The process that reads large bodies was lost: try again, or send a smaller one."
+            message = "The process that parses large bodies died: try again, or send a smaller one."
             raise GatewayError(503, "reader_lost", message, 1) from None
 
     def _submit(self, function: Callable[[bytes], T], body: bytes) -> asyncio.Future[T]:

@@ -47,7 +47,7 @@ class Client:
         """Raise GatewayError for ambiguous framing, a body announced as too large, or a query of other bytes."""
         headers.check_framing(self.headers, self.limits.body_bytes)
         if not QUERY.fullmatch(self.query):
-            message = "The query of this URL has bytes that are no visible ASCII: write them as %XX."
+            message = "The query of this URL has bytes that are not printable ASCII: write them as %XX."
             raise GatewayError(400, "query", message)
 
     async def read_body(self, budget: BodyBudget) -> bytes:
@@ -74,7 +74,7 @@ class Client:
         except TimeoutError:
             seconds = self.limits.body_seconds
             if self.reservation is None:
-                full = f"There was no room for this body beside others within {seconds:g} seconds: try again."
+                full = f"The gateway had no room for this body within {seconds:g} seconds: try again."
                 raise GatewayError(503, "bodies_bytes", full, RETRY_SECONDS) from None
             raise GatewayError(408, "body_seconds", f"The body did not come within {seconds:g} seconds.") from None
 

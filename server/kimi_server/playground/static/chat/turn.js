@@ -7,7 +7,7 @@ import { Prose } from "./prose.js";
 
 const STATES = {
   stopped: "Stopped.",
-  interrupted: "Cut off: the page was left before this answer was complete. Retry asks again.",
+  interrupted: "Cut off: you left the page before this answer was complete. Retry asks again.",
 };
 
 export class Turn {

@@ -59,7 +59,7 @@ export class Attachments {
   /** Attach what was read before; throws Problem for what is there already. */
   attach(file) {
     if (this.files.some((other) => other.sha256 === file.sha256) || this.sent(file.sha256)) {
-      throw new Problem(`${file.name} is in this chat already: ask about it, it need not be sent again.`);
+      throw new Problem(`${file.name} is already in this chat: just ask about it.`);
     }
     this.files.push(file);
     const item = chip(file, () => {

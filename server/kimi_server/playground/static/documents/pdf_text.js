@@ -28,7 +28,7 @@ export async function pdfText(name, content, progress) {
       pages.push(`[Page ${number}]\n${text}\n`);
       page.cleanup();
     }
-    if (empty) throw new Problem(`${name} has pictures of text only: run a text recognition (OCR) on it first.`);
+    if (empty) throw new Problem(`${name} contains only images: run text recognition (OCR) on it first.`);
     return pages.join("\n");
   } catch (error) {
     if (error instanceof Problem) throw error;

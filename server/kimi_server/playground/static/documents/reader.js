@@ -11,13 +11,13 @@ const MOST_BYTES = 64 * 2 ** 20; // what the gateway takes unless it was told ot
 export async function readDocument(file, progress = () => {}) {
   const { name, size } = file;
   if (size > MOST_BYTES) {
-    throw new Problem(`${name} has ${bytes(size)} and at most ${bytes(MOST_BYTES)} fit: split the file.`);
+    throw new Problem(`${name} has ${bytes(size)}; the limit is ${bytes(MOST_BYTES)}: split the file.`);
   }
   let content;
   try {
     content = await file.arrayBuffer();
   } catch {
-    throw new Problem(`${name} cannot be read: attach files, not folders, that still exist.`);
+    throw new Problem(`${name} cannot be read: attach a file that exists, and no folder.`);
   }
   const isPdf = new TextDecoder("latin1").decode(content.slice(0, 5)) === "%PDF-";
   const found = await digest(isPdf ? await pdfText(name, content, progress) : content);

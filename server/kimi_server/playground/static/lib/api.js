@@ -50,7 +50,7 @@ export async function* chunks(reply) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Problem("The server broke this answer off: retry to ask again.");
+        if (chunk.error) throw new Problem("The server stopped this answer early: retry to ask again.");
         yield chunk;
       }
     }
@@ -88,7 +88,7 @@ async function send(path, options) {
 function authorization(key) {
   if (!key) return {};
   if (!/^[\x21-\x7e]+$/.test(key)) {
-    throw new Problem("The API key has a space or a letter that keys cannot have: enter it again.", 401);
+    throw new Problem("The API key has a space or another character that keys cannot have: enter it again.", 401);
   }
   return { Authorization: `Bearer ${key}` };
 }

@@ -30,33 +30,33 @@ function sentence(reply, said) {
   const limit = Number(LIMIT.exec(said)?.[1].replace(/\D/g, ""));
   const most = limit > 0 ? ` (${count(limit)} tokens)` : "";
   if (reply.status === 400 && TOO_LONG.test(said)) {
-    return `This is longer than what may be read at once${most}: attach less, or start a new chat.`;
+    return `This is longer than the longest context${most}: attach less, or start a new chat.`;
   }
   switch (reply.status) {
     case 401:
       return "The gateway asks for a valid API key: enter one under “Settings”, “API key”, then retry.";
     case 403:
-      return "This API key may not ask here: enter another under “Settings”, “API key”, then retry.";
+      return "This API key is not allowed to do this: enter another under “Settings”, “API key”, then retry.";
     case 404:
       return "The gateway does not serve this model any more: reload the page, and choose another.";
     case 408:
       return "The upload took too long: retry, or attach less.";
     case 413:
-      return "This is more than the gateway takes in one request: attach a shorter document.";
+      return "This is more than the gateway accepts in one request: attach a shorter document.";
     case 429:
-      return `Too many requests for now: ${when}.`;
+      return `Too many requests: ${when}.`;
     case 503:
-      return `The server has no room for this request now: ${when}.`;
+      return `The server has no capacity for this request now: ${when}.`;
     case 504:
       return `The server was silent for too long: ${when}.`;
   }
   if (reply.status >= 500) return `The server failed with status ${reply.status}: ${when}.${quoted(reply)}`;
-  const remedy = "check the settings, edit it, or start a new chat";
-  return `The server did not take this request (status ${reply.status}): ${remedy}.${quoted(reply)}`;
+  const remedy = "check the settings, or edit the question";
+  return `The server did not accept this request (status ${reply.status}): ${remedy}.${quoted(reply)}`;
 }
 
 /** How whoever runs the gateway finds the request in its log. */
 function quoted(reply) {
   const request = reply.headers.get("X-Request-Id") ?? "";
-  return REQUEST.test(request) ? ` If it stays so, tell who runs the server of request ${request}.` : "";
+  return REQUEST.test(request) ? ` If this continues, report the request id ${request} to the operator.` : "";
 }

@@ -4,7 +4,7 @@ import { isDemo } from "../lib/names.js";
 
 const LOG = {
   file: "log.txt",
-  told: "a log of 307 lines, the one kind of text that the demo model knows",
+  told: "a log of 307 lines, the only kind of text that the demo model can read",
   questions: [
     "Do you know the code of Gustav Nunez?",
     "Tell me the code of Celia Bishop.",

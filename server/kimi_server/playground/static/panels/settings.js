@@ -42,7 +42,7 @@ export class Settings {
       if (bad) {
         const kind = whole ? "a whole number" : "a number";
         const range = above ? `above ${least} and at most ${most}` : `from ${least} to ${most}`;
-        return this.#tell(`${name} is ${kind} ${range}: change it, or leave it empty.`);
+        return this.#tell(`${name} must be ${kind} ${range}, or empty.`);
       }
       settings[field] = number;
     }

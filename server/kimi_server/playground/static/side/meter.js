@@ -35,7 +35,7 @@ export class Meter {
       ? `${count(used)} of ${count(most)} tokens, ${share(used, most)}`
       : `${count(used)} tokens`;
     const known = !this.usage || cached != null;
-    show.cached.textContent = known ? count(cached ?? 0) : this.complete ? "not reported" : "told at the end";
+    show.cached.textContent = known ? count(cached ?? 0) : this.complete ? "not reported" : "known at the end";
     show["fresh-name"].textContent = known ? "Prompt, computed" : "Prompt";
     show.fresh.textContent = count(prompt - (cached ?? 0));
     show.answered.textContent = count(answered);
