@@ -6,9 +6,6 @@ server must have taken it, and over all it may not take others much more often t
 `test_bfloat16.py`, which runs here too, bounds the mean divergence.
 """
 
-import asyncio
-import contextlib
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +14,10 @@ import httpx
 import pytest
 import torch
 
-from examples.demo_model.conversations import KINDS, Asker, make_log
-from kimi_demo.demo import TRAINED
-from kimi_demo.reference import HfReference, Score
 from kimi_demo.server import Server
-from tests.support import quantized_checkpoint
 from tests.support.completions import Answer, Completions
-from tests.support.logs import ask_all
-from tests.support.prompts import LENGTHS, Stream
-from tests.support.rounded_inputs import RoundedInputs
+from tests.support.judge import TOKENS, Judge, draw
+from tests.support.prompts import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -94,145 +86,11 @@ WAYS = {
         for mode in ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY")
     },
 }
-TOKENS = 64
-GROWING = (180,) * 24  # one block of 192 tokens each, until their answers need another: more than a short cache has
-RATIO = 1.2
 
 
 @pytest.fixture(scope="module")
 def asked(vocab: int) -> list[tuple[list[int], int]]:
-    """Prompts of every length, the later half of each a repetition, so that drafts find something to propose."""
-    stream = Stream(vocab, seed=5)
-    prompts = []
-    for length in (*LENGTHS, *GROWING):
-        half = stream.prompt(-(-length // 2))
-        prompts.append(((half + half)[:length], TOKENS))
-    return prompts
-
-
-class Judge:
-    """The reference in fp32, and what bf16 costs it."""
-
-    def __init__(self, model: Path, inputs: tuple[str, int | None] | None = None) -> None:
-        """inputs: which weights' products round their inputs to fp8, and how many channels share a scale."""
-        # On a GPU, with the servers: on a CPU the scores take longer than all else.
-        device = f"cuda:{torch.cuda.device_count() - 1}"
-        self.reference, self.rough = (HfReference(model, dtype, device) for dtype in (torch.float32, torch.bfloat16))
-        self.rounding = RoundedInputs(self.rough.model, *inputs) if inputs else contextlib.nullcontext()
-        self.scores: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Score, list[int]]] = {}
-
-    def score(self, prompt: list[int], answer: list[int]) -> tuple[Score, list[int]]:
-        """And the tokens that transformers in bf16 takes in the same contexts."""
-        key = tuple(prompt), tuple(answer)
-        if key not in self.scores:
-            with self.rounding:
-                rough = self.rough.score(prompt, answer).argmax
-            self.scores[key] = self.reference.score(prompt, answer), rough
-        return self.scores[key]
-
-    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
-        """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
-        tokens, others, rough_others, clear = 0, 0, 0, 0
-        missed = []  # (length of the prompt, place in the answer, lead of the reference's choice)
-        for (prompt, _), answer in zip(asked, answers, strict=True):
-            score, rough = self.score(prompt, answer.tokens)
-            choices = list(zip(score.margins, score.argmax, score.answer, strict=True))
-            missed += [
-                (len(prompt), at, lead)
-                for at, (lead, best, taken) in enumerate(choices)
-                if lead > Score.clear_lead and best != taken
-            ]
-            tokens += len(choices)
-            clear += sum(lead > Score.clear_lead for lead in score.margins)
-            others += sum(best != taken for _, best, taken in choices)
-            rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
-        seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
-        assert not missed, f"{seen}; missed: {missed}"
-        assert others <= RATIO * rough_others + 2 * math.sqrt(rough_others), seen  # which of two near ones is chance
-        return seen
-
-
-# What a norm, a convolution, an embedding, the router and the heads' gates have is no product of these.
-PRODUCTS = r"(?<!embed_tokens)(_proj|with_mqa)(\.weight)?$"
-BY_TOKEN, BY_GROUP = (PRODUCTS, None), (rf"mlp\..*{PRODUCTS}", 128)
-# Checkpoint -> (groups, what is left out), and the products whose inputs it has rounded to fp8.
-CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None, tuple[str, int | None] | None]] = {
-    "fp8 by channel": ({"group_0": ("fp8 by channel", ["Linear"])}, None, BY_TOKEN),
-    "fp8 by block": ({"group_0": ("fp8 by block", ["Linear"])}, ["lm_head", "re:.*self_attn.*"], BY_GROUP),
-    "int4 experts": ({"group_0": ("int4, groups of 32", ["Linear"])}, quantized_checkpoint.EXPERTS_ALONE, None),
-    "int4": ({"group_0": ("int4, groups of 32", ["Linear"])}, ["lm_head", "re:.*(b|f_a|g_a|f_b|g_b)_proj"], None),
-    "several ways": (
-        {
-            "group_0": ("fp8 by channel", [r"re:.*self_attn\.(q|k|b|f_a)_proj.*", r"re:.*down_proj"]),
-            "group_1": ("int4, groups of 32", [r"re:.*experts\.\d+\..*", r"re:.*o_proj", r"re:.*up_proj"]),
-        },
-        [],
-        (r"mlp\.(shared_experts\.)?down_proj", None),
-    ),
-}
-
-
-# Flags that every checkpoint is served with, and those for two of them alone.
-STORED_WAYS = {
-    "one rank": (),
-    "two ranks": ("--tensor-parallel-size=2",),
-    "drafts, chunks, bfloat16 state": (NGRAM, *CHUNKS, "--mamba-ssm-cache-dtype=bfloat16"),
-    "short of blocks": (*CHUNKS, "--max-num-seqs=25", "--num-gpu-blocks-override=25"),
-}
-STORED = [(name, way) for way in ("one rank", "two ranks") for name in CHECKPOINTS] + [
-    (name, way) for way in ("drafts, chunks, bfloat16 state", "short of blocks") for name in ("fp8 by channel", "int4")
-]
-
-
-@pytest.mark.parametrize(("name", "flags"), STORED, ids=[", ".join(pair) for pair in STORED])
-def test_quantised(
-    name: str,
-    flags: str,
-    tmp_path: Path,
-    demo_model: Path,
-    servers: Callable[..., Server],
-    asked: list[tuple[list[int], int]],
-    record_property: Callable[[str, object], None],
-):
-    if flags == "two ranks" and torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
-    groups, ignore, inputs = CHECKPOINTS[name]
-    stored, plain = quantized_checkpoint.write(demo_model, tmp_path, groups, ignore)
-    server = Completions(servers(stored, *FLAGS, "--enable-prefix-caching", *STORED_WAYS[flags]))
-    if NGRAM not in STORED_WAYS[flags]:
-        assert "decode steps of up to 8 tokens run on the plugin's kernels" in server.server.log
-    judge = Judge(plain, inputs)
-    ways = {
-        "alone": server.one_by_one(asked),
-        "together": server.at_once(asked, cold=True),
-        "together, from the prefix cache": server.at_once(asked),
-    }
-    for way, answers in ways.items():
-        seen = judge.check(asked, answers)
-        record_property(way, seen)
-        print(f"{way}: {seen}")
-    if NGRAM in STORED_WAYS[flags]:
-        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
-    if flags == "short of blocks":
-        assert server.metric("vllm:num_preemptions_total") > 0
-    else:
-        assert sum(answer.cached_tokens for answer in ways["together, from the prefix cache"]) > 0
-
-
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_channel"])
-def test_quantised_as_it_is_loaded(quantization: str, servers: Callable[..., Server]):
-    """What the weights become is vLLM's; the small trained model still answers right, alone and many at once."""
-    rng = random.Random(7)
-    log = make_log(rng, 3000)
-    asker = Asker(log, rng)
-    questions = [asker.ask(kind) for kind in KINDS for _ in range(8)]
-    server = servers(TRAINED / "checkpoint", *FLAGS, "--enable-prefix-caching", f"--quantization={quantization}")
-    assert "decode steps of up to 8 tokens run on the plugin's kernels" in server.log
-    for several in ([[question] for question in questions], [questions]):
-        answers = [text for some in several for text, _ in asyncio.run(ask_all(server, log, some))]
-        right = sum(text == question.answer for text, question in zip(answers, questions, strict=True))
-        print(f"{quantization}: {right} of {len(questions)} right")
-        assert right >= 0.9 * len(questions)
+    return draw(vocab)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import torch
 
 from kimi_demo.server import Server
 from tests.e2e.vllm.test_adapters import LORA, Adapters, ask, flags_of, modules_alone, modules_together
-from tests.e2e.vllm.test_gpu import FLAGS, NGRAM, TOKENS, Judge
+from tests.e2e.vllm.test_gpu import FLAGS, NGRAM
 from tests.support import adapters
 from tests.support.completions import Answer, Completions
+from tests.support.judge import TOKENS, Judge
 from tests.support.prompts import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
