@@ -3,7 +3,7 @@
  * Included once for each instruction set, as kda_simd.h.
  */
 
-#include "panels_simd.h"
+#include "panels.h"
 
 /* Tokens of this thread: what experts multiply, as fp32; `total` zero. */
 static void KDA(experts_prepare)(const experts_call *c, int64_t me, int64_t team) {

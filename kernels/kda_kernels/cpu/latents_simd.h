@@ -4,7 +4,7 @@
  * Included once for each instruction set, as kda_simd.h. The latent dimension is a multiple of CHANNELS.
  */
 
-#include "panels_simd.h"
+#include "panels.h"
 
 /* CHANNELS channels of one head's query for up to 3 tokens. */
 INLINE void KDA(absorb)(const latents_call *c, int64_t head, int64_t channel, int64_t first, int tokens, int bf16) {

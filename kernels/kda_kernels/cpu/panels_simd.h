@@ -1,7 +1,8 @@
 /* Products of many tokens with a panel of rows: y = x W^T.
  *
- * Included by the kernels that need them, once for each instruction set. Columns are taken DEPTH at a time, and with these
- * the rows of a panel in turn: so their inputs stay in the second cache. Sums are those of `rows_simd.h`, in its order.
+ * Included by `panels.c` once for each instruction set, not by those who need products: compilers take long over them.
+ * Columns are taken DEPTH at a time, and with these the rows of a panel in turn: so their inputs stay in the second cache.
+ * Sums are those of `rows_simd.h`, in its order.
  */
 
 #include "rows_simd.h"
@@ -19,7 +20,7 @@ INLINE int KDA(group_size)(int tokens, int group) {
 }
 
 /* Many tokens, so that their inputs are read in one stream: of DEPTH columns each group, of it each vector's tokens. */
-INLINE inputs KDA(group)(const float *const *x, int tokens, int64_t width) {
+inputs KDA(group)(const float *const *x, int tokens, int64_t width) {
     const int64_t whole = width - width % WIDTH;
     float *out = tokens < MANY ? 0 : scratch((size_t)(tokens * whole));
     const inputs in = {x, out, tokens};
@@ -131,9 +132,7 @@ static __attribute__((noinline)) void KDA(multiply_panel)(const inputs *in, cons
     }
 }
 
-/* y[token][row] for `rows` (1 to PANEL) rows of W from row `first` on. */
-static __attribute__((noinline)) void KDA(product)(const inputs *in, const matrix *w, int64_t first, int64_t width,
-                                                   int rows, float (*y)[PANEL]) {
+void KDA(product)(const inputs *in, const matrix *w, int64_t first, int64_t width, int rows, float (*y)[PANEL]) {
     const int single = w->kind == FP32 && in->count < 3; /* memory gives one stream faster than four */
     int row = 0;
     if (in->grouped && rows >= ROWS) {
@@ -151,3 +150,4 @@ static __attribute__((noinline)) void KDA(product)(const inputs *in, const matri
     }
 }
 
+#include "no_vector.h"

@@ -3,7 +3,7 @@
  * Included once for each instruction set, as kda_simd.h.
  */
 
-#include "panels_simd.h"
+#include "panels.h"
 
 /* Tokens of this thread: x as fp32, with its residual added, normed. Rows of `wide` are whole vectors; what lies behind
  * a row's end is zero and stays so. */

@@ -1,12 +1,11 @@
 /* Products of rows of a matrix with tokens: y = x W^T. Here a few tokens; `panels_simd.h` has many.
  *
- * Included by the kernels that need them, once for each instruction set. A token's product with a row is one vector of
- * sums that runs along the row, whatever other tokens and rows are at work: the same bits in any batch and on any number
- * of threads. Weights are read where they lie, each once for up to TOKENS tokens. Tokens are rows of fp32, in whole
- * vectors: zeros stand behind their end.
+ * A token's product with a row is one vector of sums that runs along the row, whatever other tokens and rows are at work:
+ * the same bits in any batch and on any number of threads. Weights are read where they lie, each once for up to TOKENS
+ * tokens. Tokens are rows of fp32, in whole vectors: zeros stand behind their end.
  */
 
-#include "vector.h"
+#include "panels.h"
 
 #define LINE 64 /* bytes of the cache */
 #define PAGE 4096
@@ -149,21 +148,3 @@ INLINE void KDA(multiply_kind)(const float *const *x, int tokens, const matrix *
     else if (w->kind == INT8) KDA(multiply)(x, tokens, w, INT8, width, rows, y);
     else KDA(multiply)(x, tokens, w, INT4, width, rows, y);
 }
-
-INLINE float KDA(gated)(float gate, float up) { return gate * KDA(sigmoid)(KDA(splat)(gate))[0] * up; }
-
-/* A row as fp32, with zeros behind it. */
-INLINE void KDA(widen)(const char *row, int64_t width, int bf16, float *wide, int64_t stride) {
-    int64_t i = 0;
-    for (; i + WIDTH <= width; i += WIDTH) KDA(store)(wide + i, KDA(read)(row, i, bf16));
-    for (; i < width; i++) wide[i] = KDA(read_one)(row, i, bf16);
-    for (; i < stride; i++) wide[i] = 0;
-}
-
-/* And back. */
-INLINE void KDA(narrow)(const float *wide, int64_t width, int bf16, char *row) {
-    int64_t i = 0;
-    for (; i + WIDTH <= width; i += WIDTH) KDA(write)(row, i, KDA(load)(wide + i), bf16);
-    for (; i < width; i++) KDA(write_one)(row, i, wide[i], bf16);
-}
-
