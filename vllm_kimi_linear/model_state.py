@@ -12,6 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from vllm_kimi_linear import steady_steps
 from vllm_kimi_linear.greedy_sampler import GreedySampler
 
 
@@ -25,6 +26,28 @@ class KimiLinearModelState(MambaHybridModelState):
             and vllm_config.kv_transfer_config is None  # a connector may read the metadata
             and not vllm_config.additional_config.get("check_states")
         )
+        self.steady_steps = steady_steps.takes(vllm_config)
+        self.slotted: int | None = None  # the group of layers whose tokens have slots, where it is the only one
+        self.prepared: steady_steps.Prepared | None = None  # of the last step
+        self.last_step: steady_steps.SteadyStep | None = None  # from which the next can follow
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.prepared = self.last_step = self.slotted = None
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        slotted = [index for index, spec in enumerate(specs) if not isinstance(spec, MambaSpec)]
+        if self.steady_steps and len(slotted) == 1:
+            [self.slotted] = slotted
+            table = block_tables.block_tables[self.slotted].gpu
+            if table.is_cuda:
+                from vllm_kimi_linear import next_inputs
+
+                next_inputs.compile(table, block_tables.block_sizes[self.slotted])
+
+    def block_size(self, kv_cache_config: Any) -> int:
+        """Tokens of which a block holds a state, or that pass between two states."""
+        _, spec = self._get_mamba_group_info(kv_cache_config)
+        return spec.block_size
 
     def prepare_attn(
         self,
@@ -38,12 +61,10 @@ class KimiLinearModelState(MambaHybridModelState):
         **more: Any,
     ) -> dict[str, Any]:
         """The metadata of each layer; of KDA layers none where a captured graph replays decodes alone."""
-        if (
-            self.replays_without_metadata
-            and cudagraph_mode == CUDAGraphMode.FULL
-            and not for_capture
-            and not input_batch.has_prefill
-        ):
+        replayed = cudagraph_mode == CUDAGraphMode.FULL and not for_capture and not input_batch.has_prefill
+        self.prepared = steady_steps.Prepared(input_batch, block_tables, slot_mappings) if replayed else None
+        self.last_step = None  # whose buffers these are no more
+        if replayed and self.replays_without_metadata:
             # What a graph reads of KDA layers is their state indices, in the buffer that this fills.
             self._mamba_ctx.compute_aligned_state_indices(input_batch.seq_lens, input_batch.num_reqs_after_padding)
             attn_groups = [
@@ -62,10 +83,10 @@ class KimiLinearModelState(MambaHybridModelState):
     ) -> None:
         """Copy each state that the step takes into another block; without drafts the host knows when none does."""
         if self._align_mode and not self.drafts and not input_batch.has_prefill:
-            _, spec = self._get_mamba_group_info(kv_cache_config)
+            block_size = self.block_size(kv_cache_config)
             before = input_batch.num_computed_tokens_np
             after = before + input_batch.num_scheduled_tokens
-            if ((before - 1) // spec.block_size == (after - 1) // spec.block_size).all():
+            if ((before - 1) // block_size == (after - 1) // block_size).all():
                 return
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 

@@ -30,6 +30,7 @@ MODULES = (
     # Speed-ups, beside what they speed up.
     "cache.steady_requests",
     "attention.mla_splits",
+    "steady_steps",
     "fused_moe_configs",
 )
 

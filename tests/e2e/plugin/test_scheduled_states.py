@@ -11,28 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, MambaSpec, MLAAttentionSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_kimi_linear
-from kimi_demo.presets import demo_config
 from tests.support.own_process import in_own_process
-from vllm_kimi_linear.cache import layout
-from vllm_kimi_linear.cache.spec import KdaSpec
-from vllm_kimi_linear.config.model import ModelSizes
+from tests.support.scheduling import GROUPS, configuration, scheduler
 
-BLOCK, GROUPS = 256, (1, 2, 3)  # the KV cache groups of KDA layers; group 0 is the attention layers'
+BLOCK = 256
 LENGTH = 16384
 BLOCKS = PLENTY, FEW = 4000, 110
 
@@ -123,51 +114,6 @@ class Worker:
         return prefix
 
 
-def configuration(model: str, drafts: int) -> VllmConfig:
-    return EngineArgs(
-        model,
-        dtype="float32",
-        max_model_len=LENGTH,
-        max_num_batched_tokens=4096,
-        max_num_seqs=32,
-        enable_prefix_caching=True,
-        speculative_config={"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
-        if drafts
-        else None,
-    ).create_engine_config()
-
-
-def scheduler(config: VllmConfig, drafts: int, budget: int, blocks: int) -> Scheduler:
-    model_sizes = ModelSizes.from_config(demo_config())
-    state = MambaSpec(
-        shapes=layout.kda_state_shapes(model_sizes),
-        dtypes=(torch.float32, torch.float32),
-        block_size=BLOCK,
-        mamba_cache_mode="align",
-        num_speculative_blocks=drafts,
-    )
-    latents = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=model_sizes.latent_size, dtype=torch.float32)
-    plan = layout.cache_layout(
-        model_sizes, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=BLOCK, prefix_caching=True
-    )
-    kda: KVCacheSpec = KdaSpec.of(state, LENGTH, plan)
-    cache = KVCacheConfig(
-        num_blocks=blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[
-            KVCacheGroupSpec(["mla"], latents),
-            *(KVCacheGroupSpec([f"kda.{group}"], kda) for group in GROUPS),
-        ],
-        prefix_cache_retention_interval=0,
-    )
-    config.scheduler_config.max_num_batched_tokens = budget
-    config.cache_config.block_size = config.cache_config.mamba_block_size = BLOCK
-    config.cache_config.num_gpu_blocks = blocks
-    init_none_hash(sha256)
-    register_all_kvcache_specs(config)
-    return Scheduler(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
-
-
 def requests(seed: int, count: int) -> Iterator[Request]:
     """Prompts of 1,000 to 9,000 tokens, half of which begin as another does."""
     draw = random.Random(seed)
@@ -186,7 +132,8 @@ def requests(seed: int, count: int) -> Iterator[Request]:
 
 def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
     """Schedule requests until all are answered; raises AssertionError at the first state that is another's."""
-    engine, worker = scheduler(config, drafts, budget, blocks), Worker(seed=drafts)
+    config.scheduler_config.max_num_batched_tokens = budget
+    engine, worker = scheduler(config, BLOCK, blocks), Worker(seed=drafts)
     draw = random.Random(budget)
     for request in requests(seed=budget + drafts, count=10):
         engine.add_request(request)
@@ -227,7 +174,7 @@ def serve_all(model: str) -> list[str]:
     faults = []
     for drafts, budget, blocks in CASES:
         try:
-            serve(configuration(model, drafts), drafts, budget, blocks)
+            serve(configuration(model, LENGTH, drafts), drafts, budget, blocks)
             faults.append("")
         except AssertionError:
             faults.append(traceback.format_exc())

@@ -35,6 +35,7 @@ SHARED = "--decode-context-parallel-size="
 WAYS = {
     "graphs": ("--enable-prefix-caching",),
     "vLLM's layers": ("--enable-prefix-caching", '--additional-config={"decode_kernels": false}'),
+    "steady steps": ("--enable-prefix-caching", '--additional-config={"steady_steps": true}'),
     "eager, short of blocks": (
         "--enforce-eager",
         "--max-num-batched-tokens=64",

@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(
         MambaHybridModelState, "prepare_attn", lambda self, *args, **more: found.append(("metadata", args[4]))
     )
-    for name in ("preprocess_state", "postprocess_state"):
+    for name in ("preprocess_state", "postprocess_state", "initialize_kv_cache"):
         monkeypatch.setattr(
             MambaHybridModelState, name, lambda self, *args, name=name, **more: found.append((name, None))
         )
@@ -51,7 +51,12 @@ def state(drafts: int = 0, mode: str = "align", connector: Any = None, **additio
             num_speculative_tokens=drafts,
             cache_config=SimpleNamespace(mamba_cache_mode=mode),
             kv_transfer_config=connector,
-            additional_config=additional,
+            additional_config={"steady_steps": True} | additional,
+            lora_config=None,
+            model_config=SimpleNamespace(enable_prompt_embeds=False),
+            parallel_config=SimpleNamespace(
+                pipeline_parallel_size=1, data_parallel_size=1, decode_context_parallel_size=1
+            ),
         )
     )
 
@@ -89,6 +94,30 @@ def test_every_other_step_takes_all_of_it(calls: Calls) -> None:
     assert prepare(state(), calls, mode=CUDAGraphMode.PIECEWISE) == whole
     for other in (state(drafts=2), state(mode="none"), state(connector=object()), state(check_states=True)):
         assert prepare(other, calls) == whole
+
+
+def test_the_next_step_can_follow_from_a_replayed_step_of_decodes(calls: Calls) -> None:
+    ours = state()
+    prepare(ours, calls)
+    assert ours.prepared is not None and ours.prepared.batch.num_reqs_after_padding == 8
+    others: list[dict[str, Any]] = [{"for_capture": True}, {"has_prefill": True}, {"mode": CUDAGraphMode.NONE}]
+    for other in others:
+        ours.prepared = ours.last_step = object()  # type: ignore[assignment]
+        prepare(ours, calls, **other)
+        assert ours.prepared is ours.last_step is None, "its buffers hold another step's"
+
+
+def test_the_group_whose_tokens_have_slots(calls: Calls) -> None:
+    table = SimpleNamespace(gpu=SimpleNamespace(is_cuda=False))
+    tables = SimpleNamespace(block_tables=[table] * 3, block_sizes=[BLOCK] * 3)
+    for groups, slotted in (([KDA, LATENTS, KDA], 1), ([KDA], None), ([LATENTS, LATENTS], None)):
+        ours = state()
+        ours.last_step = object()  # type: ignore[assignment]
+        ours.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups), tables)
+        assert (ours.slotted, ours.last_step) == (slotted, None)
+    off = state(steady_steps=False)
+    off.initialize_kv_cache(SimpleNamespace(kv_cache_groups=[LATENTS]), tables)
+    assert off.slotted is None and not off.steady_steps
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""Which steps go on as the one before, and which of vLLM's runner this counts on.
+
+That what a graph reads is what vLLM would have written: `tests/e2e/plugin/test_steady_runner.py`.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.worker.gpu import sample
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.model_runner import ExecuteModelState, GPUModelRunner
+
+from vllm_kimi_linear import steady_steps
+from vllm_kimi_linear.steady_steps import Prepared, SteadyStep
+
+BLOCK = 64
+NAMES = ["a", "b"]
+
+
+def output(computed: list[int], names: list[str] = NAMES, **more: Any) -> SchedulerOutput:
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs = CachedRequestData.make_empty()
+    step.scheduled_cached_reqs.req_ids = list(names)
+    step.scheduled_cached_reqs.num_computed_tokens = list(computed)
+    step.scheduled_cached_reqs.new_block_ids = [None] * len(names)
+    step.num_scheduled_tokens = dict.fromkeys(names, 1)
+    step.total_num_scheduled_tokens = len(names)
+    for name, value in more.items():
+        setattr(step, name, value)
+    return step
+
+
+def batch(computed: list[int], padded: int = 2, **more: Any) -> Any:
+    bound = torch.tensor([*(tokens + 1 for tokens in computed), *[0] * (padded - len(computed))], dtype=torch.int32)
+    fields = {
+        "req_ids": NAMES[: len(computed)],
+        "num_reqs": len(computed),
+        "num_tokens": len(computed),
+        "idx_mapping_np": np.arange(len(computed)),
+        "num_computed_tokens_np": np.array(computed, np.int32),
+        "seq_lens_cpu_upper_bound": bound,
+    }
+    return SimpleNamespace(**fields | more)
+
+
+class State(NamedTuple):
+    input_batch: Any
+    attn_metadata: Any
+    hidden_states: Any
+    finished_req_ids: set[str]
+
+
+def step(computed: list[int]) -> SteadyStep:
+    """The step after which the sequences have so many tokens."""
+    prepared = Prepared(batch([tokens - 1 for tokens in computed]), (), torch.zeros(1))
+    state = State(prepared.batch, "metadata", "hidden states", {"c"})
+    return SteadyStep(prepared, state, SimpleNamespace(cg_mode=CUDAGraphMode.FULL), lambda: None, list(computed))
+
+
+def test_a_step_goes_on() -> None:
+    assert step([5, 70]).goes_on(output([5, 70]), BLOCK)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"scheduled_new_reqs": [object()]},
+        {"finished_req_ids": {"c"}},
+        {"preempted_req_ids": {"c"}},
+        {"scheduled_spec_decode_tokens": {"a": [1]}},
+        {"has_structured_output_requests": True},
+        {"new_block_ids_to_zero": [3]},
+        {"kv_cache_block_copies": [object()]},
+        {"total_num_scheduled_tokens": 3},
+        {"num_scheduled_tokens": {"b": 1, "a": 1}},  # in another order
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_a_step_that_does_anything_else_does_not(more: dict[str, Any]) -> None:
+    assert not step([5, 70]).goes_on(output([5, 70], **more), BLOCK)
+
+
+def test_nor_does_one_of_others_or_of_other_tokens() -> None:
+    assert not step([5, 70]).goes_on(output([5, 70, 9], [*NAMES, "c"]), BLOCK)
+    assert not step([5, 70]).goes_on(output([5], ["a"]), BLOCK)
+    assert not step([5, 70]).goes_on(output([5, 70], ["a", "c"]), BLOCK)
+    assert not step([5, 70]).goes_on(output([5, 69]), BLOCK)  # tokens were taken back
+    mixed = output([5, 70])
+    mixed.scheduled_cached_reqs.req_ids = ["b", "a"]
+    assert not step([5, 70]).goes_on(mixed, BLOCK)
+
+
+def test_nor_into_a_block() -> None:
+    assert not step([5, 128]).goes_on(output([5, 128]), BLOCK)
+    grown = output([5, 70])
+    grown.scheduled_cached_reqs.new_block_ids = [None, ([], [7])]
+    assert not step([5, 70]).goes_on(grown, BLOCK)
+
+
+class Runner:
+    """Its steps say what they did."""
+
+    def __init__(self, **state: Any) -> None:
+        values = {
+            "steady_steps": True,
+            "last_step": None,
+            "prepared": None,
+            "slotted": 0,
+            "block_size": lambda _: BLOCK,
+        }
+        self.did: list[Any] = []
+        self.model_state = SimpleNamespace(**values | state, prepare_attn=self.prepare_attn)
+        self.kv_cache_config = self.attn_groups = None
+        self.execute_model_state: Any = None
+        self.req_states = SimpleNamespace(num_computed_tokens_np=np.zeros(2, np.int32))
+        self.cudagraph_manager = SimpleNamespace(run_fullgraph=self.replay)
+
+    def replay(self, graph: Any) -> str:
+        self.did.append("replay")
+        return "hidden"
+
+    def prepare_attn(self, *args: Any) -> str:
+        self.did.append("plan")
+        return "plan"
+
+    def vllms(self, scheduler_output: Any, *args: Any, **options: Any) -> str:
+        self.did.append("vLLM's")
+        if scheduler_output is None:
+            raise RuntimeError("out of memory")
+        return "vLLM's"
+
+    def execute_model(self, *args: Any, **options: Any) -> Any:
+        return steady_steps.go_on(Runner.vllms)(self, *args, **options)
+
+
+def test_what_goes_on_replays_the_graph_and_leaves_what_vllm_samples_from() -> None:
+    runner = Runner(last_step=step([5, 70]))
+    assert runner.execute_model(output([5, 70]), None) is None
+    assert runner.did == ["replay"]
+    state = runner.execute_model_state
+    assert state.input_batch.num_computed_tokens_np.tolist() == [5, 70]
+    assert state.input_batch.seq_lens_cpu_upper_bound.tolist() == [6, 71]
+    assert runner.req_states.num_computed_tokens_np.tolist() == [5, 70]
+    assert (state.hidden_states, state.attn_metadata, state.finished_req_ids) == ("hidden", "metadata", set())
+    assert runner.execute_model(output([6, 71])) is None
+    assert state.input_batch.num_computed_tokens_np.tolist() == [5, 70]  # what a step was given stays
+    assert runner.execute_model_state.input_batch.num_computed_tokens_np.tolist() == [6, 71]
+    assert runner.did == ["replay", "replay"]
+
+
+def test_attention_plans_anew_in_another_tile() -> None:
+    runner = Runner(last_step=step([5, 79]))
+    for tokens in (79, 80, 81):
+        runner.execute_model(output([tokens - 74, tokens]))
+    assert runner.did == ["replay", "plan", "replay", "replay"]
+    assert runner.execute_model_state.attn_metadata == "plan"
+
+
+def test_all_else_is_vllms() -> None:
+    for runner in (Runner(), Runner(steady_steps=False, last_step=step([5, 70]))):
+        assert runner.execute_model(output([5, 70])) == "vLLM's"
+    other = Runner(last_step=step([5, 70]))
+    assert other.execute_model(output([5, 70]), dummy_run=True) == "vLLM's"
+    assert other.execute_model(output([5, 70])) == "vLLM's", "a rehearsal writes where the step before had written"
+    stage = Runner(last_step=step([5, 70]))
+    assert stage.execute_model(output([5, 70]), None, True) == "vLLM's"
+
+
+def test_nothing_follows_from_a_step_that_fails() -> None:
+    def fail(graph: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    runner = Runner(last_step=step([5, 70]))
+    runner.cudagraph_manager.run_fullgraph = fail
+    with pytest.raises(RuntimeError):
+        runner.execute_model(output([5, 70]))
+    assert runner.execute_model(output([5, 70])) == "vLLM's"
+
+
+def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **more: Any) -> SteadyStep | None:
+    """What can follow from a step of vLLM's, here one whose sequences had 4 and 69 tokens."""
+    pytest.importorskip("triton")
+    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], idx_mapping=None, **more)
+    runner.execute_model_state = State(run, None, None, set())
+    seen = run if prepared else batch([4, 69])
+    runner.model_state.prepared = Prepared(seen, (), torch.zeros(1))
+    runner.cudagraph_manager.dispatch = lambda *args, **options: SimpleNamespace(cg_mode=mode)
+    table = SimpleNamespace(gpu=None)
+    buffers: Any = SimpleNamespace(
+        req_states=SimpleNamespace(num_computed_tokens=table, last_sampled_tokens=None),
+        input_buffers=SimpleNamespace(input_ids=None, positions=None, seq_lens=None),
+        block_tables=SimpleNamespace(block_tables=[table], slot_mappings=[None], block_sizes=[BLOCK]),
+    )
+    vars(runner).update(vars(buffers))
+    return SteadyStep.of(runner)
+
+
+def test_what_a_step_can_follow_from() -> None:
+    found = followed()
+    assert found is not None and found.computed == [5, 70]
+    assert followed(prepared=False) is None  # vLLM prepared something else since
+    assert followed(mode=CUDAGraphMode.NONE) is None
+    assert followed(num_tokens=3) is None
+    assert followed(slotted=None) is None
+
+
+def configuration(**more: Any) -> Any:
+    values: dict[str, Any] = {
+        "additional_config": {"steady_steps": True},
+        "num_speculative_tokens": 0,
+        "kv_transfer_config": None,
+        "lora_config": None,
+        "model_config": SimpleNamespace(enable_prompt_embeds=False),
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, data_parallel_size=1, decode_context_parallel_size=1, tensor_parallel_size=2
+        ),
+    }
+    return SimpleNamespace(**values | more)
+
+
+def test_configurations_whose_steps_do_more() -> None:
+    assert steady_steps.takes(configuration())
+    ranks: dict[str, Any] = vars(configuration().parallel_config)
+    others: list[dict[str, Any]] = [
+        {"additional_config": {}},
+        {"additional_config": {"steady_steps": True, "check_states": True}},
+        {"num_speculative_tokens": 2},
+        {"kv_transfer_config": object()},
+        {"lora_config": object()},
+        {"watermark_config": object()},
+        {"model_config": SimpleNamespace(enable_prompt_embeds=True)},
+        *({"parallel_config": SimpleNamespace(**ranks | {name: 2})} for name in ranks if not name.startswith("tensor")),
+    ]
+    for more in others:
+        assert not steady_steps.takes(configuration(**more)), more
+
+
+# What `execute_model` takes of a runner: of all this a step that goes on leaves out only what does nothing there.
+TAKEN = (
+    "_merge_ec_connector_no_forward _set_active_loras add_requests attn_groups aux_output_connector block_tables "
+    "cp_interleave cudagraph_manager decode_query_len dcp_rank dcp_size dp_rank dp_size ec_connector encoder_cache "
+    "eplb execute_model_state finish_requests free_states gather_batch_req_state input_buffers intermediate_tensors "
+    "is_encoder_decoder is_first_pp_rank is_last_pp_rank kv_cache_config kv_connector lora_config lora_manager "
+    "lora_state max_model_len model model_config model_state observability_config parallel_config pcp_manager "
+    "pp_handler prepare_attn prepare_dummy_attn prepare_inputs req_states step_timing supports_mm_inputs ubatch_runner "
+    "update_pp_decode_requests update_requests use_aux_hidden_state_outputs uses_inputs_embeds vllm_config vocab_size"
+)
+# What a scheduler sends beside what `goes_on` looks at: nothing of it concerns a step of this model without drafts.
+SENT = (
+    "aux_output_connector_metadata ec_connector_metadata ec_manager_metadata encoder_input_updates "
+    "free_encoder_mm_hashes has_sync_kv_loads kv_connector_block_state kv_connector_metadata num_common_prefix_blocks "
+    "num_invalid_spec_tokens num_spec_tokens_to_schedule pending_structured_output_tokens "
+    "scheduled_encoder_input_stats scheduled_encoder_inputs skip_drafts"
+)
+
+
+def test_vllm_does_nothing_else_in_a_step() -> None:
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(GPUModelRunner.execute_model)))
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    taken = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == "self"}
+    assert taken <= {*TAKEN.split()}
+    asked = set(inspect.unwrap(SteadyStep.goes_on).__code__.co_names)
+    assert {field.name for field in dataclasses.fields(SchedulerOutput)} <= {*SENT.split(), *asked}
+
+
+def test_vllm_stages_sampling_parameters_for_requests_that_are_added_alone() -> None:
+    """So there are none in a step that goes on, which leaves their copies to the device out."""
+    stagers = set()
+    for path in Path(str(sample.__path__[0])).glob("*.py"):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
+                targets = node.targets if isinstance(node, ast.Assign) else []
+                written = [ast.unparse(target) for target in targets if ".np[" in ast.unparse(target)]
+                if written or str(called).startswith("stage_write"):
+                    stagers.add(function.name)
+    assert stagers == {"add_request"}
+
+
+def test_vllm_has_what_this_takes() -> None:
+    assert set(State._fields) < set(ExecuteModelState._fields)
+    dispatched = list(inspect.signature(CudaGraphManager.dispatch).parameters)
+    assert dispatched[:6] == [
+        "self",
+        "num_reqs",
+        "num_tokens",
+        "uniform_token_count",
+        "num_active_loras",
+        "max_query_len",
+    ]
