@@ -24,7 +24,7 @@ ENDINGS = {
     "flag": "--kv-cache-dtype is fp8; on cpu this model takes",
     "tokenizer": "does not load with transformers",
     "weights": "checkpoint tensor model.norm.weight is missing",
-    "cache": "--max-model-len is 1048576; a sequence of that length takes ",
+    "cache": "--max-model-len is 1048576; a sequence of that length needs ",
 }
 
 
@@ -117,5 +117,5 @@ def test_serve_says_how_much_cache_is_short(endings: dict[str, tuple[int, list[s
     plan = layout.cache_layout(model_sizes, activation_dtype="float32", kv_bytes=64 << 20, prefix_caching=True)
     longest = plan.longest_context(1 << 20)
     assert 0 < longest < 1 << 20
-    assert " a rank and 64.0 MiB are there, " in line
+    assert " MiB of cache on each rank, which has 64.0 MiB, " in line
     assert f" short: --max-model-len {longest} fits, or give more with " in line
