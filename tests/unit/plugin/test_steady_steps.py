@@ -40,6 +40,13 @@ def output(computed: list[int], names: list[str] = NAMES, **more: Any) -> Schedu
     return step
 
 
+class Batch:
+    """Of vLLM's `InputBatch` what is taken."""
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+
 def batch(computed: list[int], padded: int = 2, **more: Any) -> Any:
     bound = torch.tensor([*(tokens + 1 for tokens in computed), *[0] * (padded - len(computed))], dtype=torch.int32)
     fields = {
@@ -50,7 +57,7 @@ def batch(computed: list[int], padded: int = 2, **more: Any) -> Any:
         "num_computed_tokens_np": np.array(computed, np.int32),
         "seq_lens_cpu_upper_bound": bound,
     }
-    return SimpleNamespace(**fields | more)
+    return Batch(**fields | more)
 
 
 class State(NamedTuple):
@@ -64,7 +71,8 @@ def step(computed: list[int]) -> SteadyStep:
     """The step after which the sequences have so many tokens."""
     prepared = Prepared(batch([tokens - 1 for tokens in computed]), (), torch.zeros(1))
     state = State(prepared.batch, "metadata", "hidden states", {"c"})
-    return SteadyStep(prepared, state, SimpleNamespace(cg_mode=CUDAGraphMode.FULL), lambda: None, list(computed))
+    graph, token = SimpleNamespace(cg_mode=CUDAGraphMode.FULL), np.ones(len(computed), np.int32)
+    return SteadyStep(prepared, state, graph, lambda: None, token, list(computed))
 
 
 def test_a_step_goes_on() -> None:
@@ -188,9 +196,9 @@ def test_nothing_follows_from_a_step_that_fails() -> None:
 
 
 def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **more: Any) -> SteadyStep | None:
-    """What can follow from a step of vLLM's, here one whose sequences had 4 and 69 tokens."""
+    """What can follow from a step of vLLM's, here one of two sequences of 4 and 69 tokens, in a graph for four."""
     pytest.importorskip("triton")
-    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], idx_mapping=None, **more)
+    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], 4, idx_mapping=None, **more)
     runner.execute_model_state = State(run, None, None, set())
     seen = run if prepared else batch([4, 69])
     runner.model_state.prepared = Prepared(seen, (), torch.zeros(1))
@@ -208,6 +216,7 @@ def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **
 def test_what_a_step_can_follow_from() -> None:
     found = followed()
     assert found is not None and found.computed == [5, 70]
+    assert found.token.tolist() == [1, 1, 0, 0]
     assert followed(prepared=False) is None  # vLLM prepared something else since
     assert followed(mode=CUDAGraphMode.NONE) is None
     assert followed(num_tokens=3) is None
