@@ -109,6 +109,7 @@ class SteadyStep:
             vars(last),
             num_computed_tokens_np=last.num_computed_tokens_np + 1,
             seq_lens_cpu_upper_bound=torch.from_numpy(last.seq_lens_cpu_upper_bound.numpy() + self.token),
+            logits_indices=slice(last.num_reqs),  # vLLM indexes with these: so it takes a view in place of a copy
         )
         runner.req_states.num_computed_tokens_np[batch.idx_mapping_np] = batch.num_computed_tokens_np
         self.write_inputs()
