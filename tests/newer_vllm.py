@@ -30,6 +30,7 @@ TESTS = (
     "unit/plugin/test_kda_metadata.py",
     "unit/plugin/test_model_state.py",
     "unit/plugin/test_steady_steps.py",
+    "unit/plugin/test_steady_vllm.py",
     "unit/plugin/test_cache_policy.py",
     "unit/plugin/test_cache_check.py",
     "unit/plugin/test_cache_layout.py",

@@ -9,11 +9,11 @@ vLLM's own, and so is what follows the graph: logits, sampling, the update of th
 """
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 
@@ -52,10 +52,11 @@ class Prepared:
 class SteadyStep:
     """A step of one token of each sequence that a graph replayed, as what the next follows from if it goes on."""
 
-    prepared: Prepared
+    prepared: Prepared  # by vLLM, for this step or one before
     state: Any  # vLLM's ExecuteModelState
     graph: Any  # vLLM's BatchExecutionDescriptor
     write_inputs: Callable[[], None]
+    token: np.ndarray  # [requests of the graph]: 1, and 0 of those that pad it
     computed: list[int]  # tokens of each sequence before the next step
 
     @classmethod
@@ -82,7 +83,8 @@ class SteadyStep:
             runner.block_tables.slot_mappings[group],
             runner.block_tables.block_sizes[group],
         )
-        return cls(prepared, state, graph, write_inputs, (batch.num_computed_tokens_np + 1).tolist())
+        token = (np.arange(len(batch.seq_lens_cpu_upper_bound)) < requests).astype(np.int32)
+        return cls(prepared, state, graph, write_inputs, token, (batch.num_computed_tokens_np + 1).tolist())
 
     def goes_on(self, output: Any, block_size: int) -> bool:
         """Whether the step that the scheduler sends does nothing but go on. block_size: tokens that a state covers."""
@@ -101,19 +103,22 @@ class SteadyStep:
 
     def next(self, runner: Any, output: Any) -> "SteadyStep":
         """Run the step that goes on; what vLLM samples from is in its place afterwards."""
-        batch, prepared, metadata = copy(self.prepared.batch), self.prepared, self.state.attn_metadata
-        batch.num_computed_tokens_np = batch.num_computed_tokens_np + 1
-        bound = batch.seq_lens_cpu_upper_bound.numpy().copy()  # those that pad the graph have none
-        bound[: batch.num_reqs] += 1
-        batch.seq_lens_cpu_upper_bound = torch.from_numpy(bound)
+        last, metadata = self.state.input_batch, self.state.attn_metadata
+        batch = object.__new__(type(last))
+        vars(batch).update(
+            vars(last),
+            num_computed_tokens_np=last.num_computed_tokens_np + 1,
+            seq_lens_cpu_upper_bound=torch.from_numpy(last.seq_lens_cpu_upper_bound.numpy() + self.token),
+            logits_indices=slice(last.num_reqs),  # vLLM indexes with these: so it takes a view in place of a copy
+        )
         runner.req_states.num_computed_tokens_np[batch.idx_mapping_np] = batch.num_computed_tokens_np
         self.write_inputs()
         if any(tokens % TILE == 0 for tokens in self.computed):
             metadata = runner.model_state.prepare_attn(
                 batch,
                 self.graph.cg_mode,
-                prepared.block_tables,
-                prepared.slot_mappings,
+                self.prepared.block_tables,
+                self.prepared.slot_mappings,
                 runner.attn_groups,
                 runner.kv_cache_config,
             )
@@ -124,8 +129,7 @@ class SteadyStep:
             hidden_states=hidden_states,
             finished_req_ids=output.finished_req_ids,
         )
-        computed = [tokens + 1 for tokens in self.computed]
-        return replace(self, prepared=replace(prepared, batch=batch), state=state, computed=computed)
+        return replace(self, state=state, computed=[tokens + 1 for tokens in self.computed])
 
 
 def go_on(original: Function) -> Function:

@@ -1,13 +1,8 @@
-"""Which steps go on as the one before, and which of vLLM's runner this counts on.
+"""Which steps go on as the one before, and what they leave behind.
 
 That what a graph reads is what vLLM would have written: `tests/e2e/plugin/test_steady_runner.py`.
 """
 
-import ast
-import dataclasses
-import inspect
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,9 +11,6 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
-from vllm.v1.worker.gpu import sample
-from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-from vllm.v1.worker.gpu.model_runner import ExecuteModelState, GPUModelRunner
 
 from vllm_kimi_linear import steady_steps
 from vllm_kimi_linear.steady_steps import Prepared, SteadyStep
@@ -40,6 +32,13 @@ def output(computed: list[int], names: list[str] = NAMES, **more: Any) -> Schedu
     return step
 
 
+class Batch:
+    """Of vLLM's `InputBatch` what is taken."""
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+
 def batch(computed: list[int], padded: int = 2, **more: Any) -> Any:
     bound = torch.tensor([*(tokens + 1 for tokens in computed), *[0] * (padded - len(computed))], dtype=torch.int32)
     fields = {
@@ -50,7 +49,7 @@ def batch(computed: list[int], padded: int = 2, **more: Any) -> Any:
         "num_computed_tokens_np": np.array(computed, np.int32),
         "seq_lens_cpu_upper_bound": bound,
     }
-    return SimpleNamespace(**fields | more)
+    return Batch(**fields | more)
 
 
 class State(NamedTuple):
@@ -64,7 +63,8 @@ def step(computed: list[int]) -> SteadyStep:
     """The step after which the sequences have so many tokens."""
     prepared = Prepared(batch([tokens - 1 for tokens in computed]), (), torch.zeros(1))
     state = State(prepared.batch, "metadata", "hidden states", {"c"})
-    return SteadyStep(prepared, state, SimpleNamespace(cg_mode=CUDAGraphMode.FULL), lambda: None, list(computed))
+    graph, token = SimpleNamespace(cg_mode=CUDAGraphMode.FULL), np.ones(len(computed), np.int32)
+    return SteadyStep(prepared, state, graph, lambda: None, token, list(computed))
 
 
 def test_a_step_goes_on() -> None:
@@ -150,6 +150,9 @@ def test_what_goes_on_replays_the_graph_and_leaves_what_vllm_samples_from() -> N
     state = runner.execute_model_state
     assert state.input_batch.num_computed_tokens_np.tolist() == [5, 70]
     assert state.input_batch.seq_lens_cpu_upper_bound.tolist() == [6, 71]
+    hidden_states = torch.zeros(4, 3)  # two rows pad the graph
+    sampled_from = hidden_states[state.input_batch.logits_indices]
+    assert sampled_from.shape == (2, 3) and sampled_from.data_ptr() == hidden_states.data_ptr()
     assert runner.req_states.num_computed_tokens_np.tolist() == [5, 70]
     assert (state.hidden_states, state.attn_metadata, state.finished_req_ids) == ("hidden", "metadata", set())
     assert runner.execute_model(output([6, 71])) is None
@@ -188,9 +191,9 @@ def test_nothing_follows_from_a_step_that_fails() -> None:
 
 
 def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **more: Any) -> SteadyStep | None:
-    """What can follow from a step of vLLM's, here one whose sequences had 4 and 69 tokens."""
+    """What can follow from a step of vLLM's, here one of two sequences of 4 and 69 tokens, in a graph for four."""
     pytest.importorskip("triton")
-    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], idx_mapping=None, **more)
+    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], 4, idx_mapping=None, **more)
     runner.execute_model_state = State(run, None, None, set())
     seen = run if prepared else batch([4, 69])
     runner.model_state.prepared = Prepared(seen, (), torch.zeros(1))
@@ -208,6 +211,7 @@ def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **
 def test_what_a_step_can_follow_from() -> None:
     found = followed()
     assert found is not None and found.computed == [5, 70]
+    assert found.token.tolist() == [1, 1, 0, 0]
     assert followed(prepared=False) is None  # vLLM prepared something else since
     assert followed(mode=CUDAGraphMode.NONE) is None
     assert followed(num_tokens=3) is None
@@ -243,58 +247,3 @@ def test_configurations_whose_steps_do_more() -> None:
     ]
     for more in others:
         assert not steady_steps.takes(configuration(**more)), more
-
-
-# What `execute_model` takes of a runner: of all this a step that goes on leaves out only what does nothing there.
-TAKEN = (
-    "_merge_ec_connector_no_forward _set_active_loras add_requests attn_groups aux_output_connector block_tables "
-    "cp_interleave cudagraph_manager decode_query_len dcp_rank dcp_size dp_rank dp_size ec_connector encoder_cache "
-    "eplb execute_model_state finish_requests free_states gather_batch_req_state input_buffers intermediate_tensors "
-    "is_encoder_decoder is_first_pp_rank is_last_pp_rank kv_cache_config kv_connector lora_config lora_manager "
-    "lora_state max_model_len model model_config model_state observability_config parallel_config pcp_manager "
-    "pp_handler prepare_attn prepare_dummy_attn prepare_inputs req_states step_timing supports_mm_inputs ubatch_runner "
-    "update_pp_decode_requests update_requests use_aux_hidden_state_outputs uses_inputs_embeds vllm_config vocab_size"
-)
-# What a scheduler sends beside what `goes_on` looks at: nothing of it concerns a step of this model without drafts.
-SENT = (
-    "aux_output_connector_metadata ec_connector_metadata ec_manager_metadata encoder_input_updates "
-    "free_encoder_mm_hashes has_sync_kv_loads kv_connector_block_state kv_connector_metadata num_common_prefix_blocks "
-    "num_invalid_spec_tokens num_spec_tokens_to_schedule pending_structured_output_tokens "
-    "scheduled_encoder_input_stats scheduled_encoder_inputs skip_drafts"
-)
-
-
-def test_vllm_does_nothing_else_in_a_step() -> None:
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(GPUModelRunner.execute_model)))
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
-    taken = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == "self"}
-    assert taken <= {*TAKEN.split()}
-    asked = set(inspect.unwrap(SteadyStep.goes_on).__code__.co_names)
-    assert {field.name for field in dataclasses.fields(SchedulerOutput)} <= {*SENT.split(), *asked}
-
-
-def test_vllm_stages_sampling_parameters_for_requests_that_are_added_alone() -> None:
-    """So there are none in a step that goes on, which leaves their copies to the device out."""
-    stagers = set()
-    for path in Path(str(sample.__path__[0])).glob("*.py"):
-        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
-            for node in ast.walk(function):
-                called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
-                targets = node.targets if isinstance(node, ast.Assign) else []
-                written = [ast.unparse(target) for target in targets if ".np[" in ast.unparse(target)]
-                if written or str(called).startswith("stage_write"):
-                    stagers.add(function.name)
-    assert stagers == {"add_request"}
-
-
-def test_vllm_has_what_this_takes() -> None:
-    assert set(State._fields) < set(ExecuteModelState._fields)
-    dispatched = list(inspect.signature(CudaGraphManager.dispatch).parameters)
-    assert dispatched[:6] == [
-        "self",
-        "num_reqs",
-        "num_tokens",
-        "uniform_token_count",
-        "num_active_loras",
-        "max_query_len",
-    ]
