@@ -1,7 +1,7 @@
 """Whether a server's greedy answers in bfloat16 are as near to the fp32 reference as transformers in bfloat16 is."""
 
 import contextlib
-import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -26,6 +26,32 @@ def draw(vocab: int) -> list[tuple[list[int], int]]:
     return prompts
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Counts of answers' tokens."""
+
+    tokens: int = 0
+    others: int = 0  # that are not the reference's choice
+    rough_others: int = 0  # where transformers in bf16 takes another than the reference
+    clear: int = 0  # where the reference's choice leads by more than bf16 can overturn
+    missed: list[tuple[int, int, float]] = field(default_factory=list)  # of these: prompt's length, place, lead
+
+    def __add__(self, other: "Seen") -> "Seen":
+        return Seen(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.others} of {self.tokens} tokens not the reference's, in transformers bf16 {self.rough_others}; "
+            f"{self.clear} clear"
+        )
+
+    def check(self) -> str:
+        """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
+        assert not self.missed, f"{self}; missed: {self.missed}"
+        assert self.others <= RATIO * self.rough_others, self
+        return str(self)
+
+
 class Judge:
     """The reference in fp32, and what bf16 costs it."""
 
@@ -46,23 +72,23 @@ class Judge:
             self.scores[key] = self.reference.score(prompt, answer), rough
         return self.scores[key]
 
-    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
-        """No clear choice missed, and others hardly more often than in bf16 there; says what was seen."""
-        tokens, others, rough_others, clear = 0, 0, 0, 0
-        missed = []  # (length of the prompt, place in the answer, lead of the reference's choice)
+    def compare(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> "Seen":
+        seen = Seen()
         for (prompt, _), answer in zip(asked, answers, strict=True):
             score, rough = self.score(prompt, answer.tokens)
             choices = list(zip(score.margins, score.argmax, score.answer, strict=True))
-            missed += [
-                (len(prompt), at, lead)
-                for at, (lead, best, taken) in enumerate(choices)
-                if lead > Score.clear_lead and best != taken
-            ]
-            tokens += len(choices)
-            clear += sum(lead > Score.clear_lead for lead in score.margins)
-            others += sum(best != taken for _, best, taken in choices)
-            rough_others += sum(a != b for a, b in zip(score.argmax, rough, strict=True))
-        seen = f"{others} of {tokens} tokens not the reference's, in transformers bf16 {rough_others}; {clear} clear"
-        assert not missed, f"{seen}; missed: {missed}"
-        assert others <= RATIO * rough_others + 2 * math.sqrt(rough_others), seen  # which of two near ones is chance
+            seen += Seen(
+                tokens=len(choices),
+                others=sum(best != taken for _, best, taken in choices),
+                rough_others=sum(a != b for a, b in zip(score.argmax, rough, strict=True)),
+                clear=sum(lead > Score.clear_lead for lead in score.margins),
+                missed=[
+                    (len(prompt), at, lead)
+                    for at, (lead, best, taken) in enumerate(choices)
+                    if lead > Score.clear_lead and best != taken
+                ],
+            )
         return seen
+
+    def check(self, asked: list[tuple[list[int], int]], answers: list[Answer]) -> str:
+        return self.compare(asked, answers).check()
