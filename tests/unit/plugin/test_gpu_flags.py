@@ -33,5 +33,5 @@ def test_nccl_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nccl_that_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynccl_wrapper, "NCCLLibrary", library())
     monkeypatch.setenv("VLLM_DISABLE_PYNCCL", "1")
-    with pytest.raises(ConfigError, match="VLLM_DISABLE_PYNCCL is set; .*leave it unset"):
+    with pytest.raises(ConfigError, match=r"VLLM_DISABLE_PYNCCL is set; .*leave it unset"):
         gpu_flags.check_nccl()
