@@ -1,6 +1,7 @@
 """Every flag that deploy/ gives `vllm serve` is one of vLLM's, with a value that vLLM takes."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_kimi_linear.cache.layout import cache_layout
+from vllm_kimi_linear.config.model import ModelSizes
+
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
+CONFIG_48B = DEPLOY.parent / "benchmarks" / "config_48b.json"
 # As `plan` and the issue have it: what serving long prompts through the gateway needs.
 NEEDED = {
     "enable_force_include_usage": True,
@@ -62,7 +67,12 @@ def test_config_is_one_that_vllm_takes(name: str, parser: FlexibleArgumentParser
     parsed = vars(parser.parse_args(["serve", "--config", str(path)]))
     assert parsed["model"] == "/weights/Kimi-Linear-48B-A3B-Instruct"
     assert {key: parsed[key] for key in NEEDED} == NEEDED
-    assert 0 < parsed["long_prefill_token_threshold"] <= parsed["max_num_batched_tokens"]
+    threshold = parsed["long_prefill_token_threshold"]
+    assert 0 < threshold <= parsed["max_num_batched_tokens"]
+    model_sizes = ModelSizes.from_config(json.loads(CONFIG_48B.read_text()))
+    for ranks in {1, 2, 4, 8, parsed["tensor_parallel_size"]}:
+        plan = cache_layout(model_sizes, activation_dtype="bfloat16", kv_bytes=0, tensor_parallel=ranks, device="cuda")
+        assert threshold % plan.block_tokens == 0, "a chunk would end inside a block"
 
 
 def test_an_unknown_flag_is_refused(parser: FlexibleArgumentParser, tmp_path: Path) -> None:
