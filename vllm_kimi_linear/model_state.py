@@ -27,22 +27,22 @@ class KimiLinearModelState(MambaHybridModelState):
             and not vllm_config.additional_config.get("check_states")
         )
         self.steady_steps = steady_steps.takes(vllm_config)
-        self.slotted: int | None = None  # the group of layers whose tokens have slots, where it is the only one
+        self.kv_cache_group: int | None = None  # of MLA layers, where it is the only one
         self.prepared: steady_steps.Prepared | None = None  # of the last step
         self.last_step: steady_steps.SteadyStep | None = None  # from which the next can follow
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        self.prepared = self.last_step = self.slotted = None
+        self.prepared = self.last_step = self.kv_cache_group = None
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        slotted = [index for index, spec in enumerate(specs) if not isinstance(spec, MambaSpec)]
-        if self.steady_steps and len(slotted) == 1:
-            [self.slotted] = slotted
-            table = block_tables.block_tables[self.slotted].gpu
+        attention = [index for index, spec in enumerate(specs) if not isinstance(spec, MambaSpec)]
+        if self.steady_steps and len(attention) == 1:
+            [self.kv_cache_group] = attention
+            table = block_tables.block_tables[self.kv_cache_group].gpu
             if table.is_cuda:
                 from vllm_kimi_linear import next_inputs
 
-                next_inputs.compile(table, block_tables.block_sizes[self.slotted])
+                next_inputs.warm_up(table, block_tables.block_sizes[self.kv_cache_group])
 
     def block_size(self, kv_cache_config: Any) -> int:
         """Tokens of which a block holds a state, or that pass between two states."""

@@ -54,7 +54,7 @@ def write(
     )
 
 
-def compile(block_table: Tensor, block_size: int) -> None:
+def warm_up(block_table: Tensor, block_size: int) -> None:
     """Run it once on tensors of nobody, so that no request waits for the compiler."""
     fours = [torch.zeros(1, dtype=torch.int32, device=block_table.device) for _ in range(3)]
     eights = [torch.zeros(1, dtype=torch.int64, device=block_table.device) for _ in range(4)]

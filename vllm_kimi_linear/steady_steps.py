@@ -62,7 +62,8 @@ class SteadyStep:
     @classmethod
     def of(cls, runner: Any) -> "SteadyStep | None":
         """The step that the runner has just run; None if it is no such step."""
-        state, prepared, group = runner.execute_model_state, runner.model_state.prepared, runner.model_state.slotted
+        state, ours = runner.execute_model_state, runner.model_state
+        prepared, group = ours.prepared, ours.kv_cache_group
         if state is None or prepared is None or prepared.batch is not state.input_batch or group is None:
             return None
         batch, requests = prepared.batch, prepared.batch.num_reqs
@@ -138,16 +139,16 @@ def go_on(original: Function) -> Function:
         if not getattr(state, "steady_steps", False):
             return original(self, scheduler_output, *args, **options)
         last, state.last_step = state.last_step, None  # nothing follows from a step that fails
-        rehearsal = options or len(args) > 1
+        dummy_run = options or len(args) > 1
         if (
             last is not None
-            and not rehearsal
+            and not dummy_run
             and last.goes_on(scheduler_output, state.block_size(self.kv_cache_config))
         ):
             state.last_step = last.next(self, scheduler_output)
             return None
         result = original(self, scheduler_output, *args, **options)
-        if not rehearsal:
+        if not dummy_run:
             state.last_step = SteadyStep.of(self)
         return result
 

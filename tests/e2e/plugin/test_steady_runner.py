@@ -34,7 +34,7 @@ def requests(seed: int, count: int) -> Iterator[Any]:
         yield Request(f"r{i}", seen[-1], parameters, None, block_hasher=hasher)
 
 
-def rehearsal(requests: int) -> Any:
+def dummy_step(requests: int) -> Any:
     """A step that vLLM makes up, as it does between others where engines run in step."""
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -90,7 +90,7 @@ def serve(model: str) -> dict[str, int]:
     run = type(vllms).execute_model
     run_ours = go_on(run)
     draw, waiting = random.Random(SEED), list(requests(SEED, 9))
-    count = dict.fromkeys(("steps", "went on", "cached", "preempted", "aborted", "rehearsed"), 0)
+    count = dict.fromkeys(("steps", "went on", "cached", "preempted", "aborted", "dummy runs"), 0)
     under_way = None
     with torch.inference_mode():
         while waiting or under_way or engine.has_requests():
@@ -118,9 +118,9 @@ def serve(model: str) -> dict[str, int]:
             if engine.running and count["steps"] % 40 == 25:  # as if blocks had run out, whatever their number
                 engine._preempt_request(engine.running.pop(), 0.0)
             if draw.random() < 0.02:
-                count["rehearsed"] += 1
+                count["dummy runs"] += 1
                 for runner, execute in ((vllms, run), (ours, run_ours)):
-                    execute(runner, rehearsal(SEQUENCES), dummy_run=True)
+                    execute(runner, dummy_step(SEQUENCES), dummy_run=True)
                     runner.execute_model_state = None
     count["went on"] = vllms.prepared - ours.prepared
     return count

@@ -24,7 +24,7 @@ def step(attn_metadata: Any) -> Mock:
     return layer
 
 
-def test_a_step_without_metadata_is_a_rehearsal():
+def test_a_step_without_metadata_is_a_dummy_run():
     layer = step(None)
     assert (layer.warm_up.call_count, layer.run.call_count) == (1, 0)
 
@@ -41,7 +41,7 @@ def test_a_real_step_that_forgets_the_layer_fails():
         step({"model.layers.1.self_attn": Mock(spec=KdaMetadata)})
 
 
-def test_a_warm_up_of_attention_alone_is_a_rehearsal():
+def test_a_warm_up_of_attention_alone_is_a_dummy_run():
     """On a GPU vLLM warms up attention kernels in steps that leave out every layer with a recurrent state."""
     layer = step({"model.layers.3.self_attn.attn": SimpleNamespace()})
     assert (layer.warm_up.call_count, layer.run.call_count) == (1, 0)

@@ -110,14 +110,14 @@ def test_the_next_step_can_follow_from_a_replayed_step_of_decodes(calls: Calls) 
 def test_the_group_whose_tokens_have_slots(calls: Calls) -> None:
     table = SimpleNamespace(gpu=SimpleNamespace(is_cuda=False))
     tables = SimpleNamespace(block_tables=[table] * 3, block_sizes=[BLOCK] * 3)
-    for groups, slotted in (([KDA, LATENTS, KDA], 1), ([KDA], None), ([LATENTS, LATENTS], None)):
+    for groups, kv_cache_group in (([KDA, LATENTS, KDA], 1), ([KDA], None), ([LATENTS, LATENTS], None)):
         ours = state()
         ours.last_step = object()  # type: ignore[assignment]
         ours.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups), tables)
-        assert (ours.slotted, ours.last_step) == (slotted, None)
+        assert (ours.kv_cache_group, ours.last_step) == (kv_cache_group, None)
     off = state(steady_steps=False)
     off.initialize_kv_cache(SimpleNamespace(kv_cache_groups=[LATENTS]), tables)
-    assert off.slotted is None and not off.steady_steps
+    assert off.kv_cache_group is None and not off.steady_steps
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class Runner:
             "steady_steps": True,
             "last_step": None,
             "prepared": None,
-            "slotted": 0,
+            "kv_cache_group": 0,
             "block_size": lambda _: BLOCK,
         }
         self.did: list[Any] = []
@@ -174,7 +174,7 @@ def test_all_else_is_vllms() -> None:
         assert runner.execute_model(output([5, 70])) == "vLLM's"
     other = Runner(last_step=step([5, 70]))
     assert other.execute_model(output([5, 70]), dummy_run=True) == "vLLM's"
-    assert other.execute_model(output([5, 70])) == "vLLM's", "a rehearsal writes where the step before had written"
+    assert other.execute_model(output([5, 70])) == "vLLM's", "a dummy run writes where the step before had written"
     stage = Runner(last_step=step([5, 70]))
     assert stage.execute_model(output([5, 70]), None, True) == "vLLM's"
 
@@ -193,7 +193,7 @@ def test_nothing_follows_from_a_step_that_fails() -> None:
 def followed(prepared: bool = True, mode: CUDAGraphMode = CUDAGraphMode.FULL, **more: Any) -> SteadyStep | None:
     """What can follow from a step of vLLM's, here one of two sequences of 4 and 69 tokens, in a graph for four."""
     pytest.importorskip("triton")
-    runner, run = Runner(slotted=more.pop("slotted", 0)), batch([4, 69], 4, idx_mapping=None, **more)
+    runner, run = Runner(kv_cache_group=more.pop("kv_cache_group", 0)), batch([4, 69], 4, idx_mapping=None, **more)
     runner.execute_model_state = State(run, None, None, set())
     seen = run if prepared else batch([4, 69])
     runner.model_state.prepared = Prepared(seen, (), torch.zeros(1))
@@ -215,7 +215,7 @@ def test_what_a_step_can_follow_from() -> None:
     assert followed(prepared=False) is None  # vLLM prepared something else since
     assert followed(mode=CUDAGraphMode.NONE) is None
     assert followed(num_tokens=3) is None
-    assert followed(slotted=None) is None
+    assert followed(kv_cache_group=None) is None
 
 
 def configuration(**more: Any) -> Any:
