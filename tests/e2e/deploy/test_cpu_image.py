@@ -9,15 +9,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.buildah import NEEDS_BUILDAH, Buildah, building, offline, output, pids_of, stop_all
+from tests.support.buildah import NEEDS_BUILDAH, Buildah, output, pids_of, stop_all
 
-ROOT = Path(__file__).resolve().parents[3]
 IMAGE = "localhost/kimi-linear:cpu"
+DOCKERFILE = "deploy/Dockerfile.cpu"
 SERVE = (
     "vllm serve /weights/demo --host 127.0.0.1 --served-model-name demo --dtype float32 --max-model-len 8192"
     " --kv-cache-memory-bytes 64M"
@@ -30,25 +29,6 @@ request = urllib.request.Request("http://127.0.0.1:8000/v1/chat/completions", js
 print(urllib.request.urlopen(request, timeout=120).read().decode())
 """
 pytestmark = [pytest.mark.container, NEEDS_BUILDAH]
-
-
-@pytest.fixture(scope="module")
-def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    """The image is built in its storage."""
-    with building(tmp_path_factory.mktemp("buildah")) as builder:
-        begun = time.monotonic()
-        builder.build(IMAGE, ROOT / "deploy/Dockerfile.cpu")
-        print(f"built in {time.monotonic() - begun:.0f} s: {builder('images', IMAGE)}")
-        yield builder
-
-
-@pytest.fixture(scope="module")
-def container(buildah: Buildah) -> Iterator[str]:
-    """A container of the image, for programs in a network namespace that has nothing but loopback."""
-    with offline():
-        name = buildah("from", "--pull-never", IMAGE)
-        yield name
-        buildah("rm", name)
 
 
 @pytest.fixture(scope="module")

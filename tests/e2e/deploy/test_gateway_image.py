@@ -9,32 +9,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.buildah import NEEDS_BUILDAH, ROOT, Buildah, building, offline, output, stop_all
+from tests.support.buildah import NEEDS_BUILDAH, Buildah, output, stop_all
 
 IMAGE = "localhost/kimi-linear-gateway:test"
+DOCKERFILE = "deploy/Dockerfile.gateway"
 MOST_MB = 150  # of what is put upon the base
 pytestmark = [pytest.mark.container, NEEDS_BUILDAH]
-
-
-@pytest.fixture(scope="module")
-def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    """The image is built in its storage."""
-    with building(tmp_path_factory.mktemp("buildah")) as builder:
-        builder.build(IMAGE, ROOT / "deploy/Dockerfile.gateway")
-        yield builder
-
-
-@pytest.fixture(scope="module")
-def container(buildah: Buildah) -> Iterator[str]:
-    with offline():
-        name = buildah("from", "--pull-never", IMAGE)
-        yield name
-        buildah("rm", name)
 
 
 @pytest.fixture
