@@ -47,7 +47,7 @@ def _transformers_agrees(model: Path, answer: "Answer", exactly: bool) -> bool:
     if exactly:
         return agreeing == tokens
     wrong = score.clearly_wrong()
-    print(f"{wrong} differ where the reference's choice leads by over {score.clear_lead}, more than bf16 overturns")
+    print(f"{wrong} differ where the reference's choice leads by more than {score.clear_lead}, beyond rounding in bf16")
     return not wrong and agreeing > tokens / 2
 
 

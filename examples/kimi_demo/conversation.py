@@ -28,7 +28,7 @@ def converse(server: Server, subject: Subject, tokens: int) -> tuple[list[Answer
     """Ask all questions, each in a conversation of its own; returns the answers, and whether all are right."""
     if subject.text:
         lines = subject.text.splitlines()
-        print(f"\nA log of {len(lines)} lines stands before each question:\n")
+        print(f"\nBefore each question comes this log of {len(lines)} lines:\n")
         print("\n".join(f"    {line}" for line in (*lines[:3], "...", lines[-1])))
     answers, right = [], True
     for question, expected in subject.questions:
