@@ -34,8 +34,8 @@ class KimiLinearModelState(MambaHybridModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.prepared = self.last_step = self.kv_cache_group = None
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        attention = [index for index, spec in enumerate(specs) if not isinstance(spec, MambaSpec)]
+        states, _ = self._get_mamba_group_info(kv_cache_config)
+        attention = sorted({*range(len(kv_cache_config.kv_cache_groups))} - {*states})
         if self.steady_steps and len(attention) == 1:
             [self.kv_cache_group] = attention
             table = block_tables.block_tables[self.kv_cache_group].gpu

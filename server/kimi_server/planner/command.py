@@ -63,7 +63,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-context-parallel",
         metavar="N",
         default="1",
-        help="ranks that share the latent KV of a sequence; untested with this model (default: 1)",
+        help="ranks that share the latent KV of a sequence, without prefix caching (default: 1)",
     )
     parser.add_argument("--dtype", help="bfloat16, or on a CPU also float32 (default: the config's)")
     parser.add_argument("--kv-cache-dtype", default="auto", help="only auto: the latent KV has the dtype of the model")

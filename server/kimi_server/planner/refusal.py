@@ -61,7 +61,7 @@ def changes(choice: Choice) -> list[str]:
     longest = longest_context(request.context, lambda context: best.sequences(context) >= request.concurrency)
     found += [f"--context {longest}"] if longest else []
     if (spread := best_spread(choice)) and spread.sequences(request.context) >= request.concurrency:
-        found += [f"--decode-context-parallel {spread.tensor_parallel} (untested with this model)"]
+        found += [f"--decode-context-parallel {spread.tensor_parallel} (without prefix caching)"]
     return found
 
 

@@ -94,8 +94,7 @@ def _reasons(choice: Choice) -> list[str]:
         reasons.append(
             f"Decode context parallelism holds more, because it spreads the latent KV: {spread.describe()} with "
             f"--decode-context-parallel {spread.tensor_parallel} would hold {spread.sequences(request.context):,} of "
-            f"{tokens(request.context)}. It is untested with this model and excludes prefix caching, so it is used "
-            "only on request."
+            f"{tokens(request.context)}. It excludes prefix caching, so it is used only on request."
         )
     if "auto_map" in request.config:
         reasons.append("The checkpoint brings code of its own: --trust-remote-code runs it, so read it first.")

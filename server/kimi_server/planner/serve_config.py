@@ -21,7 +21,7 @@ def settings(choice: Choice) -> list[Setting]:
         Setting("dtype", request.dtype, "of weights, activations and latent KV"),
         Setting("tensor-parallel-size", layout.tensor_parallel, "ranks of this server"),
         *(
-            [Setting("decode-context-parallel-size", request.context_parallel, "as asked; untested with this model")]
+            [Setting("decode-context-parallel-size", request.context_parallel, "as asked; without prefix caching")]
             if request.context_parallel > 1
             else []
         ),

@@ -1,6 +1,5 @@
 """A flag that this model cannot honour stops the start with one sentence; what can be honoured is accepted."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,8 +178,6 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
     "enable_eplb": ("parallel_config.enable_eplb", True),
     "enable_elastic_ep": ("parallel_config.enable_elastic_ep", True),
     "enable_return_routed_experts": ("aux_output_config.enable_return_routed_experts", True),
-    "data_parallel_size": ("parallel_config.data_parallel_size", 2),
-    "pipeline_parallel_size": ("parallel_config.pipeline_parallel_size", 2),
     "moe_backend": ("kernel_config.moe_backend", "flashinfer_cutlass"),
     "linear_backend": ("kernel_config.linear_backend", "cutlass"),
     "dcp_comm_backend": ("parallel_config.dcp_comm_backend", "a2a"),
@@ -197,11 +194,11 @@ ELSEWHERE: dict[str, tuple[str, Any]] = {
 
 
 def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
-    """Flag -> the sentence of `check_flags` where the platform is no CPU.
+    """Flag -> the sentence of `check_flags` where the platform is no CPU; those of two flags together.
 
-    And of adapters and of four ranks that share latents, which are let through: the warnings, and what the log says of
-    the ranks' cache.
+    And of four ranks that share latents, which are let through: what the log says of their cache.
     """
+    from vllm.config import SpeculativeConfig
     from vllm.config.lora import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -209,46 +206,52 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
     from vllm_kimi_linear.cache import configured
     from vllm_kimi_linear.config.errors import ConfigError
     from vllm_kimi_linear.config.flags import check_flags
-    from vllm_kimi_linear.log import logger
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since
+
+    def sentence() -> str:
+        try:
+            check_flags(config, states=True)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
     said: dict[str, str] = {}
-    warned: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
     on_gpus = mock.patch.object(type(current_platform), "is_cpu", lambda self: False)
     with on_gpus, mock.patch("vllm.distributed.device_communicators.pynccl_wrapper.NCCLLibrary"):
-        check_flags(config, states=True)
+        assert not sentence()
         for flag, (path, value) in ELSEWHERE.items():
             part, name = path.split(".")
             before = getattr(owner := getattr(config, part), name)
             setattr(owner, name, value)
-            try:
-                check_flags(config, states=True)
-            except ConfigError as error:
-                said[flag] = str(error)
+            said[flag] = sentence()
             setattr(owner, name, before)
-        config.cache_config.enable_prefix_caching = False
-        check_flags(config, states=True)
-        assert not warned
-        config.parallel_config.decode_context_parallel_size = 4
+        parallel = config.parallel_config
+        parallel.pipeline_parallel_size = parallel.data_parallel_size = 2
         config.lora_config = LoRAConfig()
-        for _ in range(2):
-            check_flags(config, states=True)
-    return said, warned, configured.cache_layout(config, 1000).describe(4096)
+        assert not sentence()
+        parallel.enable_expert_parallel = True
+        together = [sentence()]
+        parallel.enable_expert_parallel, parallel.data_parallel_size, parallel.pipeline_parallel_size = False, 1, 1
+        config.cache_config.enable_prefix_caching = False
+        parallel.decode_context_parallel_size = 4
+        assert not sentence()
+        config.speculative_config = object.__new__(SpeculativeConfig)
+        config.speculative_config.method = "ngram"
+        together.append(sentence())
+    return said, together, configured.cache_layout(config, 1000).describe(4096)
 
 
 def test_refused_elsewhere(demo_model: Path) -> None:
-    said, warned, cache = in_own_process(check_elsewhere, str(demo_model))
+    said, together, cache = in_own_process(check_elsewhere, str(demo_model))
     assert said.keys() == ELSEWHERE.keys()
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {getattr(value, 'name', value)}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
-    adapters, shared = warned
-    assert "--enable-lora has not been run with this model on a GPU yet" in adapters and "merge" in adapters
-    assert "--decode-context-parallel-size is 4; " in shared and "leave it out" in shared
+    experts, drafts = together
+    assert experts.startswith("--enable-expert-parallel is True; with --data-parallel-size ")
+    assert drafts.startswith("--speculative-config method is ngram; with --decode-context-parallel-size ")
     assert "bytes a token of latent cache on one rank of 4" in cache
 
 

@@ -179,8 +179,9 @@ UNTOUCHED = {
     """,
     "another class or kernel in place of ours or vLLM's, at one's own risk": "model_class_overrides ir_op_priority",
     "of several flags in one, each of which has its verdict": "aux_output_config kernel_config mamba_config",
-    "read with --data-parallel-size, which is refused": """
-        all2all_backend data_parallel_address data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
+    "read where experts are apart on several engines, which is refused": "all2all_backend",
+    "engines, their machines and their network": """
+        data_parallel_address data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
         data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port data_parallel_size_local
         data_parallel_start_rank disable_nccl_for_dp_synchronization dp_sync_interval
     """,

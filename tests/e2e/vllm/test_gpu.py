@@ -6,9 +6,12 @@ server must have taken it, and over all it may not take others much more often t
 `test_bfloat16.py`, which runs here too, bounds the mean divergence.
 """
 
+import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -75,6 +78,13 @@ WAYS = {
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
+    "two ranks, steady steps": (
+        "--tensor-parallel-size=2",
+        "--enable-prefix-caching",
+        '--additional-config={"steady_steps": true}',
+    ),
+    "two stages": ("--pipeline-parallel-size=2", "--enable-prefix-caching"),
+    "two engines": ("--data-parallel-size=2", "--enable-prefix-caching"),
     "two ranks, experts apart": ("--tensor-parallel-size=2", "--enable-expert-parallel", "--enable-prefix-caching"),
     "latents by Triton": ("--attention-backend=TRITON_MLA", "--enable-prefix-caching"),
     "worker apart, steps in turn": (
@@ -135,31 +145,48 @@ def test_every_way(
         assert way.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
     if "--enable-prefix-caching" in way.server.flags:
         assert sum(answer.cached_tokens for answer in together) > 0
-    assert ("its answers have not been compared" in way.server.log) == (SHARED in str(way.server.flags))
     if "--num-gpu-blocks-override=25" in way.server.flags:
         assert way.metric("vllm:num_preemptions_total") > 0
+
+
+def call(server: Server, path: str, **body: object) -> Any:
+    reply = httpx.post(f"{server.url}/{path}", json=body or None, timeout=120, trust_env=False)
+    assert reply.status_code == 200, (path, reply.text)
+    return reply.json() if reply.content else None
+
+
+def test_steady_steps_change_no_token(servers: Callable[..., Server], demo_model: Path, vocab: int):
+    """One sequence at a time, so that both run the same kernels; long enough for several blocks."""
+    stream = Stream(vocab, seed=8)
+    asked = [(stream.prompt(length), 500) for length in (1, 64, 191, 500, 1500)]
+    flags = (*FLAGS, "--no-enable-prefix-caching", "--worker-extension-cls=tests.support.counted_steps.CountedSteps")
+    env = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    answers, steps = [], []
+    for config in ('{"steady_steps": false}', '{"steady_steps": true}'):
+        server = servers(demo_model, *flags, f"--additional-config={config}", env=env)
+        call(server, "collective_rpc", method="count_steps")
+        answers.append([answer.tokens for answer in Completions(server).one_by_one(asked)])
+        steps.append(call(server, "collective_rpc", method="counted_steps")["results"][0])
+    assert answers[0] == answers[1]
+    assert int(steps[0]) == 0 and int(steps[1]) > 0.9 * 500 * len(asked), steps
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_asleep_and_awake(level: int, servers: Callable[..., Server], demo_model: Path, asked: list):
     """Weights go to the host or are read again, all states and latents are lost: the answers are those of before."""
     flags = (*FLAGS, "--enable-prefix-caching", "--enable-sleep-mode")
-    server = Completions(servers(demo_model, *flags, env={"VLLM_SERVER_DEV_MODE": "1"}))
-
-    def call(path: str, **body: object) -> None:
-        reply = httpx.post(f"{server.server.url}/{path}", json=body or None, timeout=120, trust_env=False)
-        assert reply.status_code == 200, (path, reply.text)
-
-    before = server.one_by_one(asked)
+    server = servers(demo_model, *flags, env={"VLLM_SERVER_DEV_MODE": "1"})
+    client = Completions(server)
+    before = client.one_by_one(asked)
     for _ in range(2):
-        call(f"sleep?level={level}")
+        call(server, f"sleep?level={level}")
         if level == 2:
-            call("wake_up?tags=weights")
-            call("collective_rpc", method="reload_weights")
-            call("wake_up?tags=kv_cache")
+            call(server, "wake_up?tags=weights")
+            call(server, "collective_rpc", method="reload_weights")
+            call(server, "wake_up?tags=kv_cache")
         else:
-            call("wake_up")
-        after = server.one_by_one(asked)
+            call(server, "wake_up")
+        after = client.one_by_one(asked)
         assert differing(before, after) == 0
         assert sum(answer.cached_tokens for answer in after) == 0
 

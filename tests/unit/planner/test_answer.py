@@ -87,7 +87,7 @@ OTHERS = {
     "--gpus 4xH100 --concurrency 8": (
         "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. They need 8 x H100-80GB, 2 x H200, or the fp8 "
         "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs. Here --concurrency 5, --context 762240, or "
-        "--decode-context-parallel 4 (untested with this model) fits."
+        "--decode-context-parallel 4 (without prefix caching) fits."
     ),
     "--gpus 8xB200 --concurrency 500": (
         "No: 500 documents of 1M do not fit on 8 x B200, 56 do. No machine of up to 8 known GPUs holds that. "

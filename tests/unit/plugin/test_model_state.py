@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
@@ -15,7 +16,10 @@ from vllm_kimi_linear.model_state import KimiLinearModelState
 
 BLOCK = 256
 Calls = list[tuple[str, Any]]
-LATENTS, KDA = SimpleNamespace(kv_cache_spec=object()), SimpleNamespace(kv_cache_spec=object.__new__(MambaSpec))
+LATENTS_SPEC = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=576, dtype=torch.float32)
+KDA_SPEC = MambaSpec(block_size=BLOCK, shapes=((4, 4),), dtypes=(torch.float32,), mamba_type="kda_attention")
+LATENTS, KDA = SimpleNamespace(kv_cache_spec=LATENTS_SPEC), SimpleNamespace(kv_cache_spec=KDA_SPEC)
+GROUP_INFO = MambaHybridModelState._get_mamba_group_info
 GROUPS: Any = [[LATENTS], [KDA], [KDA]]
 
 
@@ -107,16 +111,31 @@ def test_the_next_step_can_follow_from_a_replayed_step_of_decodes(calls: Calls) 
         assert ours.prepared is ours.last_step is None, "its buffers hold another step's"
 
 
-def test_the_group_whose_tokens_have_slots(calls: Calls) -> None:
+@pytest.mark.parametrize("wrapped", [False, True], ids=["as the scheduler has it", "as a worker has it"])
+def test_the_group_whose_tokens_have_slots(wrapped: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's groups hold the specs of their layers, one by one."""
+    monkeypatch.setattr(MambaHybridModelState, "_get_mamba_group_info", GROUP_INFO)
     table = SimpleNamespace(gpu=SimpleNamespace(is_cuda=False))
     tables = SimpleNamespace(block_tables=[table] * 3, block_sizes=[BLOCK] * 3)
-    for groups, kv_cache_group in (([KDA, LATENTS, KDA], 1), ([KDA], None), ([LATENTS, LATENTS], None)):
+
+    def groups(kinds: str) -> Any:
+        specs = [{"state": KDA_SPEC, "latents": LATENTS_SPEC}[kind] for kind in kinds.split()]
+        layers = [{f"{index}": spec} for index, spec in enumerate(specs)]
+        of_layers = [
+            UniformTypeKVCacheSpecs.from_specs(one) if wrapped else spec
+            for one, spec in zip(layers, specs, strict=True)
+        ]
+        named = [KVCacheGroupSpec([*one], spec) for one, spec in zip(layers, of_layers, strict=True)]
+        return SimpleNamespace(kv_cache_groups=named)
+
+    for kinds, kv_cache_group in (("state latents state", 1), ("state", None), ("latents state latents", None)):
         ours = state()
-        ours.last_step = object()  # type: ignore[assignment]
-        ours.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups), tables)
+        ours._mamba_spec, ours.last_step = None, object()  # type: ignore[assignment]
+        ours.initialize_kv_cache(groups(kinds), tables)
         assert (ours.kv_cache_group, ours.last_step) == (kv_cache_group, None)
     off = state(steady_steps=False)
-    off.initialize_kv_cache(SimpleNamespace(kv_cache_groups=[LATENTS]), tables)
+    off._mamba_spec = None
+    off.initialize_kv_cache(groups("state latents"), tables)
     assert off.kv_cache_group is None and not off.steady_steps
 
 
