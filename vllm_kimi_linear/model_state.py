@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from vllm_kimi_linear import steady_steps
+from vllm_kimi_linear.config.connectors import OFFLOADING
 from vllm_kimi_linear.greedy_sampler import GreedySampler
 
 
@@ -20,10 +21,11 @@ class KimiLinearModelState(MambaHybridModelState):
     def __init__(self, vllm_config: Any, *args: Any) -> None:
         super().__init__(vllm_config, *args)
         self.drafts = vllm_config.num_speculative_tokens > 0
+        transfer = vllm_config.kv_transfer_config
         self.replays_without_metadata = (
             self._align_mode
             and not self.drafts
-            and vllm_config.kv_transfer_config is None  # a connector may read the metadata
+            and (transfer is None or transfer.kv_connector == OFFLOADING)  # another may read the metadata
             and not vllm_config.additional_config.get("check_states")
         )
         self.steady_steps = steady_steps.takes(vllm_config)

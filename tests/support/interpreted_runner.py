@@ -5,6 +5,7 @@ Import it in a process of its own where TRITON_INTERPRET is 1: it gives vLLM the
 
 # ruff: noqa: E402  what imports Triton from vLLM comes behind
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 import vllm.triton_utils
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
 
@@ -129,6 +130,16 @@ class StateIndices:
                 self.moved.append((row, int(source[row]), int(state[row])))
 
 
+def of_layers(cache: KVCacheConfig) -> KVCacheConfig:
+    """As a worker has it, whose groups hold the specs of their layers one by one."""
+    groups = []
+    for group in cache.kv_cache_groups:
+        specs = UniformTypeKVCacheSpecs.from_specs(dict.fromkeys(group.layer_names, group.kv_cache_spec))
+        assert specs is not None
+        groups.append(KVCacheGroupSpec(group.layer_names, specs))
+    return replace(cache, kv_cache_groups=groups)
+
+
 def runner(config: VllmConfig, cache: KVCacheConfig, requests: int, length: int) -> Any:
     """A runner that serves `cache`, with no model and no sampler: `sample` below stands for both."""
 
@@ -143,6 +154,7 @@ def runner(config: VllmConfig, cache: KVCacheConfig, requests: int, length: int)
 
     self: Any = object.__new__(Runner)
     specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
+    cache = of_layers(cache)
     tokens = config.scheduler_config.max_num_batched_tokens
     nothing = SimpleNamespace(
         add_request=lambda *_: None,

@@ -97,7 +97,7 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         self.check: StateCheck | None = None
         if vllm_config.additional_config.get("check_states") and not self.draft_tokens:
             aligned = vllm_config.cache_config.mamba_cache_mode == "align"
-            self.check = StateCheck(kv_cache_spec.block_size if aligned else 0)
+            self.check = StateCheck(kv_cache_spec.block_size if aligned else 0, layer_names)
         requests = vllm_config.scheduler_config.max_num_seqs
         self.state_indices = torch.zeros(requests, 1 + self.draft_tokens, dtype=torch.int32, device=device)
         self.cu_seqlens = torch.zeros(requests + 1, dtype=torch.int32, device=device)

@@ -11,8 +11,9 @@ from vllm.platforms import current_platform
 
 from vllm_kimi_linear.adapters.names import TARGETS
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
-from vllm_kimi_linear.config import gpu_flags
+from vllm_kimi_linear.config import connectors, gpu_flags
 from vllm_kimi_linear.config.errors import ConfigError
+from vllm_kimi_linear.log import logger
 
 # What vLLM's methods make of a plain checkpoint as it is loaded, on GPUs; a quantised one names its own.
 ONLINE = ("fp8", "fp8_per_tensor", "fp8_per_channel")
@@ -47,8 +48,6 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("quantization", model.quantization, QUANTIZATIONS[current_platform.device_type], unset),
         ("quantization-config", not online and model.quantization_config, (False, None), unset),
         ("speculative-config method", speculative and speculative.method, (None, "ngram"), unset),
-        ("kv-transfer-config", states and vllm_config.kv_transfer_config, (False, None), unset),
-        ("kv-offloading-size", cache.kv_offloading_size, (None,), unset),
         ("kv-sharing-fast-prefill", cache.kv_sharing_fast_prefill, (False,), unset),
         ("prefix-match-unit", cache.prefix_match_unit, (None,), "states are kept at ends of blocks, leave it out"),
         ("block-size", cache.block_size, range(16, 1 << 20, 16), "give a multiple of 16, or leave it out"),
@@ -76,6 +75,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ("offload-group-size", offload.prefetch.offload_group_size, (0,), unset),
         ("disable-hybrid-kv-cache-manager", bool(scheduler.disable_hybrid_kv_cache_manager), (False,), mixed),
     ]
+    if states:
+        flags += connectors.flags(vllm_config)
     if lora is not None:
         dtypes = ("auto", model.dtype, str(model.dtype).removeprefix("torch."))
         always = "every supported module takes adapters, leave it out"
@@ -118,3 +119,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
             raise ConfigError(f"--{name} is {shown}; {remedy}")
     if not current_platform.is_cpu():
         gpu_flags.check_nccl(parallel)
+        if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+            logger.warning_once(
+                "Kimi Linear: KV offloading has not been run with this model on a GPU yet; compare answers with those "
+                "of a server without it."
+            )

@@ -27,6 +27,8 @@ MODULES = (
     "patches.cpu_adapters",
     "patches.adapter_shapes",
     "patches.adapter_faults",
+    "patches.offloaded_files",
+    "patches.checked_transfers",
     # Speed-ups, beside what they speed up.
     "cache.steady_requests",
     "attention.mla_splits",

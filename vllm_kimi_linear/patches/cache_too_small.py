@@ -33,6 +33,12 @@ def out_of_memory_message(vllm_config: VllmConfig, cache_bytes: int) -> str:
     block = configured.cache_layout(vllm_config, 0).block_bytes
     held = configured.cache_layout(vllm_config, cache_bytes // block)
     needed = held.bytes_per_sequence(length) + block  # vLLM keeps one block for itself
+    override = vllm_config.cache_config.num_gpu_blocks_override
+    if override is not None and override * block < cache_bytes:
+        return (
+            f"--num-gpu-blocks-override is {override}; a sequence of --max-model-len {length} needs "
+            f"{needed // block} blocks: give as many, or leave the flag out"
+        )
     longest = held.longest_context(length)
     remedy = f"--max-model-len {longest} fits, or give" if longest else "give"
     return (

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.vllm.test_flag_errors import ELSEWHERE, REFUSED
+from tests.e2e.vllm.test_flag_errors import REFUSED
+from tests.e2e.vllm.test_gpu_flag_errors import ELSEWHERE
 from tests.support.own_process import in_own_process
 
 ROOT = Path(__file__).parents[2]
 
-# Refused by a sentence that names the flag: the cases stand in test_flag_errors.py.
+# Refused by a sentence that names the flag: the cases stand in test_flag_errors.py and test_gpu_flag_errors.py.
 REFUSED_FLAGS = """
     attention_backend block_size cpu_offload_gb data_parallel_size dcp_q_replicate decode_context_parallel_size
     enable_mixed_moe_lora_format enable_moe_shared_loras enable_tower_connector_lora
@@ -25,7 +26,7 @@ REFUSED_FLAGS = """
     disable_chunked_mm_input disable_hybrid_kv_cache_manager enable_chunked_prefill enable_dbo enable_elastic_ep
     enable_eplb enable_expert_parallel enable_hc_sp enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_return_routed_experts gdn_prefill_backend kda_decode_backend
-    kda_prefill_backend kv_cache_dtype kv_offloading_size kv_sharing_fast_prefill kv_transfer_config mamba_backend
+    kda_prefill_backend kv_cache_dtype kv_offloading_size kv_sharing_fast_prefill mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_philox_rounds model_impl offload_group_size
     prefill_context_parallel_size prefix_cache_retention_interval prefix_match_unit quantization quantization_config
     runner ubatch_size use_replayssm
@@ -48,6 +49,7 @@ TESTED = {
     "hf_overrides": "e2e/vllm/test_config_errors.py",
     "kv_cache_memory_bytes": "conftest.py",
     "mamba_ssm_cache_dtype": "e2e/vllm/test_gpu.py",
+    "kv_transfer_config": "e2e/vllm/test_offloading.py",
     "max_cpu_loras": "e2e/vllm/test_adapters.py",
     "max_lora_rank": "e2e/vllm/test_adapters.py",
     "max_loras": "e2e/vllm/test_adapters.py",

@@ -88,7 +88,9 @@ def prepare(
 
 
 def test_a_replayed_step_of_decodes_takes_no_metadata_of_kda_layers(calls: Calls) -> None:
-    assert prepare(state(), calls) == [("indices", 8), ("metadata", [[LATENTS], [], []])]
+    offloading = SimpleNamespace(kv_connector="OffloadingConnector")
+    for ours in (state(), state(connector=offloading)):
+        assert prepare(ours, calls) == [("indices", 8), ("metadata", [[LATENTS], [], []])]
 
 
 def test_every_other_step_takes_all_of_it(calls: Calls) -> None:
@@ -96,7 +98,8 @@ def test_every_other_step_takes_all_of_it(calls: Calls) -> None:
     assert prepare(state(), calls, for_capture=True) == whole
     assert prepare(state(), calls, has_prefill=True) == whole
     assert prepare(state(), calls, mode=CUDAGraphMode.PIECEWISE) == whole
-    for other in (state(drafts=2), state(mode="none"), state(connector=object()), state(check_states=True)):
+    other_connector = SimpleNamespace(kv_connector="NixlConnector")
+    for other in (state(drafts=2), state(mode="none"), state(connector=other_connector), state(check_states=True)):
         assert prepare(other, calls) == whole
 
 

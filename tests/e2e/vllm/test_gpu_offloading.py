@@ -1,0 +1,76 @@
+"""On a GPU: a prefix that has left the cache comes back from the host's memory or from files, and is the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kimi_demo.server import Server
+from tests.e2e.vllm.test_gpu import FLAGS
+from tests.support.completions import Completions
+from tests.support.judge import TOKENS, Judge
+from tests.support.prompts import Stream
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+HOST = "--kv-offloading-size=4"
+SMALL = ("--enable-prefix-caching", "--num-gpu-blocks-override=40", "--max-num-seqs=16")  # some 3,000 tokens
+WAYS = {
+    "one rank": (HOST,),
+    "two ranks": (HOST, "--tensor-parallel-size=2"),
+    "state in bfloat16": (HOST, "--mamba-ssm-cache-dtype=bfloat16"),
+    "vLLM's layers": (HOST, '--additional-config={"decode_kernels": false}'),
+}
+LENGTHS = (1900, 1500, 1000, 2500, 700, 1800)
+
+
+def files(folder: Path) -> str:
+    tier = {"type": "fs", "root_dir": str(folder)}
+    settings = {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 1 << 32, "secondary_tiers": [tier]}
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    return f"--kv-transfer-config={json.dumps(connector)}"
+
+
+def loaded(server: Completions) -> float:
+    return server.metric("vllm:external_prefix_cache_hits_total")
+
+
+@pytest.fixture(scope="module")
+def asked(vocab: int) -> list[tuple[list[int], int]]:
+    stream = Stream(vocab, seed=61)
+    return [(stream.prompt(length), TOKENS) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def judge(demo_model: Path) -> Judge:
+    return Judge(demo_model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_evicted_comes_back(
+    way: str, servers: Callable[..., Server], demo_model: Path, asked: list[tuple[list[int], int]], judge: Judge
+) -> None:
+    if way == "two ranks" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    server = Completions(servers(demo_model, *FLAGS, *SMALL, *WAYS[way]))
+    print("cold:", judge.check(asked, server.one_by_one(asked)))
+    before = loaded(server)
+    again = server.one_by_one(asked)
+    print("loaded:", judge.check(asked, again))
+    assert loaded(server) - before > 0.7 * sum(LENGTHS)
+    for _ in range(3):
+        print("at once:", judge.check(asked, server.at_once(asked)))
+
+
+def test_a_restart_loses_nothing(
+    servers: Callable[..., Server], demo_model: Path, asked: list[tuple[list[int], int]], judge: Judge, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, *SMALL, files(tmp_path / "prefixes"))
+    first = servers(demo_model, *flags)
+    print("cold:", judge.check(asked, Completions(first).one_by_one(asked)))
+    first.stop()
+    second = Completions(servers(demo_model, *flags, "--seed=1"))
+    print("from files:", judge.check(asked, second.one_by_one(asked)))
+    assert loaded(second) > 0.7 * sum(LENGTHS)
