@@ -1,7 +1,9 @@
-"""An offloading tier of vLLM's connector that runs without a GPU: whole pages, copied at once.
+"""Offloading by vLLM's connector without a GPU: whole pages, copied at once.
 
-vLLM's scheduler side, its manager and its way through a worker are those of a GPU; only the copies are these.
+vLLM's scheduler side, its managers and its way through a worker are those of a GPU; only the copies are these.
 """
+
+from collections.abc import Sequence
 
 import torch
 from vllm.v1.kv_offload.base import (
@@ -12,21 +14,44 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
 class HostOffloadingSpec(CPUOffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        return HostOffloadingWorker(kv_caches, self.num_chunks)
+        sizes = [each.page_size_bytes for each in kv_caches.tensors]
+        return HostOffloadingWorker(kv_caches, [torch.zeros(self.num_chunks, size, dtype=torch.int8) for size in sizes])
+
+
+class HostTieringSpec(TieringOffloadingSpec):
+    """With further tiers behind the host's memory, which the scheduler's process reads and writes, too."""
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        region = SharedOffloadRegion(
+            engine_id=self.config.engine_id,
+            num_chunks=self.num_chunks,
+            rank=self.config.parallel.rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        sizes = [each.page_size_bytes for each in kv_caches.tensors]
+        return HostOffloadingWorker(kv_caches, [region.create_next_worker_view(size) for size in sizes], region)
 
 
 class HostOffloadingWorker(OffloadingWorker):
     """Chunks of one block each, as vLLM has them by default."""
 
-    def __init__(self, kv_caches: CanonicalKVCaches, chunks: int) -> None:
+    def __init__(
+        self,
+        kv_caches: CanonicalKVCaches,
+        chunks: Sequence[torch.Tensor],
+        region: SharedOffloadRegion | None = None,
+    ) -> None:
         self.groups = kv_caches.group_data_refs
         self.blocks = [each.tensor for each in kv_caches.tensors]  # [blocks, bytes]
-        self.chunks = [torch.zeros(chunks, each.page_size_bytes, dtype=torch.int8) for each in kv_caches.tensors]
+        self.chunks, self.region = chunks, region  # [chunks, bytes], as many
         self.finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
@@ -56,3 +81,8 @@ class HostOffloadingWorker(OffloadingWorker):
 
     def wait(self, job_ids: set[int]) -> None:
         """Every copy is done when it is asked for."""
+
+    def shutdown(self) -> None:
+        self.chunks = []
+        if self.region is not None:
+            self.region.cleanup()

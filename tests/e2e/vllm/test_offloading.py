@@ -9,8 +9,10 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +26,12 @@ from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
 
 
-def connector(host_bytes: int) -> str:
+def connector(host_bytes: int, spec: str = "HostOffloadingSpec", **more: Any) -> str:
     settings = {
         "cpu_bytes_to_use": host_bytes,
-        "spec_name": "HostOffloadingSpec",
+        "spec_name": spec,
         "spec_module_path": "tests.support.host_offloading",
+        **more,
     }
     offloading = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     return f"--kv-transfer-config={json.dumps(offloading)}"
@@ -71,8 +74,9 @@ def documents(reference: HfReference, vocab: int, servers: Callable[..., Server]
     return draw_cases(reference, wanted, server.at_once)
 
 
-def loaded(server: Completions) -> float:
-    return server.metric("vllm:external_prefix_cache_hits_total")
+def loaded(server: Completions, source: str = "host") -> float:
+    """Tokens of prompts."""
+    return server.metric("vllm:prompt_tokens_cached_by_source_total", source=source)
 
 
 def test_what_was_evicted_comes_back(documents: list[Case], offloading: Completions):
@@ -97,6 +101,42 @@ def test_host_memory_that_is_full(documents: list[Case], servers: Callable[..., 
         sizes, activation_dtype="float32", kv_bytes=0, block_tokens=16, prefix_caching=True, device="cpu"
     )
     load(documents, Completions(servers(demo_model, *FLAGS, *SMALL, connector(200 * plan.block_bytes), env=ENV)))
+
+
+@pytest.mark.soak
+def test_a_restart_loses_nothing(
+    documents: list[Case], servers: Callable[..., Server], demo_model: Path, tmp_path: Path
+):
+    """What is in files is found by the next server, a file that is cut short is not used, nor are others' at all."""
+    root = tmp_path / "prefixes"
+    files = connector(1 << 28, "HostTieringSpec", secondary_tiers=[{"type": "fs", "root_dir": str(root)}])
+    prompts = sum(len(case.prompt) for case in documents)
+
+    def ask(run: int, *more: str) -> tuple[Server, float]:
+        """Every run has a server of its own."""
+        server = servers(demo_model, *FLAGS, *SMALL, files, *more, env=ENV | {"RUN": str(run)})
+        client = Completions(server)
+        check(documents, client.one_by_one(case.asked for case in documents))
+        wait_for_files(root)
+        found = loaded(client, "disk")
+        server.stop()
+        return server, found
+
+    ask(0)
+    assert ask(1)[1] > 0.7 * prompts
+    for path in list(root.rglob("*.bin"))[::100]:  # of some documents
+        os.truncate(path, path.stat().st_size // 2)
+    assert ask(2)[1] > 0
+    server, found = ask(3, "--seed=1")
+    assert found == 0 and "folders besides" in server.log
+
+
+def wait_for_files(root: Path) -> None:
+    """Until no more are written."""
+    before = -1
+    while (now := sum(1 for _ in root.rglob("*.bin"))) != before:
+        before = now
+        time.sleep(3)
 
 
 def load(documents: list[Case], offloading: Completions) -> None:

@@ -4,12 +4,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
+from kimi_demo.checkpoint import write_checkpoint
+from kimi_demo.presets import DEMO, PRESETS, Preset
+from kimi_demo.reference import HfReference
 from kimi_demo.server import Server
-from tests.conftest import FLAGS, TWO_WORKERS
+from tests.conftest import CORES, FLAGS, TWO_WORKERS
 from tests.support.completions import Completions
-from tests.support.prompts import Case, check
+from tests.support.prompts import Case, Stream, check, draw_cases
+
+# On eight ranks four heads and experts of 128 a rank, as the 48B has them on eight GPUs.
+WIDE = DEMO | {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "moe_intermediate_size": 1024,
+    "linear_attn_config": {"head_dim": 64, "num_heads": 32, "short_conv_kernel_size": 4},
+}
 
 
 def check_together(cases: list[Case], server: Completions) -> None:
@@ -29,6 +41,21 @@ def test_pipeline_parallel(cases: list[Case], servers: Callable[..., Server], de
     server = servers(demo_model, *FLAGS, "--pipeline-parallel-size=2", env=TWO_WORKERS)
     assert "rank 0 in world size 2" in server.log
     check_together(cases, Completions(server))
+
+
+@pytest.mark.soak
+def test_eight_ranks(servers: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(PRESETS, "wide", Preset(WIDE, PRESETS["demo"].full_attn_layers))
+    write_checkpoint(tmp_path / "model", "wide", layers=4)
+    reference = HfReference(tmp_path / "model")
+    stream = Stream(reference.model.config.vocab_size, seed=81)
+    cores = "|".join(str(CORES[rank % len(CORES)]) for rank in range(8))
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores}
+    server = Completions(servers(tmp_path / "model", *FLAGS, "--tensor-parallel-size=8", env=env))
+    wanted = [(lambda length=length: stream.prompt(length), 16) for length in (1, 5, 64, 300, 1200)]
+    cases = draw_cases(reference, wanted, server.at_once)
+    check(cases, server.one_by_one(case.asked for case in cases))
+    check(cases, server.at_once(case.asked for case in cases))
 
 
 def test_the_matrix_unit_changes_nothing(
