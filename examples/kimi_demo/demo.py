@@ -34,6 +34,9 @@ FLAGS = (
     "--enable-prompt-tokens-details",
     "--enable-force-include-usage",  # for the gateway
 )
+# On a CPU vLLM gives the worker a process of its own, to bind its threads to cores. The demo binds none, and without
+# that process it starts in three quarters of the time.
+ON_A_CPU = ("--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",)
 PATIENCE = 900.0  # seconds: a start beside much other work takes minutes
 PROMPT = "What do you remember of a very long document?"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +55,8 @@ def run(folder: Path, prompt: str | None, tokens: int, check: bool = False, once
         try:
             subject = _subject(folder, prompt)
             dtype = "bfloat16" if _has_gpu() else "float32"
-            server = Server(subject.model, (f"--dtype={dtype}", *FLAGS), log_path=folder / "server.log")
+            flags = FLAGS if dtype == "bfloat16" else (*FLAGS, *ON_A_CPU)
+            server = Server(subject.model, (f"--dtype={dtype}", *flags), log_path=folder / "server.log")
             with _stopped_at_the_end(server):
                 fine = _ask_and_check(server, subject, tokens, dtype, check)
                 if fine and at_terminal and not once:
