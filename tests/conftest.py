@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from kimi_demo import checkpoint
-from kimi_demo.server import Server
+from kimi_demo.server import ONE_PROCESS, Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -24,6 +25,13 @@ FLAGS = (
 )
 CORES = sorted(os.sched_getaffinity(0))
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}  # the environment of a server with two workers
+ON_A_CPU = metadata.version("torch").endswith("+cpu")
+SPREAD = (
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--distributed-executor-backend",
+)
 MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
 
 
@@ -42,6 +50,8 @@ class ServerPool:
             while len(self.servers) >= MOST_SERVERS:
                 self.servers.pop(next(iter(self.servers))).stop()
             self.started += 1
+            if ON_A_CPU and not any(flag.startswith(SPREAD) for flag in flags):
+                flags = (*flags, ONE_PROCESS)
             # One thread a server: the demo model is too small for more, and idle OpenMP threads spin.
             env = {"OMP_NUM_THREADS": "1", **(env or {})}
             server = Server(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()

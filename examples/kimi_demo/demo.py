@@ -20,7 +20,7 @@ from typing import NoReturn
 from kimi_demo.agreement import agrees
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.open_page import PageError, keep_open
-from kimi_demo.server import Server, StartError
+from kimi_demo.server import ONE_PROCESS, Server, StartError
 from kimi_demo.start_bar import StartBar
 from kimi_demo.subject import TRAINED, Subject, trained
 from vllm_kimi_linear.cache import layout
@@ -34,9 +34,6 @@ FLAGS = (
     "--enable-prompt-tokens-details",
     "--enable-force-include-usage",  # for the gateway
 )
-# On a CPU vLLM gives the worker a process of its own, to bind its threads to cores. The demo binds none, and without
-# that process it starts in three quarters of the time.
-ON_A_CPU = ("--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor",)
 PATIENCE = 900.0  # seconds: a start beside much other work takes minutes
 PROMPT = "What do you remember of a very long document?"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -55,7 +52,7 @@ def run(folder: Path, prompt: str | None, tokens: int, check: bool = False, once
         try:
             subject = _subject(folder, prompt)
             dtype = "bfloat16" if _has_gpu() else "float32"
-            flags = FLAGS if dtype == "bfloat16" else (*FLAGS, *ON_A_CPU)
+            flags = FLAGS if dtype == "bfloat16" else (*FLAGS, ONE_PROCESS)
             server = Server(subject.model, (f"--dtype={dtype}", *flags), log_path=folder / "server.log")
             with _stopped_at_the_end(server):
                 fine = _ask_and_check(server, subject, tokens, dtype, check)

@@ -117,6 +117,7 @@ def test_many_at_once(
     check(reference, whole, asked, ask(server, asked))
 
 
+@pytest.mark.soak
 def test_one_slot(
     reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path, whole: Adapters
 ) -> None:
@@ -164,7 +165,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.soak] if "stages" in way or "," in way else []) for way in WAYS]
+    "way", [pytest.param(way, marks=[] if way == "two ranks" else [pytest.mark.soak]) for way in WAYS]
 )
 def test_every_way(
     way: str, reference: HfReference, vocab: int, servers: Callable[..., Server], demo_model: Path, whole: Adapters
@@ -176,6 +177,7 @@ def test_every_way(
     check(reference, whole, asked, ask(server, asked))
 
 
+@pytest.mark.soak
 def test_on_quantised_weights(tmp_path: Path, vocab: int, servers: Callable[..., Server]) -> None:
     """What an adapter adds is in full, on weights that stay as they are stored."""
     write_checkpoint(tmp_path / "original", layers=5)

@@ -57,7 +57,7 @@ WAYS = {
     "blocks of the default size": ("--num-gpu-blocks-override=26", HOST),
 }
 TOKENS = 16
-SOAK = ("drafts", "blocks of the default size")
+SOAK = ("two ranks", "drafts", "blocks of the default size")
 
 
 @pytest.fixture(params=[pytest.param(way, marks=pytest.mark.soak if way in SOAK else ()) for way in WAYS])

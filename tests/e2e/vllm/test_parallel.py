@@ -70,7 +70,8 @@ def test_the_matrix_unit_changes_nothing(
     hook = tmp_path_factory.mktemp("hook")
     (hook / "sitecustomize.py").write_text(f"import torch\ntorch.cpu._is_amx_tile_supported = lambda: {not has_amx}\n")
     path = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
-    server = servers(demo_model, *FLAGS, env={"PYTHONPATH": path})
+    # With the worker's process that vLLM has by default, and most other tests leave out.
+    server = servers(demo_model, *FLAGS, "--distributed-executor-backend=mp", env={"PYTHONPATH": path})
     assert "Using AMX_MLA backend" not in server.log
     assert "Using CPU_MLA backend" not in server.log
     check_together(cases, Completions(server))
