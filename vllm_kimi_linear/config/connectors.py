@@ -33,5 +33,8 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
             ("kv-offloading-size with VLLM_USE_SIMPLE_KV_OFFLOAD", envs.VLLM_USE_SIMPLE_KV_OFFLOAD, (False,), simple)
         )
     found += [(f"kv-transfer-config {name}", settings.get(name), (None,), chunk) for name in CHUNKS]
+    apart = "with offloading it has not been compared, leave one of them out"
+    found.append(("enable-lora", vllm_config.lora_config is not None, (False,), apart))
+    found.append(("pipeline-parallel-size", vllm_config.parallel_config.pipeline_parallel_size, (1,), apart))
     found.append(("enable-prefix-caching", bool(cache.enable_prefix_caching), (True,), needed))
     return found

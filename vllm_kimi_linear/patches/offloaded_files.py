@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm_kimi_linear import ARCHITECTURE, __version__
+from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.log import logger
 from vllm_kimi_linear.patches.patch import Function, Hook, Patch
 
@@ -23,23 +24,29 @@ def identity(vllm_config: VllmConfig) -> str:
     model, cache, load = vllm_config.model_config, vllm_config.cache_config, vllm_config.load_config
     said = [
         [__version__, vllm.__version__, torch.__version__],
-        weights(model),
+        weights(model, load.download_dir),
+        model.hf_config.to_json_string(),
         [str(load.load_format), model.seed, model.quantization, str(model.dtype), cache.mamba_ssm_cache_dtype],
     ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
-def weights(model: ModelConfig) -> list[list[str]]:
-    """Each file's name and what tells its content: in a hub's cache the content's hash, else size and time."""
+def weights(model: ModelConfig, cache_dir: str | None) -> list[list[str]]:
+    """Each file's name and what tells its content: in a hub's cache the content's hash, else size and time.
+
+    Raises ConfigError where no file is found, for then nothing tells whose prefixes they are.
+    """
     folder = Path(model.model)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+        cached = try_to_load_from_cache(model.model, "config.json", cache_dir=cache_dir, revision=model.revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
     found = []
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         content, info = path.resolve(), path.stat()
         told = content.name if content.parent.name == "blobs" else f"{info.st_size} {info.st_mtime_ns}"
         found.append([path.name, told])
+    if not found:
+        raise ConfigError(f"--model is {model.model}; offloading found no file of it, give the folder of its weights")
     return found
 
 

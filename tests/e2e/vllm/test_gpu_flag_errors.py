@@ -81,6 +81,8 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
         shared = configured.cache_layout(config, 1000).describe(4096)
         parallel.decode_context_parallel_size, config.cache_config.enable_prefix_caching = 1, True
         config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+        together.append(sentence())
+        config.lora_config = None
         assert not sentence()
         config.kv_transfer_config.kv_connector = "NixlConnector"
         together.append(sentence())
@@ -93,7 +95,8 @@ def test_refused_elsewhere(demo_model: Path) -> None:
     for flag, (_, value) in ELSEWHERE.items():
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {getattr(value, 'name', value)}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
-    experts, drafts, connector = together
+    experts, drafts, adapters, connector = together
+    assert adapters.startswith("--enable-lora is True; with offloading ")
     assert connector.startswith("--kv-transfer-config kv_connector is NixlConnector; of vLLM's connectors only ")
     assert experts.startswith("--enable-expert-parallel is True; with --data-parallel-size ")
     assert drafts.startswith("--speculative-config method is ngram; with --decode-context-parallel-size ")

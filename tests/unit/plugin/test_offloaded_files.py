@@ -10,6 +10,7 @@ import pytest
 from vllm.v1.kv_offload.config import OffloadingModelConfig
 
 from vllm_kimi_linear import ARCHITECTURE
+from vllm_kimi_linear.config.errors import ConfigError
 from vllm_kimi_linear.log import logger
 from vllm_kimi_linear.patches import offloaded_files
 
@@ -32,12 +33,15 @@ def folder(tmp_path: Path) -> Path:
 
 def configuration(folder: Path, **values: Any) -> Any:
     model = {"model": str(folder), "revision": None, "seed": 0, "quantization": None, "dtype": "bfloat16"}
+    hf_config = SimpleNamespace(to_json_string=lambda: values.get("hf_overrides", ""))
     cache = {"mamba_ssm_cache_dtype": "float32"}
-    load = {"load_format": "auto"}
+    load = {"load_format": "auto", "download_dir": None}
     for part in (model, cache, load):
         part.update({name: value for name, value in values.items() if name in part})
     return SimpleNamespace(
-        model_config=SimpleNamespace(architecture=values.get("architecture", ARCHITECTURE), **model),
+        model_config=SimpleNamespace(
+            architecture=values.get("architecture", ARCHITECTURE), hf_config=hf_config, **model
+        ),
         cache_config=SimpleNamespace(**cache),
         load_config=SimpleNamespace(**load),
     )
@@ -48,10 +52,22 @@ def test_the_same_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"mamba_ssm_cache_dtype": "bfloat16"}, {"quantization": "fp8"}, {"load_format": "dummy"}, {"seed": 1}]
+    "values",
+    [
+        {"hf_overrides": "{}"},
+        {"mamba_ssm_cache_dtype": "bfloat16"},
+        {"quantization": "fp8"},
+        {"load_format": "dummy"},
+        {"seed": 1},
+    ],
 )
 def test_other_flags(values: dict[str, Any], folder: Path) -> None:
     assert offloaded_files.identity(configuration(folder)) != offloaded_files.identity(configuration(folder, **values))
+
+
+def test_weights_that_are_not_found() -> None:
+    with pytest.raises(ConfigError, match="give the folder of its weights"):
+        offloaded_files.identity(configuration(Path("absent/model")))
 
 
 def test_other_weights_of_the_same_size_at_the_same_path(folder: Path) -> None:
