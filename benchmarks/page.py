@@ -187,9 +187,9 @@ def server_section() -> str:
     parts = [
         "## The 48B model on one H200",
         "Made by `python -m benchmarks.h200`: 27 layers with random weights in bfloat16, a router that spreads tokens "
-        'evenly over the experts, all servers on the same machine, one after the other. "vLLM" is its own '
-        'implementation of this model, "attention only" this model with latent attention in every layer. Runs, with '
-        "all flags in their files:",
+        'evenly over the experts, all servers of a run on the same machine, run 1 each on a GPU of its own. "vLLM" is '
+        'its own implementation of this model, "attention only" this model with latent attention in every layer. Runs, '
+        "with all flags in their files:",
         "\n".join(
             f"{number}. [{name}.md](benchmarks/{name}.md): {machine}."
             for number, (name, machine) in enumerate(zip(SERVER_RUNS, server.machines, strict=True), 1)

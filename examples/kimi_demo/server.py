@@ -19,7 +19,7 @@ from kimi_server.vllm_program import vllm_program
 # keeps others for its front end, which on a small machine is half of it, and the same half for every server.
 DEFAULT_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # On a CPU vLLM gives a single worker a process of its own, too, to bind its threads to cores. Where none are bound, a
-# server without that process starts in three quarters of the time.
+# server without that process starts sooner.
 ONE_PROCESS = "--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # What tells a server its size; `--memory` is that of `kimi-linear serve`.
