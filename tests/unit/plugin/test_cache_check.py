@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_kimi_linear.cache.check import StateCheck
-from vllm_kimi_linear.patches.checked_transfers import follow_transfers
+from vllm_kimi_linear.patches.checked_transfers import check_stores, note_loads
 
 
 def test_chunks_decodes_and_a_hit():
@@ -65,7 +65,7 @@ def test_a_state_that_was_loaded():
         0: SimpleNamespace(dst_spec=transfer(5, first=1)),
         1: SimpleNamespace(dst_spec=transfer(6, 7, first=0, group=0)),
     }
-    follow_transfers(lambda *args: None)(worker(), SimpleNamespace(load_jobs=loads))
+    note_loads(lambda *args: None)(worker(), SimpleNamespace(load_jobs=loads))
     assert (check.tokens, other.tokens) == ({5: 8}, {})
     check.step([[0, 5, 9]], [8], [3])
 
@@ -73,9 +73,13 @@ def test_a_state_that_was_loaded():
 def test_a_state_that_is_stored():
     check = StateCheck(block=4, layers=["kda.0"])
     check.step([[7, 8, 9]], [0], [9], [[(4, 7), (8, 8)]])
-    start = follow_transfers(lambda *args: None)
-    start(worker(transfer(8, first=1), transfer(3, 4, first=0, group=0)), SimpleNamespace(load_jobs={}))
-    with pytest.raises(
-        RuntimeError, match="offloaded as that after 12 tokens, but the state in its block 8 is that of 8"
-    ):
-        start(worker(transfer(8, first=2)), SimpleNamespace(load_jobs={}))
+    store = check_stores(lambda *args: None)
+    nothing = SimpleNamespace(store_jobs={}, jobs_to_flush=None)
+    store(worker(transfer(8, first=1), transfer(3, 4, first=0, group=0)), nothing)
+    wrong = "offloaded as that after 12 tokens, but the state in its block 8 is that of 8"
+    with pytest.raises(RuntimeError, match=wrong):
+        store(worker(transfer(8, first=2)), nothing)
+    job = SimpleNamespace(src_spec=transfer(8, first=2))
+    store(worker(), SimpleNamespace(store_jobs={1: job}, jobs_to_flush={2}))  # later
+    with pytest.raises(RuntimeError, match=wrong):
+        store(worker(), SimpleNamespace(store_jobs={1: job}, jobs_to_flush={1}))
