@@ -27,14 +27,13 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
         own = "on a CPU the cache is in the host's memory already, leave it out"
         found += [("kv-offloading-size", size, (None,), own), ("kv-transfer-config kv_connector", OFFLOADING, (), own)]
     if size is not None:
-        simple = "another connector would be taken, leave the variable unset"
-        found.append(("kv-offloading-backend", cache.kv_offloading_backend, ("native",), other))
-        found.append(
-            ("kv-offloading-size with VLLM_USE_SIMPLE_KV_OFFLOAD", envs.VLLM_USE_SIMPLE_KV_OFFLOAD, (False,), simple)
-        )
+        backend = "VLLM_USE_SIMPLE_KV_OFFLOAD" if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else cache.kv_offloading_backend
+        found.append(("kv-offloading-backend", backend, ("native",), other))
     found += [(f"kv-transfer-config {name}", settings.get(name), (None,), chunk) for name in CHUNKS]
     apart = "with offloading it has not been compared, leave one of them out"
-    found.append(("enable-lora", vllm_config.lora_config is not None, (False,), apart))
-    found.append(("pipeline-parallel-size", vllm_config.parallel_config.pipeline_parallel_size, (1,), apart))
-    found.append(("enable-prefix-caching", bool(cache.enable_prefix_caching), (True,), needed))
-    return found
+    return [
+        *found,
+        ("enable-lora", vllm_config.lora_config is not None, (False,), apart),
+        ("pipeline-parallel-size", vllm_config.parallel_config.pipeline_parallel_size, (1,), apart),
+        ("enable-prefix-caching", bool(cache.enable_prefix_caching), (True,), needed),
+    ]
