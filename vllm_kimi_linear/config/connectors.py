@@ -18,7 +18,6 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
     if transfer is None and size is None:
         return []
     other = f"of vLLM's connectors only {OFFLOADING} moves states as well, choose it or leave the flag out"
-    chunk = "states are kept at ends of single blocks, leave it out"
     needed = "what is offloaded is found by prefix caching, add --enable-prefix-caching"
     found: list[tuple[str, Any, Container[Any], str]] = []
     if transfer is not None and size is None:  # else vLLM chooses the connector, later
@@ -29,7 +28,10 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
     if size is not None:
         backend = "VLLM_USE_SIMPLE_KV_OFFLOAD" if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else cache.kv_offloading_backend
         found.append(("kv-offloading-backend", backend, ("native",), other))
-    found += [(f"kv-transfer-config {name}", settings.get(name), (None,), chunk) for name in CHUNKS]
+    found += [
+        (f"kv-transfer-config {name}", settings.get(name), (None,), "leave it out, states end with a block")
+        for name in CHUNKS
+    ]
     apart = "with offloading it has not been compared, leave one of them out"
     return [
         *found,
