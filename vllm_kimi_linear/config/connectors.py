@@ -28,13 +28,10 @@ def flags(vllm_config: VllmConfig) -> list[tuple[str, Any, Container[Any], str]]
     if size is not None:
         backend = "VLLM_USE_SIMPLE_KV_OFFLOAD" if envs.VLLM_USE_SIMPLE_KV_OFFLOAD else cache.kv_offloading_backend
         found.append(("kv-offloading-backend", backend, ("native",), other))
-    found += [
-        (f"kv-transfer-config {name}", settings.get(name), (None,), "leave it out, states end with a block")
-        for name in CHUNKS
-    ]
-    apart = "with offloading it has not been compared, leave one of them out"
+    apart, chunk = "it has not been compared with offloading, leave one out", "a state ends a block, leave it out"
     return [
         *found,
+        *((f"kv-transfer-config {name}", settings.get(name), (None,), chunk) for name in CHUNKS),
         ("enable-lora", vllm_config.lora_config is not None, (False,), apart),
         ("pipeline-parallel-size", vllm_config.parallel_config.pipeline_parallel_size, (1,), apart),
         ("enable-prefix-caching", bool(cache.enable_prefix_caching), (True,), needed),

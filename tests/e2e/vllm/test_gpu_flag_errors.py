@@ -96,7 +96,7 @@ def test_refused_elsewhere(demo_model: Path) -> None:
         assert said[flag].startswith(f"--{flag.replace('_', '-')} is {getattr(value, 'name', value)}; ")
     assert "--no-enable-prefix-caching" in said["decode_context_parallel_size"]
     experts, drafts, adapters, connector = together
-    assert adapters.startswith("--enable-lora is True; with offloading ")
+    assert adapters.startswith("--enable-lora is True; it has not been compared with offloading")
     assert connector.startswith("--kv-transfer-config kv_connector is NixlConnector; of vLLM's connectors only ")
     assert experts.startswith("--enable-expert-parallel is True; with --data-parallel-size ")
     assert drafts.startswith("--speculative-config method is ngram; with --decode-context-parallel-size ")
