@@ -25,6 +25,7 @@ from kimi_server.gateway.tracing import Tracing
 from kimi_server.gateway.upstream.replicas import Replicas
 from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
+from kimi_server.gateway.upstream.transport import ReplicaTransport
 
 CONNECT_SECONDS = 5.0
 
@@ -54,11 +55,7 @@ class Gateway:
         limits = settings.limits
         self.timeout = httpx.Timeout(limits.replica_seconds, connect=CONNECT_SECONDS, pool=None)
         self.client = httpx.AsyncClient(
-            timeout=self.timeout,
-            # A connection for each request: a replica may close an idle one at the moment that a request takes it.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            trust_env=False,
-            follow_redirects=False,
+            timeout=self.timeout, transport=ReplicaTransport(), trust_env=False, follow_redirects=False
         )
         self.token_counter = TokenCounter(self.client)
 
