@@ -25,7 +25,7 @@ MODEL ?= $(DEMO_MODEL)
 ARGS ?=
 
 BIN := .venv/bin
-NOT_HERE := not soak and not browser and not container and not cluster and not gpu
+NOT_HERE := not soak and not browser and not container and not cluster and not gpu and not nixl
 
 # Two files at once, those with servers first: a server and a test of it seldom use two cores. ARGS='-n 0' runs one after the other.
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder

@@ -67,6 +67,10 @@ def _lacks_gpu() -> str:
     return "" if _answers("nvidia-smi") else "no GPU answers `nvidia-smi`"
 
 
+def _lacks_nixl() -> str:
+    return "" if importlib.util.find_spec("nixl") else "nixl is not installed"
+
+
 # Marker -> why it cannot run here, or "".
 TIERS: dict[str, Callable[[], str]] = {
     "soak": lambda: "",
@@ -74,6 +78,7 @@ TIERS: dict[str, Callable[[], str]] = {
     "container": _lacks_container,
     "cluster": _lacks_cluster,
     "gpu": _lacks_gpu,
+    "nixl": _lacks_nixl,
 }
 
 

@@ -22,6 +22,7 @@ from kimi_server.gateway.request.body_parser import BodyParser
 from kimi_server.gateway.request.token_estimator import TokenEstimator
 from kimi_server.gateway.tls import Certificate
 from kimi_server.gateway.tracing import Tracing
+from kimi_server.gateway.upstream.prefill import PrefillServers
 from kimi_server.gateway.upstream.replicas import Replicas
 from kimi_server.gateway.upstream.stored_responses import StoredResponses
 from kimi_server.gateway.upstream.token_counter import TokenCounter
@@ -58,6 +59,7 @@ class Gateway:
             timeout=self.timeout, transport=ReplicaTransport(), trust_env=False, follow_redirects=False
         )
         self.token_counter = TokenCounter(self.client)
+        self.prefill = PrefillServers(settings.prefill, self.client, self.metrics)
 
     @property
     def ready(self) -> bool:
@@ -84,10 +86,9 @@ class Gateway:
     async def running(self) -> AsyncIterator[None]:
         """Within the context: probe the replicas and watch the file of keys."""
         background = [
-            asyncio.create_task(
-                repeat_forever(f"the probe of {one.url}", partial(self.replicas.watch, self.client, one))
-            )
-            for one in self.replicas.all
+            asyncio.create_task(repeat_forever(f"the probe of {one.url}", partial(group.watch, self.client, one)))
+            for group in (self.replicas, self.prefill.servers)
+            for one in group.all
         ]
         background.append(asyncio.create_task(repeat_forever("the watch over the keys", self.keyring.watch)))
         if self.certificate is not None:

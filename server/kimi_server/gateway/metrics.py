@@ -37,6 +37,7 @@ class Metrics:
         self.rejected = counter("rejected_total", "Requests that the gateway refused itself.", "reason")
         for reason in AWAITED:
             self.rejected.labels(reason)
+        self.prefills = counter("prefills_total", "Long prompts that a prefill server read, or failed to.", "outcome")
         self.up = gauge("replica_up", "1 if the replica answers its probes, else 0.", "replica")
         self.affinity_misses = counter(
             "sessions_spilled_total", "Prompts sent to a replica other than their session's."

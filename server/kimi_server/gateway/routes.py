@@ -19,6 +19,7 @@ class Route:
     output_limit_fields: tuple[str, ...] = ()
     default_output_tokens: int | None = None
     tokenize_path: str | None = None  # takes the same body and counts its prompt's tokens
+    transfers: bool = False  # vLLM takes a prompt that another server has read
 
 
 CHAT_LIMITS, TOKENIZE = ("max_completion_tokens", "max_tokens"), "/tokenize"
@@ -32,6 +33,7 @@ ROUTES = (
         json_body=True,
         output_limit_fields=CHAT_LIMITS,
         tokenize_path=TOKENIZE,
+        transfers=True,
     ),
     Route("POST", "/v1/chat/completions/batch", prefills=True, json_body=True, output_limit_fields=CHAT_LIMITS),
     Route(
@@ -41,6 +43,7 @@ ROUTES = (
         output_limit_fields=("max_tokens",),
         default_output_tokens=16,
         tokenize_path=TOKENIZE,
+        transfers=True,
     ),
     Route("POST", "/v1/responses", prefills=True, json_body=True, output_limit_fields=("max_output_tokens",)),
     Route("GET", "/v1/responses/{response_id}"),
@@ -52,6 +55,7 @@ ROUTES = (
         anthropic=True,
         output_limit_fields=("max_tokens",),
         tokenize_path="/v1/messages/count_tokens",
+        transfers=True,
     ),
     Route("POST", "/v1/messages/count_tokens", json_body=True, anthropic=True),
     Route("POST", "/v1/systemone", prefills=True, json_body=True, default_output_tokens=2),

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -24,21 +25,13 @@ from kimi_server.gateway.request.prompt_size import PromptSize
 from kimi_server.gateway.routes import TOKENIZE, Route
 from kimi_server.gateway.routing import replica_order, session_hash
 from kimi_server.gateway.upstream.body import chunks, with_fields
-from kimi_server.gateway.upstream.replicas import Replica
+from kimi_server.gateway.upstream.prefill import PARAMETERS
+from kimi_server.gateway.upstream.replicas import Replica, ReplicaLost
 from kimi_server.gateway.upstream.response import UpstreamResponse
 from kimi_server.gateway.upstream.stored_responses import StoredResponse
 
 RESPONSES = "/v1/responses"
 PRIORITIES = {"short": "0", "long": "1"}  # vLLM's --scheduling-policy priority serves the lower first
-
-
-class ReplicaLost(Exception):
-    """The connection to a replica failed before a byte of a response. `reached`: it may have got the request."""
-
-    def __init__(self, replica: Replica, error: Exception) -> None:
-        super().__init__(str(error) or type(error).__name__)
-        self.replica = replica
-        self.reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
 
 
 @dataclass
@@ -116,6 +109,8 @@ class UpstreamCall:
     def _gateway_fields(self, parsed: ParsedRequest) -> dict[str, str]:
         """Fields that replace the client's own, which would affect other clients: cache_salt, request_id."""
         gateway, given, fields = self.gateway, parsed.fields, {}
+        if given.get(PARAMETERS) is not None:  # it names hosts that a replica connects to
+            raise GatewayError(400, "invalid_request", f"{PARAMETERS} is set by the gateway: leave it out.")
         if gateway.uses_cache_salts:
             secret, owner = gateway.keyring.secret, self.limiter.key.cache_owner
             fields["cache_salt"] = cache_salt(secret, owner, given.get("cache_salt"))
@@ -194,12 +189,14 @@ class UpstreamCall:
         gateway = self.gateway
         replica = gateway.replicas.all[grant.replica]
         self.entry.replica = replica.index
+        one = self.parsed is not None and self.parsed.completions == 1  # vLLM hands a prompt to one sequence
+        read = await gateway.prefill.read(self.route, self.body, self.entry) if one else {}
         if gateway.client.is_closed:
             raise draining()
         with replica.track_request():
             try:
                 self.sent = True
-                response = await gateway.client.send(self._request(replica, grant), stream=True)
+                response = await gateway.client.send(self._request(replica, grant, read), stream=True)
                 try:
                     if response.status_code == 401:  # about the gateway's key for the replica, not the client's
                         raise GatewayError(502, "replica_key", "The replica refuses the gateway's own key.")
@@ -219,11 +216,12 @@ class UpstreamCall:
                     raise ReplicaLost(replica, error) from error
                 await self._break_off(replica, error)
 
-    def _request(self, replica: Replica, grant: Grant) -> httpx.Request:
-        """The client's request for this replica, without the default headers of the HTTP client."""
+    def _request(self, replica: Replica, grant: Grant, fields: dict[str, Any]) -> httpx.Request:
+        """The client's request for this replica with more `fields`, without the HTTP client's default headers."""
+        body = with_fields(self.body, fields)
         added = {"x-request-id": self.entry.request_id, **replica.headers}
-        if self.body:
-            added["content-length"] = str(len(self.body))
+        if body:
+            added["content-length"] = str(len(body))
         if self.route.prefills:
             added["x-vllm-priority"] = PRIORITIES[grant.lane]
         if replica.rank is not None:
@@ -233,7 +231,7 @@ class UpstreamCall:
             self.route.method,
             replica.url_for(target),
             headers=[*headers.to_replica(self.client.headers), *headers.encode(added)],
-            content=chunks(self.body) if self.body else None,
+            content=chunks(body) if body else None,
             extensions={"timeout": self.gateway.timeout.as_dict()},
         )
 

@@ -59,6 +59,13 @@ def test_good(write, tmp_path: Path) -> None:
         (REPLICAS + "admission: {queue: -1}", ["queue", "-1", "at least 0"]),
         (REPLICAS + "admission: {short_reserve: 200000}", ["short_reserve", "200000", "prefill_tokens"]),
         (REPLICAS + "admission: {short_prompt: 20000}", ["short_prompt", "20000", "short_reserve"]),
+        (REPLICAS + "prefill: [{url: 'http://a'}]", ["prefill[0]", "p2p", "missing"]),
+        (REPLICAS + "prefill: [{url: 'http://a', p2p: a}]", ["prefill[0].p2p", "'a'", "a host and a port"]),
+        (REPLICAS + "prefill: [{url: 'http://a', p2p: 'a:0'}]", ["prefill[0].p2p", "'a:0'", "a host and a port"]),
+        (
+            REPLICAS + "prefill: [{url: 'http://a', p2p: 'a:1'}, {url: 'http://a', p2p: 'a:2'}]",
+            ["prefill", "one server twice"],
+        ),
         (REPLICAS + "host: 0.0.0.0", ["0.0.0.0", "keys", "127.0.0.1"]),
         (REPLICAS + "host: example.org", ["example.org", "keys"]),
     ],

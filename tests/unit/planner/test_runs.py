@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from kimi_server.cli import COMMANDS
+from kimi_server.gateway.config import settings
 
 ROOT = Path(__file__).parents[3]
 RUNS: dict[str, list[tuple[str, ...]]] = {
     "single-gpu.sh": [()],
     "million-tokens.sh": [()],
     "two-replicas.sh": [()],
+    "prefill-decode.sh": [()],
     "ray.sh": [(), ("join", "10.0.0.1")],
 }
 CASES = [(script, arguments) for script, several in RUNS.items() for arguments in several]
@@ -60,19 +62,35 @@ def test_print_runs_nothing(tmp_path: Path, name: str, arguments: tuple[str, ...
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_what_is_printed_is_what_is_run(tmp_path: Path, name: str, arguments: tuple[str, ...]) -> None:
     shown = printed(tmp_path, name, arguments)
+    (tmp_path / "serve.yaml").touch()  # as the plan would write it
     script(tmp_path, name, *arguments)
     # Servers that run beside each other may be called in either order.
     assert sorted((tmp_path / "called").read_text().splitlines()) == sorted(shown)
 
 
-def test_replicas_end_with_their_script(tmp_path: Path) -> None:
+def test_prefill_and_decode_have_a_port_each(tmp_path: Path, vllm_parser) -> None:
+    (tmp_path / "serve.yaml").write_text("dtype: bfloat16\n")
+    script(tmp_path, "prefill-decode.sh")
+    gateway = settings.load(tmp_path / "gateway.yaml")
+    ports = []
+    for role in ("prefill", "decode"):
+        parsed = vllm_parser.parse_args(["--config", str(tmp_path / f"{role}.yaml")])
+        assert parsed.dtype == "bfloat16"
+        (tier,) = parsed.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+        ports.append((tier["host"], tier["port"]))
+    assert [one.place for one in gateway.prefill] == ports[:1] != ports[1:]
+
+
+@pytest.mark.parametrize("name", ["two-replicas.sh", "prefill-decode.sh"])
+def test_replicas_end_with_their_script(tmp_path: Path, name: str) -> None:
+    (tmp_path / "serve.yaml").touch()
     (tmp_path / "pids").touch()
     running = f'[ "$1" != gateway ] || until [ "$(grep -c . {tmp_path}/pids)" -ge 2 ]; do sleep 0.1; done'
     for program, body in (("vllm", f"echo $$ >> {tmp_path}/pids; exec sleep 600"), ("kimi-linear", running)):
         (tmp_path / program).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / program).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path)}
-    subprocess.run([ROOT / "deploy/runs/two-replicas.sh"], env=environment, timeout=300, check=True)
+    subprocess.run([ROOT / "deploy/runs" / name], env=environment, timeout=300, check=True)
     pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
     deadline = time.monotonic() + 120
@@ -91,7 +109,8 @@ def vllm_parser():
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_every_flag_exists(vllm_parser, tmp_path: Path, name: str, arguments: tuple[str, ...]) -> None:
-    (tmp_path / "serve.yaml").write_text("dtype: bfloat16\n")
+    for config in ("serve", "decode", "prefill"):
+        (tmp_path / f"{config}.yaml").write_text("dtype: bfloat16\n")
     for line in printed(tmp_path, name, arguments):
         program, *words = shlex.split(line)
         if program == "vllm":

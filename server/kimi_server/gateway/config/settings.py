@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 from pydantic import AfterValidator, Field, model_validator
@@ -74,6 +74,25 @@ class ReplicaSettings(Fields):
     api_key: HeaderSecret | None = None  # sent to this replica in place of the client's
 
 
+def _place(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not HOST.fullmatch(_host(host)) or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise must("be a host and a port, as prefill-0:5710")
+    return text
+
+
+@dataclass(frozen=True, config=CONFIG)
+class PrefillSettings(ReplicaSettings):
+    """A server that reads long prompts for the replicas; `p2p` is host:port of its P2P tier, as they reach it."""
+
+    p2p: Annotated[Text, AfterValidator(_place)] = Field(kw_only=True)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        host, _, port = self.p2p.rpartition(":")
+        return host, int(port)
+
+
 @dataclass(frozen=True, config=CONFIG)
 class AdmissionSettings(Fields):
     """The unit of sizes is prompt tokens."""
@@ -113,6 +132,7 @@ class LimitSettings(Fields):
 @dataclass(frozen=True, config=CONFIG)
 class Settings(Fields):
     replicas: tuple[ReplicaSettings, ...]
+    prefill: tuple[PrefillSettings, ...] = ()
     host: Host = "127.0.0.1"
     port: Port = 8080
     metrics_host: Host = "127.0.0.1"
@@ -133,8 +153,9 @@ class Settings(Fields):
     def _fit(self) -> "Settings":
         if not self.replicas:
             raise wrong("replicas is empty: name at least one, as `- url: http://127.0.0.1:8000`")
-        if len({(one.url, one.data_parallel_rank) for one in self.replicas}) < len(self.replicas):
-            raise wrong("replicas names one replica twice: give each its own url or data_parallel_rank")
+        for field, servers in (("replicas", self.replicas), ("prefill", self.prefill)):
+            if len({(one.url, one.data_parallel_rank) for one in servers}) < len(servers):
+                raise wrong(f"{field} names one server twice: give each its own url or data_parallel_rank")
         if self.keys is None and not is_loopback(self.host):
             raise wrong(
                 f"host is {self.host!r} and there are no keys, which would serve anybody: set `keys`, or keep host "
@@ -152,6 +173,9 @@ class Settings(Fields):
         return self
 
 
+R = TypeVar("R", bound=ReplicaSettings)
+
+
 def load(path: Path, **overrides: Any) -> Settings:
     """Read and check a configuration; `overrides` that are not None replace top-level fields of the file.
 
@@ -166,16 +190,17 @@ def load(path: Path, **overrides: Any) -> Settings:
     return dataclasses.replace(
         settings,
         replicas=tuple(_with_key_of_the_environment(one) for one in settings.replicas),
+        prefill=tuple(_with_key_of_the_environment(one) for one in settings.prefill),
         **{name: named and path.parent / named for name, named in files.items() if name not in overrides},
     )
 
 
-def _with_key_of_the_environment(replica: ReplicaSettings) -> ReplicaSettings:
+def _with_key_of_the_environment(replica: R) -> R:
     key = os.environ.get(API_KEY_VARIABLE)
     if not key or replica.api_key:
         return replica
-    given = {"url": replica.url, "data_parallel_rank": replica.data_parallel_rank, "api_key": key}
-    return build(ReplicaSettings, given, f"{API_KEY_VARIABLE} of the environment")
+    given = {field.name: getattr(replica, field.name) for field in dataclasses.fields(replica)}
+    return build(type(replica), {**given, "api_key": key}, f"{API_KEY_VARIABLE} of the environment")
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ PROMPT_FIELDS = (
 SEVERAL = ("messages", "prompt")  # a list of these is several prompts
 SMALL_FIELDS = (
     *("max_completion_tokens", "max_tokens", "max_output_tokens", "n"),
-    *("previous_response_id", "cache_salt", "request_id"),
+    *("previous_response_id", "cache_salt", "request_id", "kv_transfer_params"),
 )
 SMALL_BYTES = 65536  # at most, of such a field; and of what the session's hash is taken of
 FIRST = 4096  # bytes of a prompt without messages that the session's hash is taken of

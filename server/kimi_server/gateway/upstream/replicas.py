@@ -54,10 +54,22 @@ class Replica:
             self.running -= 1
 
 
-class Replicas:
-    """`on_change` is called when a replica goes up or down."""
+class ReplicaLost(Exception):
+    """The connection to a replica failed before a byte of a response. `reached`: it may have got the request."""
 
-    def __init__(self, settings: Sequence[ReplicaSettings], on_change: Callable[[], None]) -> None:
+    def __init__(self, replica: Replica, error: Exception) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.replica = replica
+        self.reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+
+
+class Replicas:
+    """`on_change` is called when a replica goes up or down; `called` is what the log calls one."""
+
+    def __init__(
+        self, settings: Sequence[ReplicaSettings], on_change: Callable[[], None], called: str = "replica"
+    ) -> None:
+        self.called = called
         self.all = [Replica(index, one) for index, one in enumerate(settings)]
         self.on_change = on_change
 
@@ -70,7 +82,7 @@ class Replicas:
         replica.missed_probes = 0
         if up != replica.up or (not up and reason != replica.down_reason):
             level, state = (logging.INFO, "up") if up else (logging.WARNING, f"down: {reason}")
-            log.log(level, "replica %d (%s) is %s", replica.index, replica.url, state)
+            log.log(level, "%s %d (%s) is %s", self.called, replica.index, replica.url, state)
         replica.down_reason = reason
         if up != replica.up:
             replica.up = up
