@@ -25,6 +25,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("image", {"registry": "registry.example.org/"}),
     ("vllm", {"gpus": "4"}),
     ("vllm", {"config": {"model": "m", "shutdown-timeout": 1, "tensor-parallel-size": 2}}),
+    ("vllm", {"config": {"model": "m", "shutdown-timeout": 1, "kv-transfer-config": {}}}),
+    ("vllm", {"handover": {"gib": 1.5}}),
     ("gateway", {"config": {"drain_seconds": 1, "port": 1}}),
     ("gateway", {"replicas": 0}),
 ]
@@ -73,7 +75,10 @@ def test_the_chart_has_the_rules_of_the_one_file() -> None:
 
 
 @NEEDS_HELM
-@pytest.mark.parametrize("values", [{}, ALL, {"gateway": {"replicas": 1, "tlsSecret": "tls"}, "vllm": {"replicas": 3}}])
+@pytest.mark.parametrize(
+    "values",
+    [{}, ALL, {"gateway": {"replicas": 1, "tlsSecret": "tls"}, "vllm": {"replicas": 3}}, {"vllm": {"prefill": 2}}],
+)
 def test_what_is_made_fits_its_schemas(values: dict[str, Any]) -> None:
     documents = made(values)
     for document in documents.values():
@@ -135,6 +140,31 @@ def test_the_gateway_takes_its_configuration(tmp_path: Path, tls: str, gateways:
     assert manifests.container(pod)["readinessProbe"]["httpGet"]["scheme"] == ("HTTPS" if tls else "HTTP")
     assert [one["secret"]["secretName"] for one in pod["volumes"] if one["name"] == "tls"] == ([tls] if tls else [])
     assert ("PodDisruptionBudget", "k-gateway") in documents or gateways == 1
+
+
+@NEEDS_HELM
+def test_prompts_read_by_servers_of_their_own(tmp_path: Path) -> None:
+    documents = made({"vllm": {"replicas": 2, "prefill": 1, "handover": {"gib": 20}}})
+    config = config_of(documents, "vllm")
+    settings_of = config.pop("kv-transfer-config")["kv_connector_extra_config"]
+    assert config == config_of(made(), "vllm")
+    assert settings_of["cpu_bytes_to_use"] == 20 << 30
+    (tier,) = settings_of["secondary_tiers"]
+    path = tmp_path / "gateway.yaml"
+    path.write_text(documents["ConfigMap", "k-gateway"]["data"]["gateway.yaml"])
+    loaded = settings.load(path)
+    assert [one.url for one in loaded.replicas] == [f"http://k-vllm-{index}.k-vllm:8000" for index in range(2)]
+    assert [one.place for one in loaded.prefill] == [("k-vllm-2.k-vllm", tier["port"])]
+    spec = documents["StatefulSet", "k-vllm"]["spec"]
+    assert spec["replicas"] == 3
+    pod = spec["template"]["spec"]
+    assert manifests.container(pod)["env"][-1]["valueFrom"]["fieldRef"] == {"fieldPath": "status.podIP"}
+    (shm,) = (volume for volume in pod["volumes"] if volume["name"] == "shm")
+    assert shm["emptyDir"]["sizeLimit"] == "28Gi"
+    # Each may reach the others, and nobody else.
+    policy = documents["NetworkPolicy", "k-vllm"]["spec"]
+    assert policy["egress"] == [{"to": [{"podSelector": policy["podSelector"]}]}]
+    assert policy["ingress"][-1] == {"from": [{"podSelector": policy["podSelector"]}]}
 
 
 @NEEDS_HELM

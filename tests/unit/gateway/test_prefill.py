@@ -22,7 +22,7 @@ def split(start: Start) -> Iterator[Callable[..., Running]]:
 
         def running(prefill: Upstream, *replicas: Upstream, **more: object) -> Running:
             [server] = stack.enter_context(serving(prefill))
-            settings = (PrefillSettings(server.url, p2p="reader:5710"),)
+            settings = (PrefillSettings(server.url, p2p="localhost:5710"),)
             gateway = start(*replicas, prefill=settings, admission=SHORT, **more)
             gateway.until(lambda: gateway.gateway.prefill.servers.any_up, "the prefill server up")
             return gateway
@@ -44,7 +44,7 @@ def test_a_long_prompt_is_read_elsewhere(split: Callable[..., Running], path: st
     [read], [answered] = map(fields, prefill.seen), map(fields, replica.seen)
     name = read.pop("kv_transfer_params")["remote_decoder"]["kv_request_id"]
     assert answered.pop("kv_transfer_params") == {
-        "remote_prefiller": {"kv_request_id": name, "remote_host": "reader", "remote_port": 5710}
+        "remote_prefiller": {"kv_request_id": name, "remote_host": "127.0.0.1", "remote_port": 5710}
     }
     assert answered == asked
     limits = ("max_tokens",) if path != "/v1/chat/completions" else ("max_tokens", "max_completion_tokens")

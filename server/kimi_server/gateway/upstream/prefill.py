@@ -4,8 +4,11 @@ A prefill server reads the prompt for one token. The replica that answers then g
 from it by the P2P tier of vLLM's OffloadingConnector. Without that, for whatever reason, it reads the prompt itself.
 """
 
+import asyncio
+import contextlib
 import logging
 import secrets
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +29,14 @@ ONE_TOKEN = {"stream": False, "stream_options": None, "min_tokens": 0}
 log = logging.getLogger(__name__)
 
 
+async def address(host: str, port: int) -> tuple[str, int]:
+    """With the host's number, which is the name that its tier goes by; where it has none the replica finds nobody."""
+    with contextlib.suppress(OSError):
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return str(min(found)[4][0]), port  # IPv4 first
+    return host, port
+
+
 class PrefillServers:
     def __init__(self, settings: Sequence[PrefillSettings], client: httpx.AsyncClient, metrics: Metrics) -> None:
         self.settings, self.client, self.metrics = settings, client, metrics
@@ -44,7 +55,7 @@ class PrefillServers:
         self.metrics.prefills.labels("read" if read else "failed").inc()
         if not read:
             return {}
-        host, port = self.settings[order[0]].place
+        host, port = await address(*self.settings[order[0]].place)
         return {PARAMETERS: {"remote_prefiller": {"kv_request_id": name, "remote_host": host, "remote_port": port}}}
 
     async def _ask(self, server: Replica, name: str, route: Route, body: bytes, entry: AccessLogEntry) -> bool:
