@@ -1,14 +1,19 @@
 """Fixtures that every test may use: the demo checkpoint and running servers, one for each distinct set of flags."""
 
 import os
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from kimi_demo import checkpoint
 from kimi_demo.server import ONE_PROCESS, Server
+from kimi_server.vllm_program import vllm_program
+from tests.support import warm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -35,6 +40,16 @@ SPREAD = (
 MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
 
 
+class WarmServer(Server):
+    """A server that is not started by its command, but forked from a process that has imported vLLM."""
+
+    def launch(self) -> None:
+        self.launched = time.monotonic()
+        arguments = self.command[len(vllm_program()) :]
+        forked = warm.fork("vllm.entrypoints.cli.main", arguments, self.log_path, self.env)
+        self.process = cast(subprocess.Popen, forked)
+
+
 class ServerPool:
     """Starts a server for a (model, flags, env) when first asked, shares it, and retires the oldest."""
 
@@ -50,11 +65,13 @@ class ServerPool:
             while len(self.servers) >= MOST_SERVERS:
                 self.servers.pop(next(iter(self.servers))).stop()
             self.started += 1
-            if ON_A_CPU and not any(flag.startswith(SPREAD) for flag in flags):
-                flags = (*flags, ONE_PROCESS)
             # One thread a server: the demo model is too small for more, and idle OpenMP threads spin.
             env = {"OMP_NUM_THREADS": "1", **(env or {})}
-            server = Server(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()
+            kind = Server
+            if ON_A_CPU and not any(flag.startswith(SPREAD) for flag in flags):
+                flags = (*flags, ONE_PROCESS)
+                kind = WarmServer if warm.can_fork(env) else Server
+            server = kind(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()
         self.servers[key] = server
         return server
 
