@@ -5,8 +5,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -14,12 +15,15 @@ from kimi_demo.server import free_port
 
 
 @contextlib.contextmanager
-def gateway(urls: list[str], admission: dict[str, int], logs: Path) -> Iterator[str]:
-    """A gateway in front of these replicas; its URL."""
+def gateway(
+    urls: list[str], admission: dict[str, int], logs: Path, prefill: Sequence[dict[str, Any]] = ()
+) -> Iterator[str]:
+    """A gateway in front of these replicas and servers that read prompts for them; its URL."""
     port = free_port()
     config = logs / "gateway.yaml"
     replicas = [{"url": url} for url in urls]
     settings = {"port": port, "metrics_port": free_port(), "replicas": replicas, "admission": admission}
+    settings["prefill"] = list(prefill)
     config.write_text(json.dumps(settings))
     with (logs / "gateway.log").open("ab") as log:
         command = [sys.executable, "-m", "kimi_server.cli", "gateway", "--config", str(config)]

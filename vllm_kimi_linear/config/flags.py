@@ -94,14 +94,14 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         ]
     if current_platform.is_cpu():
         method = speculative and speculative.rejection_sample_method
-        remedy = "on a CPU only standard is implemented, leave it out"
+        combined = "vLLM combines what its ranks attend to on GPUs alone, leave it out"
         flags += [
             ("attention-backend", attention.backend, (None,), unread),
             ("attention-config backend_per_kind", attention.backend_per_kind, ({},), unread),
-            ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), unset),
+            ("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), combined),
             ("data-parallel-size", parallel.data_parallel_size, (1,), "run several servers instead"),
             ("enable-expert-parallel", parallel.enable_expert_parallel, (False,), unset),
-            ("speculative-config rejection_sample_method", method, (None, "standard"), remedy),
+            ("speculative-config rejection_sample_method", method, (None, "standard"), "on a CPU choose standard"),
         ]
     else:
         flags += gpu_flags.flags(vllm_config)

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kimi_demo.server import Server
+from kimi_demo.server import Server, free_port
 from tests.e2e.vllm.test_gpu import FLAGS
 from tests.support.completions import Completions
 from tests.support.judge import TOKENS, Judge
+from tests.support.prefill_decode import PrefillDecode
 from tests.support.prompts import Stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -26,8 +28,8 @@ WAYS = {
 LENGTHS = (1900, 1500, 1000, 2500, 700, 1800)
 
 
-def files(folder: Path) -> str:
-    tier = {"type": "fs", "root_dir": str(folder)}
+def behind(**tier: Any) -> str:
+    """The host's memory with a further tier behind it."""
     settings = {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 1 << 32, "secondary_tiers": [tier]}
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     return f"--kv-transfer-config={json.dumps(connector)}"
@@ -67,10 +69,33 @@ def test_what_was_evicted_comes_back(
 def test_a_restart_loses_nothing(
     servers: Callable[..., Server], demo_model: Path, asked: list[tuple[list[int], int]], judge: Judge, tmp_path: Path
 ) -> None:
-    flags = (*FLAGS, *SMALL, files(tmp_path / "prefixes"))
+    flags = (*FLAGS, *SMALL, behind(type="fs", root_dir=str(tmp_path / "prefixes")))
     first = servers(demo_model, *flags)
     print("cold:", judge.check(asked, Completions(first).one_by_one(asked)))
     first.stop()
-    second = Completions(servers(demo_model, *flags, "--seed=1"))
+    second = Completions(first.start())
     print("from files:", judge.check(asked, second.one_by_one(asked)))
     assert loaded(second) > 0.7 * sum(LENGTHS)
+
+
+@pytest.mark.nixl
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_prompts_read_by_another_server(
+    ranks: int, servers: Callable[..., Server], demo_model: Path, asked: list[tuple[list[int], int]], judge: Judge
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    ports = [free_port() for _ in range(2)]
+    prefill, decode = (
+        servers(
+            demo_model,
+            *(*FLAGS, *SMALL, f"--tensor-parallel-size={ranks}"),
+            behind(type="p2p", host="127.0.0.1", port=port),
+        )
+        for port in ports
+    )
+    both = PrefillDecode(prefill, decode, ports[0])
+    print("handed over:", judge.check(asked, both.one_by_one(asked)))
+    assert loaded(both) > 0.7 * sum(LENGTHS)
+    for _ in range(3):
+        print("at once:", judge.check(asked, both.at_once(asked, cold=True)))
