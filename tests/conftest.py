@@ -37,6 +37,7 @@ SPREAD = (
     "--data-parallel-size",
     "--distributed-executor-backend",
 )
+SET_BEFORE_IMPORTS = ("--api-server-count",)  # what changes the environment for what vLLM imports later
 MOST_SERVERS = 2  # alive at once: a small machine has neither the memory nor the cores for more
 
 
@@ -67,10 +68,10 @@ class ServerPool:
             self.started += 1
             # One thread a server: the demo model is too small for more, and idle OpenMP threads spin.
             env = {"OMP_NUM_THREADS": "1", **(env or {})}
-            kind = Server
             if ON_A_CPU and not any(flag.startswith(SPREAD) for flag in flags):
                 flags = (*flags, ONE_PROCESS)
-                kind = WarmServer if warm.can_fork(env) else Server
+            early = any(flag.startswith(SET_BEFORE_IMPORTS) for flag in flags)
+            kind = WarmServer if ON_A_CPU and warm.can_fork(env) and not early else Server
             server = kind(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()
         self.servers[key] = server
         return server

@@ -17,6 +17,7 @@ GATEWAY = {
     "completion_tokens_total": ("counter", {"key"}),
     "rejected_total": ("counter", {"reason"}),
     "replica_up": ("gauge", {"replica"}),
+    "prefills_total": ("counter", {"outcome"}),
     "sessions_spilled_total": ("counter", set[str]()),
 }
 PREFIX = "kimi_gateway_"

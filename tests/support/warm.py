@@ -16,6 +16,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ READ_LATE = {
     *("HF_HUB_OFFLINE", "KIMI_LINEAR_UNSUPPORTED_VLLM", "KIMI_TEST_REPLICA", "RUN", "VLLM_CPU_OMP_THREADS_BIND"),
     *("PYTHONPATH", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"),
 }
+LOCK = threading.Lock()
 THREADS = {"OMP_NUM_THREADS": "1"}  # more than one would not survive a fork
 
 
@@ -65,6 +67,7 @@ class Waiting:
     """The process that has imported vLLM, as its parent sees it."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm"],
             stdin=subprocess.PIPE,
@@ -78,15 +81,22 @@ class Waiting:
 
     def ask(self, task: dict[str, Any]) -> int | None:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        answer: int | None = json.loads(self.process.stdout.readline())
+        with self.lock:
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+            answer: int | None = json.loads(self.process.stdout.readline())
         return answer
 
 
 @functools.cache
-def waiting() -> Waiting:
+def _waiting() -> Waiting:
     return Waiting()
+
+
+def waiting() -> Waiting:
+    """One for all of this process."""
+    with LOCK:
+        return _waiting()
 
 
 def fork(module: str, arguments: Iterable[str], log: Path, environment: Mapping[str, str]) -> Forked:

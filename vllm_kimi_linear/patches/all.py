@@ -19,6 +19,7 @@ MODULES = (
     "patches.cpu_scheduling",
     "patches.cpu_spec_decode",
     "patches.cpu_draft_states",
+    "patches.cpu_draft_threads",
     "patches.unscheduled_drafts",
     "patches.cpu_seeds",
     "patches.cpu_pipeline_buffers",
