@@ -35,7 +35,7 @@ THREADS = {"OMP_NUM_THREADS": "1"}  # more than one would not survive a fork
 
 def can_fork(environment: Mapping[str, str]) -> bool:
     """Whether a process with these variables besides its parent's would be the same if it was forked."""
-    return environment.items() <= {**THREADS, **{name: environment.get(name, "") for name in READ_LATE}}.items()
+    return all(name in READ_LATE or THREADS.get(name) == value for name, value in environment.items())
 
 
 class Forked:
