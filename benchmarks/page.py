@@ -16,7 +16,7 @@ RESULTS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 MARKS = ("<!-- speed: python -m benchmarks.page -->", "<!-- end of speed -->")
-SERVER_RUNS = ("h200-real-routers", "h200-new-prefill", "h200")  # newest first
+SERVER_RUNS = ("h200-steady-steps", "h200-real-routers", "h200-new-prefill", "h200")  # newest first
 
 HEAD = """\
 # Performance
@@ -33,7 +33,7 @@ NOT_MEASURED = """\
 
 - The real weights of the 48B: whole servers were measured with random weights and evenly used experts.
 - Servers of more than two GPUs, and an H100 with the current kernels.
-- On one GPU in bfloat16, the longest gap between two tokens with every kernel compiled at the start (`warmup.py`).
+- The longest gap between two tokens with every kernel compiled at the start (`warmup.py`).
 - What it costs a prefill on a GPU to keep states for the prefix cache.
 """
 
@@ -187,9 +187,9 @@ def server_section() -> str:
     parts = [
         "## The 48B model on one H200",
         "Made by `python -m benchmarks.h200`: 27 layers with random weights in bfloat16, a router that spreads tokens "
-        'evenly over the experts, all servers of a run on the same machine, run 1 each on a GPU of its own. "vLLM" is '
-        'its own implementation of this model, "attention only" this model with latent attention in every layer. Runs, '
-        "with all flags in their files:",
+        "evenly over the experts, all servers of a run on the same machine, in runs 1 and 2 each on a GPU of its own. "
+        '"vLLM" is its own implementation of this model, "attention only" this model with latent attention in every '
+        "layer. Runs, with all flags in their files:",
         "\n".join(
             f"{number}. [{name}.md](benchmarks/{name}.md): {machine}."
             for number, (name, machine) in enumerate(zip(SERVER_RUNS, server.machines, strict=True), 1)

@@ -14,6 +14,7 @@ class GreedySampler(Sampler):
     one: torch.Tensor  # [requests], of each
     none: torch.Tensor
     asked: tuple[list[str], bool]  # requests, and whether all of them are greedy
+    profiled: bool  # vLLM's first call measures the sampler's memory and compiles its kernels
 
     @classmethod
     def of(cls, sampler: Sampler, requests: int, device: torch.device) -> "GreedySampler":
@@ -22,13 +23,14 @@ class GreedySampler(Sampler):
         ours.__dict__ = sampler.__dict__
         ours.one = torch.ones(requests, dtype=torch.int32, device=device)
         ours.none = torch.zeros(requests, dtype=torch.int32, device=device)
-        ours.asked = [], False
+        ours.asked, ours.profiled = ([], False), False
         return ours
 
     def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
         """logits [requests, vocabulary]."""
-        if input_batch.has_prefill or input_batch.num_draft_tokens:
+        if not self.profiled or input_batch.has_prefill or input_batch.num_draft_tokens:
             self.asked = [], False  # a request that begins may have the name of one that ended
+            self.profiled = True
             return super().__call__(logits, input_batch)
         if not self.greedy(input_batch):
             return super().__call__(logits, input_batch)

@@ -11,6 +11,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+from vllm.v1.worker.mamba_utils import get_mamba_group_ids, get_mamba_groups
 
 from vllm_kimi_linear import steady_steps
 from vllm_kimi_linear.config.connectors import OFFLOADING
@@ -29,6 +30,7 @@ class KimiLinearModelState(MambaHybridModelState):
             and not vllm_config.additional_config.get("check_states")
         )
         self.steady_steps = steady_steps.takes(vllm_config)
+        self.block_size = 0  # tokens of which a block holds a state, or that pass between two states
         self.kv_cache_group: int | None = None  # of MLA layers, where it is the only one
         self.prepared: steady_steps.Prepared | None = None  # of the last step
         self.last_step: steady_steps.SteadyStep | None = None  # from which the next can follow
@@ -36,8 +38,9 @@ class KimiLinearModelState(MambaHybridModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.prepared = self.last_step = self.kv_cache_group = None
-        states, _ = self._get_mamba_group_info(kv_cache_config)
-        attention = sorted({*range(len(kv_cache_config.kv_cache_groups))} - {*states})
+        states = get_mamba_groups(kv_cache_config)
+        self.block_size = next(iter(states)).block_size
+        attention = sorted({*range(len(kv_cache_config.kv_cache_groups))} - {*get_mamba_group_ids(states)})
         if self.steady_steps and len(attention) == 1:
             [self.kv_cache_group] = attention
             table = block_tables.block_tables[self.kv_cache_group].gpu
@@ -45,11 +48,6 @@ class KimiLinearModelState(MambaHybridModelState):
                 from vllm_kimi_linear import next_inputs
 
                 next_inputs.warm_up(table, block_tables.block_sizes[self.kv_cache_group])
-
-    def block_size(self, kv_cache_config: Any) -> int:
-        """Tokens of which a block holds a state, or that pass between two states."""
-        _, spec = self._get_mamba_group_info(kv_cache_config)
-        return spec.block_size
 
     def prepare_attn(
         self,
@@ -85,10 +83,9 @@ class KimiLinearModelState(MambaHybridModelState):
     ) -> None:
         """Copy each state that the step takes into another block; without drafts the host knows when none does."""
         if self._align_mode and not self.drafts and not input_batch.has_prefill:
-            block_size = self.block_size(kv_cache_config)
             before = input_batch.num_computed_tokens_np
             after = before + input_batch.num_scheduled_tokens
-            if ((before - 1) // block_size == (after - 1) // block_size).all():
+            if ((before - 1) // self.block_size == (after - 1) // self.block_size).all():
                 return
         super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 

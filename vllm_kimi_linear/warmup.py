@@ -28,16 +28,17 @@ class ExpertWarmup(VllmJitKernel[Step]):
     """What vLLM asks of a kernel that is compiled at the start, here for all that a layer of experts calls."""
 
     def get_warmup_keys(self, layer: nn.Module, config: VllmConfig) -> list[Step]:
-        """Every power of two, for tables are made for these, and a token more, up to the most tokens of a step.
+        """Every power of two, for tables are made for these, those around them, and the most tokens of a step.
 
-        Triton compiles a kernel anew where an argument is no multiple of 16, as the rows of an odd number of tokens.
+        Triton compiles a kernel anew where an argument is no multiple of 16, as the rows of an odd number of tokens,
+        and vLLM's sorts by expert above some number of tokens. The last table serves steps below its number alone.
         None with adapters: their products look up which one each token has, in a list that only a step writes.
         """
         if config.lora_config is not None:
             return []
         most = config.scheduler_config.max_num_batched_tokens
-        powers = [1 << n for n in range(most.bit_length())]
-        return [Step(tokens, layer, config) for tokens in sorted({*powers, *(n + 1 for n in powers)}) if tokens <= most]
+        sizes = {(1 << n) + more for n in range(most.bit_length()) for more in (-1, 0, 1, 2)} | {most - 1, most}
+        return [Step(tokens, layer, config) for tokens in sorted(sizes) if 0 < tokens <= most]
 
     def compile(self, step: Step) -> None:
         """Run the layer; where that fails, say so and let the server start: its first requests are only slower."""

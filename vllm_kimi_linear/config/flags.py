@@ -13,7 +13,6 @@ from vllm_kimi_linear.adapters.names import TARGETS
 from vllm_kimi_linear.cache.layout import BLOCK_MULTIPLE
 from vllm_kimi_linear.config import connectors, gpu_flags
 from vllm_kimi_linear.config.errors import ConfigError
-from vllm_kimi_linear.log import logger
 
 # What vLLM's methods make of a plain checkpoint as it is loaded, on GPUs; a quantised one names its own.
 ONLINE = ("fp8", "fp8_per_tensor", "fp8_per_channel")
@@ -119,8 +118,3 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
             raise ConfigError(f"--{name} is {shown}; {remedy}")
     if not current_platform.is_cpu():
         gpu_flags.check_nccl(parallel)
-        if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
-            logger.warning_once(
-                "Kimi Linear: KV offloading has not been run with this model on a GPU yet; compare answers with those "
-                "of a server without it."
-            )

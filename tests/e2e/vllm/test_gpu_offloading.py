@@ -10,8 +10,8 @@ import torch
 
 from kimi_demo.server import Server, free_port
 from tests.e2e.vllm.test_gpu import FLAGS
-from tests.support.completions import Completions
-from tests.support.judge import TOKENS, Judge
+from tests.support.completions import Answer, Completions
+from tests.support.judge import TOKENS, Judge, Seen
 from tests.support.prefill_decode import PrefillDecode
 from tests.support.prompts import Stream
 
@@ -35,6 +35,18 @@ def behind(**tier: Any) -> str:
     return f"--kv-transfer-config={json.dumps(connector)}"
 
 
+class Rounds:
+    """The same prompts asked several times: one round's answers are too few tokens to judge by."""
+
+    def __init__(self, judge: Judge, asked: list[tuple[list[int], int]]) -> None:
+        self.judge, self.asked, self.seen = judge, asked, Seen()
+
+    def add(self, name: str, answers: list[Answer]) -> None:
+        found = self.judge.compare(self.asked, answers)
+        print(f"{name}: {found}")
+        self.seen += found
+
+
 def loaded(server: Completions) -> float:
     return server.metric("vllm:external_prefix_cache_hits_total")
 
@@ -56,25 +68,26 @@ def test_what_was_evicted_comes_back(
 ) -> None:
     if way == "two ranks" and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    server = Completions(servers(demo_model, *FLAGS, *SMALL, *WAYS[way]))
-    print("cold:", judge.check(asked, server.one_by_one(asked)))
+    server, rounds = Completions(servers(demo_model, *FLAGS, *SMALL, *WAYS[way])), Rounds(judge, asked)
+    rounds.add("cold", server.one_by_one(asked))
     before = loaded(server)
-    again = server.one_by_one(asked)
-    print("loaded:", judge.check(asked, again))
+    rounds.add("loaded", server.one_by_one(asked))
     assert loaded(server) - before > 0.7 * sum(LENGTHS)
     for _ in range(3):
-        print("at once:", judge.check(asked, server.at_once(asked)))
+        rounds.add("at once", server.at_once(asked))
+    rounds.seen.check()
 
 
 def test_a_restart_loses_nothing(
     servers: Callable[..., Server], demo_model: Path, asked: list[tuple[list[int], int]], judge: Judge, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, *SMALL, behind(type="fs", root_dir=str(tmp_path / "prefixes")))
-    first = servers(demo_model, *flags)
-    print("cold:", judge.check(asked, Completions(first).one_by_one(asked)))
+    first, rounds = servers(demo_model, *flags), Rounds(judge, asked)
+    rounds.add("cold", Completions(first).one_by_one(asked))
     first.stop()
     second = Completions(first.start())
-    print("from files:", judge.check(asked, second.one_by_one(asked)))
+    rounds.add("from files", second.one_by_one(asked))
+    rounds.seen.check()
     assert loaded(second) > 0.7 * sum(LENGTHS)
 
 
@@ -94,8 +107,9 @@ def test_prompts_read_by_another_server(
         )
         for port in ports
     )
-    both = PrefillDecode(prefill, decode, ports[0])
-    print("handed over:", judge.check(asked, both.one_by_one(asked)))
+    both, rounds = PrefillDecode(prefill, decode, ports[0]), Rounds(judge, asked)
+    rounds.add("handed over", both.one_by_one(asked))
     assert loaded(both) > 0.7 * sum(LENGTHS)
     for _ in range(3):
-        print("at once:", judge.check(asked, both.at_once(asked, cold=True)))
+        rounds.add("at once", both.at_once(asked, cold=True))
+    rounds.seen.check()

@@ -35,7 +35,9 @@ def sampler(temperatures: list[float], **more: Any) -> GreedySampler:
         "logprob_token_ids_state": SimpleNamespace(max_num_token_ids=lambda rows: 0),
         "logprobs": logprobs,
     } | more
-    return GreedySampler.of(base, ROWS, torch.device("cpu"))
+    ours = GreedySampler.of(base, ROWS, torch.device("cpu"))
+    ours.profiled = True
+    return ours
 
 
 def batch(rows: list[int], **more: Any) -> Any:
@@ -53,6 +55,14 @@ def test_greedy_requests_take_the_likeliest() -> None:
     assert found.num_sampled.tolist() == [1, 1] and found.num_rejected.tolist() == [0, 0]
     assert found.num_sampled.dtype == found.num_rejected.dtype == torch.int32
     assert found.logprobs_tensors is found.num_nans is found.sampling_mask_tensors is None
+
+
+def test_the_first_call_is_vllms() -> None:
+    """Its profile run: it measures the memory of vLLM's sampler, and compiles kernels that a request would wait for."""
+    ours = sampler([0.0] * ROWS)
+    ours.profiled = False
+    assert ours(LOGITS, batch([0, 2])) == "vLLM's"
+    assert ours(LOGITS, batch([0, 2])) != "vLLM's"
 
 
 def test_all_else_is_vllms() -> None:

@@ -19,7 +19,6 @@ Calls = list[tuple[str, Any]]
 LATENTS_SPEC = MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=576, dtype=torch.float32)
 KDA_SPEC = MambaSpec(block_size=BLOCK, shapes=((4, 4),), dtypes=(torch.float32,), mamba_type="kda_attention")
 LATENTS, KDA = SimpleNamespace(kv_cache_spec=LATENTS_SPEC), SimpleNamespace(kv_cache_spec=KDA_SPEC)
-GROUP_INFO = MambaHybridModelState._get_mamba_group_info
 GROUPS: Any = [[LATENTS], [KDA], [KDA]]
 
 
@@ -37,9 +36,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     monkeypatch.setattr(MambaHybridModelState, "__init__", begin)
     monkeypatch.setattr(
-        MambaHybridModelState, "_get_mamba_group_info", lambda *args: ([1, 2], SimpleNamespace(block_size=BLOCK))
-    )
-    monkeypatch.setattr(
         MambaHybridModelState, "prepare_attn", lambda self, *args, **more: found.append(("metadata", args[4]))
     )
     for name in ("preprocess_state", "postprocess_state", "initialize_kv_cache"):
@@ -55,7 +51,7 @@ def state(drafts: int = 0, mode: str = "align", connector: Any = None, **additio
             num_speculative_tokens=drafts,
             cache_config=SimpleNamespace(mamba_cache_mode=mode),
             kv_transfer_config=connector,
-            additional_config={"steady_steps": True} | additional,
+            additional_config=additional,
             lora_config=None,
             model_config=SimpleNamespace(enable_prompt_embeds=False),
             parallel_config=SimpleNamespace(
@@ -115,9 +111,8 @@ def test_the_next_step_can_follow_from_a_replayed_step_of_decodes(calls: Calls) 
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["as the scheduler has it", "as a worker has it"])
-def test_the_group_whose_tokens_have_slots(wrapped: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_whose_tokens_have_slots(wrapped: bool, calls: Calls) -> None:
     """A worker's groups hold the specs of their layers, one by one."""
-    monkeypatch.setattr(MambaHybridModelState, "_get_mamba_group_info", GROUP_INFO)
     table = SimpleNamespace(gpu=SimpleNamespace(is_cuda=False))
     tables = SimpleNamespace(block_tables=[table] * 3, block_sizes=[BLOCK] * 3)
 
@@ -132,12 +127,13 @@ def test_the_group_whose_tokens_have_slots(wrapped: bool, calls: Calls, monkeypa
         return SimpleNamespace(kv_cache_groups=named)
 
     for kinds, kv_cache_group in (("state latents state", 1), ("state", None), ("latents state latents", None)):
-        ours = state()
-        ours._mamba_spec, ours.last_step = None, object()  # type: ignore[assignment]
-        ours.initialize_kv_cache(groups(kinds), tables)
-        assert (ours.kv_cache_group, ours.last_step) == (kv_cache_group, None)
+        for mode in ("align", "none"):  # with a prefix cache and without
+            ours = state(mode=mode)
+            ours.last_step = object()  # type: ignore[assignment]
+            ours.initialize_kv_cache(groups(kinds), tables)
+            assert (ours.kv_cache_group, ours.last_step) == (kv_cache_group, None)
+            assert ours.block_size == BLOCK
     off = state(steady_steps=False)
-    off._mamba_spec = None
     off.initialize_kv_cache(groups("state latents"), tables)
     assert off.kv_cache_group is None and not off.steady_steps
 
@@ -153,7 +149,9 @@ def test_the_group_whose_tokens_have_slots(wrapped: bool, calls: Calls, monkeypa
     ],
 )
 def test_states_move_only_into_a_new_block(calls: Calls, computed: list[int], moves: bool) -> None:
-    state().preprocess_state(batch(computed), (), None, None)
+    ours = state()
+    ours.block_size = BLOCK
+    ours.preprocess_state(batch(computed), (), None, None)
     assert calls == [("preprocess_state", None)] * moves
 
 

@@ -116,7 +116,7 @@ class Runner:
             "last_step": None,
             "prepared": None,
             "kv_cache_group": 0,
-            "block_size": lambda _: BLOCK,
+            "block_size": BLOCK,
         }
         self.did: list[Any] = []
         self.model_state = SimpleNamespace(**values | state, prepare_attn=self.prepare_attn)
@@ -220,7 +220,7 @@ def test_what_a_step_can_follow_from() -> None:
 
 def configuration(**more: Any) -> Any:
     values: dict[str, Any] = {
-        "additional_config": {"steady_steps": True},
+        "additional_config": {},
         "num_speculative_tokens": 0,
         "kv_transfer_config": None,
         "lora_config": None,
@@ -236,8 +236,8 @@ def test_configurations_whose_steps_do_more() -> None:
     assert steady_steps.takes(configuration())
     ranks: dict[str, Any] = vars(configuration().parallel_config)
     others: list[dict[str, Any]] = [
-        {"additional_config": {}},
-        {"additional_config": {"steady_steps": True, "check_states": True}},
+        {"additional_config": {"steady_steps": False}},
+        {"additional_config": {"check_states": True}},
         {"num_speculative_tokens": 2},
         {"kv_transfer_config": object()},
         {"lora_config": object()},

@@ -14,13 +14,22 @@ from vllm_kimi_linear import kda, warmup
 from vllm_kimi_linear.warmup import ExpertWarmup, Step
 
 HEADS, DIM = 2, 16
+EXPERTS, TOP_K = 256, 8
 
 
-def test_experts_of_odd_and_even_steps():
-    """An odd number of tokens is another kernel: Triton compiles it for what 16 divides, and for what it does not."""
-    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=20), lora_config=None)
+@pytest.mark.parametrize("most", [1, 2, 20, 768, 7000, 16384])
+def test_every_step_runs_kernels_of_experts_that_one_before_it_has_compiled(most: int) -> None:
+    """Another table, an odd number of tokens (Triton: what 16 divides), or few (vLLM: not sorted) is another kernel."""
+    config = Mock(spec=VllmConfig, scheduler_config=SimpleNamespace(max_num_batched_tokens=most), lora_config=None)
     steps = ExpertWarmup().get_warmup_keys(Mock(), config)
-    assert [step.tokens for step in steps] == [1, 2, 3, 4, 5, 8, 9, 16, 17]
+    tables = [1 << n for n in range(15)]
+
+    def kernel(tokens: int) -> tuple[int, int, bool]:
+        table = min(tables, key=lambda n: abs(n - tokens))  # as vLLM chooses it
+        return table, tokens % 2, tokens * TOP_K * 4 <= EXPERTS
+
+    assert {kernel(step.tokens) for step in steps} == {kernel(tokens) for tokens in range(1, most + 1)}
+    assert len(steps) <= 4 * most.bit_length() + 2
 
 
 def test_no_experts_are_warmed_up_with_adapters():
