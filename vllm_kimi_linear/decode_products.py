@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 
 from decode_kernels import interface
 from decode_kernels.weights import QuantizedWeight, Weight
+from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums
 
 FEW_TOKENS = 2  # on a GPU the kernels are the faster ones for quantised weights up to so many
 
@@ -30,9 +31,13 @@ def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def norm_linear(
-    x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm, layer: nn.Module
+    x: HiddenStates, residual: torch.Tensor | None, norm: RMSNorm, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [T, K] -> `linear` of the norm of x + residual; and x + residual."""
+    if isinstance(x, PartialSums):
+        assert residual is not None
+        normed, residual = x.add_norm(residual, norm)
+        return linear(normed, layer), residual
     weight = _weight(layer, len(x))
     if weight is None:
         normed, residual = (norm(x), x) if residual is None else norm(x, residual)

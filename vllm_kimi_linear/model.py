@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
@@ -22,7 +21,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from vllm_kimi_linear import validation, weights
+from vllm_kimi_linear import partial_sums, validation, weights
 from vllm_kimi_linear.adapters.names import AdapterNames
 from vllm_kimi_linear.cache import configured
 from vllm_kimi_linear.config.model import ModelSizes
@@ -32,6 +31,7 @@ from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
+from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums
 from vllm_kimi_linear.quantized import quantization
 
 
@@ -62,13 +62,13 @@ class KimiDecoderLayer(nn.Module):
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward(hidden_states), residual
 
-    def decode(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, hidden_states: HiddenStates, residual: torch.Tensor | None) -> tuple[HiddenStates, torch.Tensor]:
         """`forward` of a step that `DecodeStep` takes."""
         mixer = self.self_attn
         projected, residual = norm_linear(hidden_states, residual, self.input_layernorm, mixer.in_proj)
         mixed = linear(mixer.decode(projected), mixer.o_proj)
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
-        return feed_forward.decode(all_reduce(mixed), residual, self.post_attention_layernorm)
+        return feed_forward.decode(partial_sums.all_reduce(mixed), residual, self.post_attention_layernorm)
 
 
 class KimiLinearModel(nn.Module):
@@ -91,6 +91,7 @@ class KimiLinearModel(nn.Module):
         kda_layers = [layer.self_attn.prefix for index, layer in own.items() if sizes.layer_types[index] == "kda"]
         backends = {layer.block_sparse_moe.backend for layer in own.values() if layer.is_moe}
         self.decode_step = DecodeStep(next(iter(kda_layers), None), why_not(vllm_config, sizes, backends))
+        partial_sums.prepare(vllm_config, sizes, self.decode_step)
         self.norm = RMSNorm(sizes.hidden_size, eps=sizes.rms_norm_eps) if pipeline.is_last_rank else PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], sizes.hidden_size
@@ -117,6 +118,8 @@ class KimiLinearModel(nn.Module):
             hidden_states, residual = layer(hidden_states, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        if isinstance(hidden_states, PartialSums):
+            return hidden_states.add_norm(residual, self.norm)[0]
         return self.norm(hidden_states, residual)[0]
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
-from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
@@ -20,6 +19,7 @@ from decode_kernels import interface
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.decode_products import linear, norm_linear, weight_of
 from vllm_kimi_linear.fused_moe_configs import use_tables
+from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums, all_reduce
 from vllm_kimi_linear.warmup import expert_warmup
 
 
@@ -48,8 +48,8 @@ class GatedMlp(nn.Module):
         return self.down_proj(self.activation(self.gate_up_proj(x)[0]))[0]
 
     def decode(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_states: HiddenStates, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[HiddenStates, torch.Tensor]:
         """`forward` behind the residual's addition and `norm`, in a step that `DecodeStep` takes; and the residual."""
         gate_up, residual = norm_linear(hidden_states, residual, norm, self.gate_up_proj)
         return all_reduce(linear(self.activation(gate_up), self.down_proj)), residual
@@ -128,10 +128,14 @@ class MixtureOfExperts(nn.Module):
         return self.experts(hidden_states=x, router_logits=router_logits)
 
     def decode(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_states: HiddenStates, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[HiddenStates, torch.Tensor]:
         """As `GatedMlp.decode`."""
-        kernels = interface.kernels(hidden_states.device.type)
+        kernels = interface.kernels(residual.device.type)
+        norm_weight: torch.Tensor | None = norm.weight
+        if isinstance(hidden_states, PartialSums):
+            hidden_states, residual = hidden_states.add_norm(residual, norm)
+            norm_weight = None
         shared, routed = self.shared_experts, self.experts.routed_experts
         up, down = (None, None) if shared is None else map(weight_of, (shared.gate_up_proj, shared.down_proj))
         if up is None or down is None:  # the shared expert by its own layers, if there is one
@@ -139,7 +143,7 @@ class MixtureOfExperts(nn.Module):
         normed, residual, ids, weights, shared_acts = kernels.router(
             hidden_states,
             residual,
-            norm.weight,
+            norm_weight,
             norm.variance_epsilon,
             self.gate.weight,
             self.gate.e_score_correction_bias,

@@ -31,11 +31,20 @@ def norm_linear(
     return linear(_multiplied(normed, x.dtype), weight).to(x.dtype), total
 
 
+def all_reduce_add_norm(
+    parts: list[Tensor], residual: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """parts: x of each rank."""
+    total = sum((part.float() for part in parts), torch.zeros(())) + residual.float()
+    normed, total = _add_and_norm(total.to(residual.dtype), None, norm_weight, eps)
+    return normed.to(residual.dtype), total
+
+
 def router(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor, shared: Tensor | None,
-    *, top_k: int, renormalize: bool, scale: float,
+    x: Tensor, residual: Tensor, norm_weight: Tensor | None, eps: float, gate: Tensor, bias: Tensor,
+    shared: Tensor | None, *, top_k: int, renormalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    normed, total = _add_and_norm(x, residual, norm_weight, eps)
+    normed, total = (x.float(), residual) if norm_weight is None else _add_and_norm(x, residual, norm_weight, eps)
     rows = _multiplied(normed, x.dtype)
     score = torch.sigmoid(rows @ gate.float().T)
     ids = torch.sort(score + bias, dim=-1, descending=True, stable=True).indices[:, :top_k]

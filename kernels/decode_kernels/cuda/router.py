@@ -103,15 +103,18 @@ def router_kernel(
 
 
 def router(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, bias: Tensor, shared: Weight | None,
-    done: Tensor, *, top_k: int, renormalize: bool, scale: float, **tile: int,
+    x: Tensor, residual: Tensor, norm_weight: Tensor | None, eps: float, gate: Tensor, bias: Tensor,
+    shared: Weight | None, done: Tensor, *, top_k: int, renormalize: bool, scale: float, **tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Without norm_weight x is the norm already, behind `all_reduce_add_norm`."""
     tokens, (E, K) = x.shape[0], gate.shape
     width = 0 if shared is None else shared.shape[0] // 2
     values, scales, *form = stored(shared, gate)
-    alone = tokens == 1  # then the norm is in the kernel
-    tile = {"BN": 1 if alone else 4, "PAIRS": 4, "num_warps": 4} | tile
-    if alone:
+    alone = tokens == 1 and norm_weight is not None  # then the norm is in the kernel
+    tile = {"BN": 1 if tokens == 1 else 4, "PAIRS": 4, "num_warps": 4} | tile
+    if norm_weight is None:
+        normed, new_residual = x, residual
+    elif alone:
         normed, new_residual = (x.new_empty(tokens, K) for _ in range(2))
     else:
         normed, new_residual = add_norm(x, residual, norm_weight, eps)

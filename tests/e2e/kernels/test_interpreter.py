@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     "name",
     [
+        "test_all_reduce",
         "test_cuda_interpreter",
         "test_decode_step",
         "test_prefill_checkpoints",

@@ -38,7 +38,7 @@ SHARED = "--decode-context-parallel-size="
 WAYS = {
     "graphs": ("--enable-prefix-caching",),
     "vLLM's layers": ("--enable-prefix-caching", '--additional-config={"decode_kernels": false}'),
-    "steady steps": ("--enable-prefix-caching", '--additional-config={"steady_steps": true}'),
+    "every step prepared": ("--enable-prefix-caching", '--additional-config={"steady_steps": false}'),
     "eager, short of blocks": (
         "--enforce-eager",
         "--max-num-batched-tokens=64",
@@ -78,10 +78,10 @@ WAYS = {
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
-    "two ranks, steady steps": (
+    "two ranks, fused all-reduce": (
         "--tensor-parallel-size=2",
         "--enable-prefix-caching",
-        '--additional-config={"steady_steps": true}',
+        '--additional-config={"fused_all_reduce": true}',
     ),
     "two stages": ("--pipeline-parallel-size=2", "--enable-prefix-caching"),
     "two engines": ("--data-parallel-size=2", "--enable-prefix-caching"),

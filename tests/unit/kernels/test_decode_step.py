@@ -120,6 +120,21 @@ def test_router(tokens, width, experts, top_k, renormalize, make, kernels):
         assert done.item() == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_router_behind_the_norm(tokens, make, kernels):
+    if kernels.__name__ == "decode_kernels.cpu":
+        pytest.skip("of GPUs alone")
+    x, norm, gate = make(tokens, 96), make(96), make(20, 96, dtype=torch.float32, scale=96**-0.5)
+    bias, shared = make(20, dtype=torch.float32, scale=0.01), make(14, 96, scale=96**-0.5)
+    done = torch.zeros(1, dtype=torch.int32, device=x.device)
+    normed, residual, *wanted = route(kernels, x, make(tokens, 96), norm, gate, bias, shared, done)
+    first, second, *found = route(kernels, normed, residual, None, gate, bias, shared, done)
+    assert first is normed and second is residual
+    assert torch.equal(found[0], wanted[0])
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        close(one, other)
+
+
 def test_of_equal_scores_the_first_experts_are_chosen(make, kernels):
     x, norm = make(2, 64), make(64)
     gate, bias = torch.zeros(20, 64, device=x.device), torch.zeros(20, device=x.device)

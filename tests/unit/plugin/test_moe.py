@@ -54,7 +54,7 @@ def test_decode(experts_read: bool, shared: str, monkeypatch: pytest.MonkeyPatch
     read = {"w13_weight": experts_read, "w2_weight": experts_read, "weight": shared == "read"}
     monkeypatch.setattr(moe, "weight_of", lambda of, name="weight": getattr(of, name) if read[name] else None)
     monkeypatch.setattr(moe, "linear", lambda x, of: x @ of.weight.T)
-    monkeypatch.setattr(moe, "all_reduce", lambda x: x)
+    monkeypatch.setattr(moe, "all_reduce", lambda x: x)  # of one rank
     monkeypatch.setattr(interface, "kernels", Mock(return_value=reference_with_turn()))
     x, residual = random(TOKENS, HIDDEN), random(TOKENS + 1, HIDDEN)[1:]
     norm = SimpleNamespace(weight=torch.ones(HIDDEN), variance_epsilon=1e-5)
