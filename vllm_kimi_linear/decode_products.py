@@ -7,7 +7,7 @@ from vllm.platforms import current_platform
 
 from decode_kernels import interface
 from decode_kernels.weights import QuantizedWeight, Weight
-from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums
+from vllm_kimi_linear.partial_sums import HiddenStates, add_parts
 
 FEW_TOKENS = 2  # on a GPU the kernels are the faster ones for quantised weights up to so many
 
@@ -34,15 +34,14 @@ def norm_linear(
     x: HiddenStates, residual: torch.Tensor | None, norm: RMSNorm, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual [T, K] -> `linear` of the norm of x + residual; and x + residual."""
-    if isinstance(x, PartialSums):
-        assert residual is not None
-        normed, residual = x.add_norm(residual, norm)
-        return linear(normed, layer), residual
+    x, residual, norm_weight = add_parts(x, residual, norm)
+    if norm_weight is None:
+        return linear(x, layer), residual
     weight = _weight(layer, len(x))
     if weight is None:
         normed, residual = (norm(x), x) if residual is None else norm(x, residual)
         return layer.quant_method.apply(layer, normed), residual
-    return interface.kernels(x.device.type).norm_linear(x, residual, norm.weight, weight, norm.variance_epsilon)
+    return interface.kernels(x.device.type).norm_linear(x, residual, norm_weight, weight, norm.variance_epsilon)
 
 
 def _weight(layer: nn.Module, tokens: int) -> Weight | None:

@@ -31,7 +31,7 @@ from vllm_kimi_linear.decode_step import DecodeStep, why_not
 from vllm_kimi_linear.kda import KimiDeltaAttention, state_dtypes
 from vllm_kimi_linear.mla import KimiLatentAttention
 from vllm_kimi_linear.moe import GatedMlp, MixtureOfExperts
-from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums
+from vllm_kimi_linear.partial_sums import HiddenStates
 from vllm_kimi_linear.quantized import quantization
 
 
@@ -118,9 +118,8 @@ class KimiLinearModel(nn.Module):
             hidden_states, residual = layer(hidden_states, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
-        if isinstance(hidden_states, PartialSums):
-            return hidden_states.add_norm(residual, self.norm)[0]
-        return self.norm(hidden_states, residual)[0]
+        x, residual, norm_weight = partial_sums.add_parts(hidden_states, residual, self.norm)
+        return x if norm_weight is None else self.norm(x, residual)[0]
 
 
 class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsLoRA, SupportsPP):

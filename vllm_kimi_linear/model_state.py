@@ -43,11 +43,7 @@ class KimiLinearModelState(MambaHybridModelState):
         attention = sorted({*range(len(kv_cache_config.kv_cache_groups))} - {*get_mamba_group_ids(states)})
         if self.steady_steps and len(attention) == 1:
             [self.kv_cache_group] = attention
-            table = block_tables.block_tables[self.kv_cache_group].gpu
-            if table.is_cuda:
-                from vllm_kimi_linear import next_inputs
-
-                next_inputs.warm_up(table, block_tables.block_sizes[self.kv_cache_group])
+            steady_steps.warm_up(block_tables, self.kv_cache_group)
 
     def prepare_attn(
         self,

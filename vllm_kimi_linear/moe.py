@@ -19,7 +19,7 @@ from decode_kernels import interface
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.decode_products import linear, norm_linear, weight_of
 from vllm_kimi_linear.fused_moe_configs import use_tables
-from vllm_kimi_linear.partial_sums import HiddenStates, PartialSums, all_reduce
+from vllm_kimi_linear.partial_sums import HiddenStates, add_parts, all_reduce
 from vllm_kimi_linear.warmup import expert_warmup
 
 
@@ -132,16 +132,13 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[HiddenStates, torch.Tensor]:
         """As `GatedMlp.decode`."""
         kernels = interface.kernels(residual.device.type)
-        norm_weight: torch.Tensor | None = norm.weight
-        if isinstance(hidden_states, PartialSums):
-            hidden_states, residual = hidden_states.add_norm(residual, norm)
-            norm_weight = None
+        x, residual, norm_weight = add_parts(hidden_states, residual, norm)
         shared, routed = self.shared_experts, self.experts.routed_experts
         up, down = (None, None) if shared is None else map(weight_of, (shared.gate_up_proj, shared.down_proj))
         if up is None or down is None:  # the shared expert by its own layers, if there is one
             up = down = None
         normed, residual, ids, weights, shared_acts = kernels.router(
-            hidden_states,
+            x,
             residual,
             norm_weight,
             norm.variance_epsilon,

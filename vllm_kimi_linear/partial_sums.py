@@ -20,14 +20,6 @@ class PartialSums:
 
     own: torch.Tensor
 
-    def add_norm(self, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of the sum and the residual, and that: [T, K] each."""
-        kernels = interface.kernels(self.own.device.type)
-        found: tuple[torch.Tensor, torch.Tensor] = kernels.all_reduce_add_norm(
-            self.own, residual, norm.weight, norm.variance_epsilon, _exchange
-        )
-        return found
-
 
 HiddenStates: TypeAlias = torch.Tensor | PartialSums
 
@@ -37,6 +29,17 @@ _exchange: object | None = None  # of this rank; all models of a process have th
 def all_reduce(hidden_states: torch.Tensor) -> HiddenStates:
     """In a step that `DecodeStep` takes."""
     return tensor_model_parallel_all_reduce(hidden_states) if _exchange is None else PartialSums(hidden_states)
+
+
+def add_parts(
+    x: HiddenStates, residual: torch.Tensor | None, norm: RMSNorm
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x and residual [T, K], and the norm's weight; of parts the norm of their sum, the new residual, and None."""
+    if not isinstance(x, PartialSums):
+        return x, residual, norm.weight
+    kernels = interface.kernels(x.own.device.type)
+    normed, residual = kernels.all_reduce_add_norm(x.own, residual, norm.weight, norm.variance_epsilon, _exchange)
+    return normed, residual, None
 
 
 def prepare(vllm_config: VllmConfig, sizes: ModelSizes, decode_step: DecodeStep) -> None:

@@ -39,6 +39,15 @@ def takes(vllm_config: VllmConfig) -> bool:
     )
 
 
+def warm_up(block_tables: Any, kv_cache_group: int) -> None:
+    """Compile the one launch, so that no request waits for it. block_tables: vLLM's `BlockTables`."""
+    table = block_tables.block_tables[kv_cache_group].gpu
+    if table.is_cuda:
+        from vllm_kimi_linear import next_inputs
+
+        next_inputs.warm_up(table, block_tables.block_sizes[kv_cache_group])
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What vLLM has prepared for a step of decodes that a graph replays."""
