@@ -16,10 +16,11 @@ ifeq ($(filter-out demo serve,$(or $(MAKECMDGOALS),help)),)
 EXTRAS ?= server
 endif
 EXTRAS ?= server,test
-DEMO_MODEL := .demo/model
+DEMO_MODEL := examples/demo_model/checkpoint
 # Without a size vLLM asks for most of the memory, and does not start where something else uses it.
 DEMO_DTYPE := $(if $(shell command -v nvidia-smi),bfloat16,float32)
-DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M --gpu-memory-utilization 0.1
+DEMO_ARGS := --dtype $(DEMO_DTYPE) --max-model-len 32768 --kv-cache-memory-bytes 256M --gpu-memory-utilization 0.1 \
+	--enable-force-include-usage --enable-prompt-tokens-details
 TAG ?=
 MODEL ?= $(DEMO_MODEL)
 ARGS ?=
@@ -53,9 +54,8 @@ lock: install ## renew the versions that an install takes (ARGS=--upgrade: the n
 demo: install ## serve a small trained model, ask it about a log, leave a page open (ARGS=--once: end)
 	@$(BIN)/kimi-linear demo $(ARGS)
 
-serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo checkpoint)
+serve: install ## keep `vllm serve $(MODEL) $(ARGS)` running (default: the demo model)
 ifeq ($(MODEL),$(DEMO_MODEL))
-	@$(BIN)/python -m kimi_demo.checkpoint --out $(DEMO_MODEL)
 	@exec $(BIN)/vllm serve $(MODEL) $(DEMO_ARGS) $(ARGS)
 else
 	@exec $(BIN)/vllm serve $(MODEL) $(ARGS)

@@ -168,7 +168,7 @@ class Upstream:
             await asyncio.Event().wait()
         await self.first_token()
         choices = [{"index": 0, "message": {"role": "assistant", "content": '"usage":{"prompt_tokens":1}'}}]
-        whole = json.dumps({"choices": choices, "usage": self.counts()}).encode()
+        whole = json.dumps({"choices": choices} | ({"usage": self.counts()} if self.usage else {})).encode()
         await self.reply(send, self.status, whole, len(whole) if self.cut_after is None else self.cut_after)
 
     async def first_token(self) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it
+REFUSED_BY_REPLICA, FAILED_BY_REPLICA = "refused_by_replica", "failed_by_replica"
 
 
 @dataclass
@@ -25,6 +26,8 @@ class AccessLogEntry:
     queue_seconds: float | None = None
     ttft: float | None = None
     replica: int | None = None
+    reading: int | None = None  # tokens of other prompts there, as this one was sent
+    running: int | None = None  # other requests there
     session: str | None = None
     error: str | None = None
     rejected: bool = False  # answered by the gateway itself
@@ -36,6 +39,12 @@ class AccessLogEntry:
     def client_left(self) -> None:
         """The client closed its connection before the response was complete."""
         self.status, self.error, self.rejected = CLIENT_CLOSED_REQUEST, "client_left", False
+
+    def replied(self, status: int) -> None:
+        """The replica's own status."""
+        self.status = status
+        if status >= 400:
+            self.error = FAILED_BY_REPLICA if status >= 500 else REFUSED_BY_REPLICA
 
     def report_usage(self, prompt: int, cached: int | None, completion: int | None) -> None:
         """Take over the token counts of the replica."""
@@ -52,6 +61,7 @@ def write(entry: AccessLogEntry, out: TextIO) -> None:
         "route": entry.route,
         "status": entry.status,
         "tokens": entry.prompt_tokens,
+        "estimated": entry.prompt_tokens is not None and not entry.usage_reported,
         "cached": entry.cached_tokens,
         "completion": entry.completion_tokens,
         "lane": entry.lane,
@@ -59,6 +69,8 @@ def write(entry: AccessLogEntry, out: TextIO) -> None:
         "ttft": _rounded(entry.ttft),
         "seconds": _rounded(time.monotonic() - entry.started_at),
         "replica": entry.replica,
+        "reading": entry.reading,
+        "running": entry.running,
         "session": entry.session,
         "error": entry.error,
     }

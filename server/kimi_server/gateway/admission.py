@@ -34,6 +34,7 @@ class Grant:
     tokens: int
     waited: float  # seconds
     affinity_miss: bool  # not the preferred replica
+    reading: int  # tokens of other prompts that the replica reads
     on_release: Callable[["Grant"], None] = field(repr=False)
     held: bool = True
 
@@ -114,10 +115,11 @@ class Admission:
                     self._remove(waiter)
                     if waiter.key in queues:
                         queues.move_to_end(waiter.key)
+                    reading = sum(self.outstanding[replica].values())
                     self.outstanding[replica][lane] += waiter.tokens
                     waited = asyncio.get_running_loop().time() - waiter.since
                     affinity_miss = replica != candidates[0]
-                    grant = Grant(replica, lane, waiter.tokens, waited, affinity_miss, self._release)
+                    grant = Grant(replica, lane, waiter.tokens, waited, affinity_miss, reading, self._release)
                     waiter.granted.set_result(grant)
                 else:
                     break

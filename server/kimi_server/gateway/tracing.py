@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from kimi_server.gateway.access_log import AccessLogEntry
+from kimi_server.gateway.access_log import CLIENT_CLOSED_REQUEST, AccessLogEntry
 from kimi_server.gateway.config.yaml_file import SettingsError
 from kimi_server.gateway.request.client import Client
 from vllm_kimi_linear import __version__
@@ -24,7 +24,9 @@ ATTRIBUTES = {
     "kimi.cached_tokens": "cached_tokens",
     "kimi.key": "key_id",
     "kimi.lane": "lane",
+    "kimi.reading": "reading",
     "kimi.replica": "replica",
+    "kimi.running": "running",
     "error.type": "error",
 }
 
@@ -83,7 +85,7 @@ class Tracing:
             for attribute, field in ATTRIBUTES.items():
                 if (value := getattr(entry, field)) is not None:
                     span.set_attribute(attribute, value)
-            if entry.status >= 500 or (entry.error and not entry.rejected):
+            if entry.status >= CLIENT_CLOSED_REQUEST or (entry.error and entry.status < 400):
                 span.set_status(StatusCode.ERROR)
             span.end()
 

@@ -170,7 +170,7 @@ class UpstreamCall:
         if self.prompt_tokens == 0:
             if not (order := candidates()):
                 raise no_replica()
-            return Grant(order[0], "short", 0, 0.0, False, lambda grant: None)
+            return Grant(order[0], "short", 0, 0.0, False, 0, lambda grant: None)
         begun = time.monotonic()
         try:
             grant = await gateway.admission.enter(self.limiter.key.id, self.prompt_tokens, candidates)
@@ -188,7 +188,7 @@ class UpstreamCall:
         """
         gateway = self.gateway
         replica = gateway.replicas.all[grant.replica]
-        self.entry.replica = replica.index
+        self.entry.replica, self.entry.reading, self.entry.running = replica.index, grant.reading, replica.running
         one = self.parsed is not None and self.parsed.completions == 1  # vLLM hands a prompt to one sequence
         read = await gateway.prefill.read(self.route, self.body, self.entry) if one else {}
         if gateway.client.is_closed:
@@ -238,7 +238,7 @@ class UpstreamCall:
     async def _relay(self, replica: Replica, grant: Grant, upstream: httpx.Response) -> None:
         """Relay the response. Its header waits for the first byte: until then another replica can be tried."""
         response = self.response = UpstreamResponse(upstream.headers.get("content-type", ""))
-        self.entry.status = upstream.status_code
+        self.entry.replied(upstream.status_code)
 
         async def start() -> None:
             if not self.client.response_started:

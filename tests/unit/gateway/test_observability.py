@@ -8,6 +8,8 @@ from kimi_server.gateway.upstream import replicas
 from tests.support.gateway import CHAT
 from tests.support.upstream import Upstream
 
+LONG = {"prompt": [1] * 5000, "stream": True}
+
 
 def test_the_log_of_a_request(start, keys_file) -> None:
     gateway = start(Upstream(tokens=5, prompt_tokens=1234), keys=keys_file(alice={}))
@@ -23,12 +25,13 @@ def test_the_log_of_a_request(start, keys_file) -> None:
     line, other = [line for line in gateway.lines if line["status"] == 200]
     assert other["route"] == line["route"]  # without the query
     assert list(line) == [
-        *("time", "id", "key", "route", "status", "tokens", "cached", "completion", "lane", "wait", "ttft"),
-        *("seconds", "replica", "session", "error"),
+        *("time", "id", "key", "route", "status", "tokens", "estimated", "cached", "completion", "lane", "wait"),
+        *("ttft", "seconds", "replica", "reading", "running", "session", "error"),
     ]
     assert line["key"] == "alice"
     assert line["route"] == "/v1/chat/completions"
     assert (line["status"], line["tokens"], line["cached"], line["completion"]) == (200, 1234, 3, 5)
+    assert (line["estimated"], line["reading"], line["running"]) == (False, 0, 0)
     assert (line["lane"], line["replica"], line["error"]) == ("short", 0, None)
     assert 0 <= line["wait"] <= line["ttft"] <= line["seconds"]
     assert len(line["session"]) == 24
@@ -72,8 +75,7 @@ def test_a_prompt_is_outstanding_until_its_first_token(start) -> None:
     upstream = Upstream(held=lambda body: True)
     upstream.go.clear()
     gateway = start(upstream)
-    body = {"prompt": [1] * 5000, "stream": True}
-    with gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as reply:
+    with gateway.client() as client, client.stream("POST", "/v1/completions", json=LONG) as reply:
         chunks = reply.iter_raw()
         assert next(chunks) == b": keep-alive\n\n"
         assert gateway.outstanding == 5000
@@ -82,6 +84,33 @@ def test_a_prompt_is_outstanding_until_its_first_token(start) -> None:
         assert gateway.outstanding == 0
         assert gateway.gateway.replicas.all[0].running == 1
     gateway.until_idle()
+
+
+def test_what_a_prompt_waits_for_at_its_replica_is_in_the_log(start) -> None:
+    """A short prompt that is let through at once, to a replica that reads a long one."""
+    upstream = Upstream()
+    upstream.go.clear()
+    gateway = start(upstream)
+    with gateway.client() as client, client.stream("POST", "/v1/completions", json=LONG) as long:
+        rest = long.iter_raw()
+        next(rest)
+        with client.stream("POST", "/v1/completions", json=LONG | {"prompt": [1] * 50}) as short:
+            upstream.go.set()
+            short.read()
+        assert list(rest)
+    gateway.until_idle()
+    lines = {line["lane"]: (line["reading"], line["running"]) for line in gateway.lines}
+    assert lines == {"short": (5000, 1), "long": (0, 0)}
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, "refused_by_replica"), (500, "failed_by_replica")])
+def test_what_a_replica_refuses_is_an_error_and_its_prompt_an_estimate(status: int, error: str, start) -> None:
+    gateway = start(Upstream(status=status, usage=False))
+    with gateway.client() as client:
+        assert client.post("/v1/completions", json={"prompt": [1] * 50}).status_code == status
+    gateway.until_idle()
+    [line] = gateway.lines
+    assert (line["status"], line["error"], line["tokens"], line["estimated"]) == (status, error, 50, True)
 
 
 def test_turns_go_where_their_prefix_is_and_leave_at_once_what_is_down(start) -> None:
