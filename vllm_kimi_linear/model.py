@@ -62,10 +62,10 @@ class KimiDecoderLayer(nn.Module):
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward(hidden_states), residual
 
-    def decode(self, hidden_states: HiddenStates, residual: torch.Tensor | None) -> tuple[HiddenStates, torch.Tensor]:
+    def decode(self, x: HiddenStates, residual: torch.Tensor | None) -> tuple[HiddenStates, torch.Tensor]:
         """`forward` of a step that `DecodeStep` takes."""
         mixer = self.self_attn
-        projected, residual = norm_linear(hidden_states, residual, self.input_layernorm, mixer.in_proj)
+        projected, residual = norm_linear(x, residual, self.input_layernorm, mixer.in_proj)
         mixed = linear(mixer.decode(projected), mixer.o_proj)
         feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
         return feed_forward.decode(partial_sums.all_reduce(mixed), residual, self.post_attention_layernorm)

@@ -137,19 +137,10 @@ class MixtureOfExperts(nn.Module):
         up, down = (None, None) if shared is None else map(weight_of, (shared.gate_up_proj, shared.down_proj))
         if up is None or down is None:  # the shared expert by its own layers, if there is one
             up = down = None
-        normed, residual, ids, weights, shared_acts = kernels.router(
-            x,
-            residual,
-            norm_weight,
-            norm.variance_epsilon,
-            self.gate.weight,
-            self.gate.e_score_correction_bias,
-            up,
-            self.routed,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            scale=self.scale,
-        )
+        rows = x, residual, norm_weight, norm.variance_epsilon
+        gate = self.gate.weight, self.gate.e_score_correction_bias
+        choice = {"top_k": self.top_k, "renormalize": self.renormalize, "scale": self.scale}
+        normed, residual, ids, weights, shared_acts = kernels.router(*rows, *gate, up, self.routed, **choice)
         each_up, each_down = weight_of(routed, "w13_weight"), weight_of(routed, "w2_weight")
         if each_up is not None and each_down is not None:
             out = kernels.experts(normed, each_up, each_down, ids, weights, shared_acts, down)

@@ -47,6 +47,8 @@ class KimiLinearForCausalLMConfig(VerifyAndUpdateConfig):
             cache.user_specified_block_size = True
             if cache.enable_prefix_caching:
                 check_block_size(cache.block_size, device)
+                # A state's block spans what all ranks' blocks of latents do: else vLLM would match prefixes inside one.
+                cache.mamba_block_size = cache.block_size * vllm_config.parallel_config.decode_context_parallel_size
 
 
 class OtherImplementationConfig(VerifyAndUpdateConfig):

@@ -32,8 +32,10 @@ def configuration(model: str, length: int, drafts: int = 0) -> VllmConfig:
     ).create_engine_config()
 
 
-def scheduler(config: VllmConfig, block: int, blocks: int, kind: type[Scheduler] = Scheduler) -> Scheduler:
-    """`block` tokens a block, `blocks` of them."""
+def scheduler(
+    config: VllmConfig, block: int, blocks: int, kind: type[Scheduler] = Scheduler, ranks: int = 1
+) -> Scheduler:
+    """`block` tokens a block, `blocks` of them; so many ranks share the latents."""
     model_sizes = ModelSizes.from_config(demo_config())
     state = MambaSpec(
         shapes=layout.kda_state_shapes(model_sizes),
@@ -42,7 +44,9 @@ def scheduler(config: VllmConfig, block: int, blocks: int, kind: type[Scheduler]
         mamba_cache_mode="align",
         num_speculative_blocks=config.num_speculative_tokens,
     )
-    latents = MLAAttentionSpec(block_size=block, num_kv_heads=1, head_size=model_sizes.latent_size, dtype=torch.float32)
+    latents = MLAAttentionSpec(
+        block_size=block // ranks, num_kv_heads=1, head_size=model_sizes.latent_size, dtype=torch.float32
+    )
     plan = layout.cache_layout(
         model_sizes, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=block, prefix_caching=True
     )
@@ -56,7 +60,8 @@ def scheduler(config: VllmConfig, block: int, blocks: int, kind: type[Scheduler]
         ],
         prefix_cache_retention_interval=0,
     )
-    config.cache_config.block_size = config.cache_config.mamba_block_size = block
+    config.cache_config.block_size, config.cache_config.mamba_block_size = block // ranks, block
+    config.parallel_config.decode_context_parallel_size = ranks
     config.cache_config.num_gpu_blocks = blocks
     init_none_hash(sha256)
     register_all_kvcache_specs(config)

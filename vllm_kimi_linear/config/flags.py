@@ -105,8 +105,9 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
     else:
         flags += gpu_flags.flags(vllm_config)
     if cache.enable_prefix_caching:
-        remedy = "prefixes would be matched up to positions without a state, add --no-enable-prefix-caching"
-        flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, (1,), remedy))
+        remedy = "with prefix caching it has not been run with this model, add --no-enable-prefix-caching"
+        shared = range(1, 1 << 10) if extra.get("shared_prefixes") else (1,)  # not run on GPUs yet
+        flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, shared, remedy))
         remedy = "prefix caching needs chunks, leave the flag out or add --no-enable-prefix-caching"
         flags.append(("enable-chunked-prefill", scheduler.enable_chunked_prefill, (True,), remedy))
     if current_platform.is_cuda() and not vllm_config.use_v2_model_runner:

@@ -130,10 +130,10 @@ def requests(seed: int, count: int) -> Iterator[Request]:
         yield Request(f"r{i}", prompt, parameters, None, block_hasher=hasher)
 
 
-def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
+def serve(config: VllmConfig, drafts: int, budget: int, blocks: int, ranks: int) -> None:
     """Schedule requests until all are answered; raises AssertionError at the first state that is another's."""
     config.scheduler_config.max_num_batched_tokens = budget
-    engine, worker = scheduler(config, BLOCK, blocks), Worker(seed=drafts)
+    engine, worker = scheduler(config, BLOCK, blocks, ranks=ranks), Worker(seed=drafts)
     draw = random.Random(budget)
     for request in requests(seed=budget + drafts, count=10):
         engine.add_request(request)
@@ -142,6 +142,7 @@ def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
         steps += 1
         step = engine.schedule()
         worker.grow(step)
+        assert not step.kv_cache_block_copies, "a hit inside a block"
         names, answers, proposals = list(step.num_scheduled_tokens), [], []
         for name in names:
             request, scheduled = engine.requests[name], step.num_scheduled_tokens[name]
@@ -165,16 +166,22 @@ def serve(config: VllmConfig, drafts: int, budget: int, blocks: int) -> None:
     assert pool.get_num_free_blocks() == blocks - 1  # one is vLLM's null block
 
 
-CASES = [(drafts, budget, blocks) for drafts in (0, 1, 2, 4) for budget in (512, 1024, 4096) for blocks in BLOCKS]
+CASES = [
+    (drafts, budget, blocks, ranks)
+    for drafts in (0, 1, 2, 4)
+    for budget in (512, 1024, 4096)
+    for blocks in BLOCKS
+    for ranks in ((1, 2, 4) if drafts == 0 else (1,))
+]
 
 
 def serve_all(model: str) -> list[str]:
     """What went wrong in each of CASES; empty where nothing did."""
     vllm_kimi_linear.register()
     faults = []
-    for drafts, budget, blocks in CASES:
+    for drafts, budget, blocks, ranks in CASES:
         try:
-            serve(configuration(model, LENGTH, drafts), drafts, budget, blocks)
+            serve(configuration(model, LENGTH, drafts), drafts, budget, blocks, ranks)
             faults.append("")
         except AssertionError:
             faults.append(traceback.format_exc())
@@ -186,6 +193,8 @@ def faults(demo_model: Path) -> list[str]:
     return in_own_process(serve_all, str(demo_model))
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{d} drafts, {t} tokens, {b} blocks" for d, t, b in CASES])
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=[f"{d} drafts, {t} tokens, {b} blocks, {r} ranks" for d, t, b, r in CASES]
+)
 def test_states_hold_what_is_before_them(faults: list[str], case: int):
     assert faults[case] == ""

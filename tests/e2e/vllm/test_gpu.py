@@ -69,6 +69,12 @@ WAYS = {
     ),
     "two ranks, shared latents": ("--tensor-parallel-size=2", SHARED + "2", "--no-enable-prefix-caching"),
     "four ranks, shared latents": ("--tensor-parallel-size=4", SHARED + "4", "--no-enable-prefix-caching"),
+    "two ranks, shared latents, prefixes kept": (
+        "--tensor-parallel-size=2",
+        SHARED + "2",
+        "--enable-prefix-caching",
+        '--additional-config={"shared_prefixes": true}',
+    ),
     "two ranks, shared latents, short of blocks": (
         "--tensor-parallel-size=2",
         SHARED + "2",
@@ -191,14 +197,12 @@ def test_asleep_and_awake(level: int, servers: Callable[..., Server], demo_model
         assert sum(answer.cached_tokens for answer in after) == 0
 
 
-def test_warm_answers(
-    servers: Callable[..., Server],
-    demo_model: Path,
-    vocab: int,
-    judge: Judge,
-):
+@pytest.mark.parametrize("way", ["graphs", "two ranks, shared latents, prefixes kept"])
+def test_warm_answers(way: str, servers: Callable[..., Server], demo_model: Path, vocab: int, judge: Judge):
     """Prompts read once before are served from the prefix cache."""
-    server = Completions(servers(demo_model, *FLAGS, *WAYS["graphs"]))
+    if "two ranks" in way and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    server = Completions(servers(demo_model, *FLAGS, *WAYS[way]))
     stream = Stream(vocab, seed=6)
     document = stream.prompt(2000)
     questions = [(document + stream.prompt(length), TOKENS) for length in (1, 64, 100, 500)]

@@ -44,6 +44,7 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
     from vllm_kimi_linear.cache import configured
     from vllm_kimi_linear.config.errors import ConfigError
     from vllm_kimi_linear.config.flags import check_flags
+    from vllm_kimi_linear.validation import KimiLinearForCausalLMConfig
 
     config = EngineArgs(model=model, max_model_len=8192, enable_prefix_caching=True).create_engine_config()
     config.cache_config.mamba_block_size = None  # vLLM has filled it in since
@@ -75,6 +76,11 @@ def check_elsewhere(model: str) -> tuple[dict[str, str], list[str], str]:
         config.cache_config.enable_prefix_caching = False
         parallel.decode_context_parallel_size = 4
         assert not sentence()
+        config.cache_config.enable_prefix_caching, config.additional_config["shared_prefixes"] = True, True
+        assert not sentence()
+        KimiLinearForCausalLMConfig.verify_and_update_config(config)
+        assert config.cache_config.mamba_block_size == 4 * config.cache_config.block_size
+        config.cache_config.enable_prefix_caching, config.cache_config.mamba_block_size = False, None
         config.speculative_config = object.__new__(SpeculativeConfig)
         config.speculative_config.method = "ngram"
         together.append(sentence())
