@@ -126,14 +126,20 @@ class Layer:
         rows = {"BN": (1, 2, 4, 8), "num_warps": (2, 4, 8)}
         if isinstance(self.up, QuantizedWeight):
             rows["BN"] = (2, 4, 8, 16)
+        eight_bits = isinstance(self.up, QuantizedWeight) and self.up.values.dtype != torch.int32
+        halves = {"HALVES": (False, True)} if eight_bits else {}
         state = 2 * tokens * size(self.state.recurrent[0])
         return {
             "in_proj": (self.in_projection, size(self.in_proj), tiles(**rows) if tokens < 3 else []),
             "kda": (self.kda, size(self.gates_b) + state, tiles(num_warps=(4, 8), INNER=(32, 64))),
             "o_proj": (self.out_projection, size(self.o_proj), tiles(**rows) if tokens < 3 else []),
             "router": (self.router, size(self.gate, self.shared_up), tiles(BN=(1, 2, 4), PAIRS=(1, 2, 4, 8))),
-            "experts_up": (self.experts_up, used * size(self.up[0]), tiles(**rows)),
-            "experts_down": (self.experts_down, used * size(self.down[0]) + size(self.shared_down), tiles(**rows)),
+            "experts_up": (self.experts_up, used * size(self.up[0]), tiles(**rows, **halves)),
+            "experts_down": (
+                self.experts_down,
+                used * size(self.down[0]) + size(self.shared_down),
+                tiles(**rows, **halves),
+            ),
             "latent_query": (self.latent_query, size(self.kv_b) // 2, tiles(BL=(32, 64, 128), num_warps=(2, 4, 8))),
             "latent_value": (self.latent_value, size(self.kv_b) // 2, tiles(BN=(4, 8, 16, 32), num_warps=(2, 4, 8))),
         }

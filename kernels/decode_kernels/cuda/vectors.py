@@ -61,6 +61,25 @@ def dot_rows(row_head, row_tail, head, tail):
 
 
 @triton.jit
+def scale_below_two(most):
+    """A power of two that brings a magnitude of `most` to between 1 and 2, and its inverse; of 0 any."""
+    exponent = most.to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
+    return 1.0 / inverse, inverse
+
+
+@triton.jit
+def sum_in_halves(weights, x):
+    """weights [..., K] of at most eight bits times x, fp16 [..., K] below 2, summed over K, in fp32.
+
+    Products and sums of eight are fp16, two in an instruction: below 2 * 448 * 8, rounded to 2^-11 of themselves.
+    """
+    terms = weights.to(tl.float16) * x
+    eights = tl.reshape(terms, terms.shape[:-1] + [terms.shape[-1] // 8, 8])  # noqa: RUF005 (Triton has no star)
+    return tl.sum(tl.sum(eights, len(eights.shape) - 1).to(tl.float32), len(terms.shape) - 1)
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     return x.to(DTYPE).to(tl.float32)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decode_kernels.cuda.vectors import dot_rows, load_rows, product
+from decode_kernels.cuda.vectors import dot_rows, load_rows, product, scale_below_two, sum_in_halves
 from decode_kernels.weights import INT4_ZERO, QuantizedWeight, Weight
 from kda_kernels.cuda.elementwise import INTERPRETED
 
@@ -105,8 +105,12 @@ def _dot_packed(words, x, scales, row, rows, at, K: tl.constexpr, GROUP: tl.cons
 def multiply(
     w_head, w_tail, head, tail, scales, start, row, rows,
     K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, FORM: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr = False,
 ):  # fmt: skip
-    """What `load_weight` gives for rows `row` [BN] from `start` on, times a vector [K]: [BN], summed in fp32."""
+    """What `load_weight` gives for rows `row` [BN] from `start` on, times a vector [K]: [BN], summed in fp32.
+
+    HALVES, for eight bits: products in fp16 (`sum_in_halves`).
+    """
     if FORM == PACKED:
         out = _dot_packed(w_head, head, scales, row, rows, 0, K, GROUP)
         if K > HEAD:
@@ -115,7 +119,12 @@ def multiply(
         if FORM == BLOCK_SCALES:
             head *= column_scales(scales, start, tl.arange(0, HEAD), K)
             tail *= column_scales(scales, start, HEAD + tl.arange(0, TAIL), K)
-        out = dot_rows(w_head, w_tail, head, tail)
+        if HALVES:
+            scale, inverse = scale_below_two(tl.maximum(tl.max(tl.abs(head)), tl.max(tl.abs(tail))))
+            out = sum_in_halves(w_head, (head * scale).to(tl.float16)[None, :])
+            out = (out + sum_in_halves(w_tail, (tail * scale).to(tl.float16)[None, :])) * inverse
+        else:
+            out = dot_rows(w_head, w_tail, head, tail)
         if FORM == ROW_SCALES:
             out *= row_scales(scales, row, rows)
         if FORM == ONE_SCALE:
