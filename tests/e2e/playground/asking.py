@@ -1,9 +1,10 @@
 """How the browser tests ask, and where the answer stands."""
 
+import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 ANSWER = "#conversation .turn:last-child .answer > .text"
 DONE = "#conversation .turn:last-child:not(.running)"
@@ -32,6 +33,11 @@ def attach(page: Page, name: str, content: bytes) -> None:
 def choose(page: Page, name: str, content: bytes) -> None:
     """Choose a file of this content."""
     page.set_input_files("#files", {"name": name, "mimeType": "text/plain", "buffer": content})
+
+
+def forecast(page: Page, pattern: str) -> None:
+    """Wait for this line under the message, a regular expression."""
+    expect(page.locator("#forecast")).to_have_text(re.compile(f"^{pattern}$"))
 
 
 def until(page: Page, condition: str) -> None:

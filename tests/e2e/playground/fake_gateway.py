@@ -40,6 +40,7 @@ class Reply:
     pause: float = 0.0  # seconds between pieces
     hold_after: int | None = None  # wait for release() after so many pieces
     end: str = "stop"  # or `length`; `drop`: the connection breaks; `silent`: no [DONE]; else an error event's message
+    end_code: int = 502
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     error: str = "no"
@@ -53,9 +54,12 @@ class FakeGateway:
         self.reply = Reply()
         self.key = ""  # asked of each request where not empty
         self.context: dict[str, Any] | None = dict(CONTEXT)
+        self.context_status = 404  # where it has no context
         self.models = ["kimi-linear"]
         self.bodies: list[dict[str, Any]] = []
+        self.longest: int = CONTEXT["max_model_len"]
         self.counts: int | None = 70_000  # what it says of a prompt's tokens; None: it does not count
+        self.each: float | None = None  # tokens a character, which it then counts up to `longest`, as vLLM does
         self.counted: list[str] = []  # the texts that it was asked to count
         self.headers: list[dict[str, str]] = []
         self.cancelled = threading.Event()  # a client left before its answer was complete
@@ -77,11 +81,15 @@ class FakeGateway:
         return None
 
     async def _models(self, request: Request) -> Response:
-        cards = [{"id": name, "object": "model", "max_model_len": CONTEXT["max_model_len"]} for name in self.models]
+        cards = [{"id": name, "object": "model", "max_model_len": self.longest} for name in self.models]
         return self._refusal(request) or JSONResponse({"object": "list", "data": cards})
 
     async def _context(self, request: Request) -> Response:
-        answer = JSONResponse(self.context) if self.context else JSONResponse({"error": {"message": "none"}}, 404)
+        answer = (
+            JSONResponse(self.context)
+            if self.context
+            else JSONResponse({"error": {"message": "none"}}, self.context_status)
+        )
         return self._refusal(request) or answer
 
     async def _count(self, request: Request) -> Response:
@@ -89,7 +97,13 @@ class FakeGateway:
         self.counted.append(body["messages"][0]["content"])
         if self.counts is None:
             return JSONResponse({"error": {"message": "no such route"}}, 404)
-        return self._refusal(request) or JSONResponse({"input_tokens": self.counts})
+        tokens = self.counts
+        if self.each is not None:
+            tokens = int(self.each * len(self.counted[-1]))
+            if tokens > self.longest:
+                message = too_long(self.longest)
+                return JSONResponse({"type": "error", "error": {"type": "BadRequestError", "message": message}}, 400)
+        return self._refusal(request) or JSONResponse({"input_tokens": tokens})
 
     async def _chat(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -125,12 +139,21 @@ class FakeGateway:
         if reply.end == "silent":
             return
         if reply.end not in ("stop", "length"):
-            yield event(error={"message": reply.end, "code": 502})
+            yield event(error={"message": reply.end, "code": reply.end_code})
             return
         yield event(choices=[{"index": 0, "delta": {}, "finish_reason": reply.end}])
         if reply.usage:
             yield event(choices=[], usage=reply.usage)
         yield b"data: [DONE]\n\n"
+
+
+def too_long(longest: int) -> str:
+    """What vLLM says of a prompt that it reads no further than its longest context, in tokens."""
+    return (
+        f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
+        f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. Please reduce the "
+        f"length of the input prompt. (parameter=input_tokens, value={longest + 1})"
+    )
 
 
 def event(**chunk: Any) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.playground.asking import ANSWER, DONE, ask
+from tests.e2e.playground.asking import ANSWER, DONE, ask, attach
 from tests.e2e.playground.fake_gateway import FakeGateway, Reply
 
 pytestmark = pytest.mark.browser
@@ -33,7 +33,38 @@ def refused(status: int, error: str = "", after: str = "") -> Reply:
         (refused(413), "This is more than the gateway accepts in one request: attach a shorter document."),
         (
             refused(400, "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens."),
-            "This is longer than the longest context (8,192 tokens): attach less, or start a new chat.",
+            "The prompt has 9,000 tokens, and at most 8,192 fit: shorten the question.",
+        ),
+        (
+            refused(400, "Input length (40000) exceeds model's maximum context length (32768)."),
+            "The prompt has 40,000 tokens, and at most 32,768 fit: shorten the question.",
+        ),
+        (
+            refused(
+                400,
+                "This model's maximum context length is 32768 tokens. However, your prompt contains 900000 characters "
+                "(more than 32768 characters, which is the upper bound for 32768 input tokens).",
+            ),
+            "The prompt has more than the 32,768 tokens that fit: shorten the question.",
+        ),
+        (
+            refused(
+                400,
+                "Key 'a' may use a context of 8192 tokens, and this request asks for about 9000 of prompt and an "
+                "answer: shorten it.",
+            ),
+            "The prompt has 9,000 tokens, and at most 8,192 fit: shorten the question.",
+        ),
+        (
+            refused(400, "max_tokens=50000 cannot be greater than max_model_len=32768. Please request fewer."),
+            "The longest answer is more than the longest context (32,768 tokens): "
+            "lower “Longest answer” in the settings.",
+        ),
+        (
+            Reply(
+                end="The decoder prompt (length 9000) is longer than the maximum model length of 8192.", end_code=400
+            ),
+            "The prompt has 9,000 tokens, and at most 8,192 fit: shorten the question.",
         ),
         (
             refused(400, "Traceback: KeyError 'x' in engine/core.py"),
@@ -71,6 +102,56 @@ def test_one_sentence_and_a_way_on(page: Page, gateway: FakeGateway, reply: Repl
     expect(page.locator(ANSWER)).to_have_text("Now it works.")
     expect(problem).to_be_hidden()
     assert gateway.bodies[1]["messages"] == [{"role": "user", "content": "Well?"}]
+
+
+def test_an_answer_of_something_that_is_no_gateway(page: Page) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(body="<h1>Log in to the network</h1>"))
+    page.reload()
+    expect(page.locator("#notice")).to_have_text(
+        "The answer is not the gateway's: check the address of this page, then retry."
+    )
+
+
+def test_a_context_that_is_refused_is_no_missing_configuration(
+    visit: Callable[..., Page], gateway: FakeGateway
+) -> None:
+    gateway.context, gateway.context_status = None, 503
+    page = visit()
+    expect(page.locator("#notice")).to_have_text("The server has no capacity for this request now: retry in a while.")
+    expect(page.locator("[data-show=no-memory]")).to_be_hidden()
+    ask(page, "Well?")
+    expect(page.locator(ANSWER)).to_have_text("Hello there.")
+
+
+def test_an_example_that_does_not_load(page: Page) -> None:
+    page.route("**/examples/*", lambda route: route.fulfill(status=502))
+    page.locator("#example button").first.click()
+    expect(page.locator("#notice")).to_have_text(
+        "The example did not load: check that the gateway runs, then choose it again."
+    )
+
+
+def test_a_reader_of_files_that_does_not_load(page: Page) -> None:
+    page.route("**/digest.worker.js", lambda route: route.fulfill(status=502))
+    attach(page, "one.txt", b"first")
+    expect(page.locator("#notice")).to_have_text(
+        "The reader of files did not load: check that the gateway runs, then attach it again."
+    )
+    page.unroute("**/digest.worker.js")
+    attach(page, "one.txt", b"first")
+    expect(page.locator("#attached .chip")).to_have_count(1)
+
+
+def test_a_browser_that_does_not_let_the_page_copy(page: Page) -> None:
+    ask(page, "Well?")
+    page.evaluate(
+        "() => { navigator.clipboard.writeText = () => Promise.reject(new DOMException('', 'NotAllowedError')); }"
+    )
+    page.click(".copy")
+    expect(page.locator("#notice")).to_have_text(
+        "The browser did not let the page copy: select the text, and copy it yourself."
+    )
+    expect(page.locator("#status")).not_to_have_text("Copied.")
 
 
 def test_an_error_body_that_is_no_json(page: Page) -> None:

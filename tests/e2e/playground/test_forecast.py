@@ -1,12 +1,13 @@
 """Before a message is sent, what it costs; while it is read, how far; afterwards, cold beside warm."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.playground.asking import DONE, ask, attach, module, until
+from tests.e2e.playground.asking import DONE, ask, attach, forecast, module, until
 from tests.e2e.playground.fake_gateway import FakeGateway, Reply
 
 pytestmark = pytest.mark.browser
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.browser
 LONG = b"word " * 60_000
 COLD = {"prompt_tokens": 70_020, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 0}}
 WARM = {"prompt_tokens": 70_060, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 70_000}}
-
-
-def forecast(page: Page, pattern: str) -> None:
-    expect(page.locator("#forecast")).to_have_text(re.compile(f"^{pattern}$"))
 
 
 def learn(page: Page, *prompts: dict[str, Any], prefixes: dict[str, Any] | None = None) -> None:
@@ -48,14 +45,45 @@ def test_a_server_that_does_not_count(page: Page, gateway: FakeGateway) -> None:
     gateway.counts = None
     attach(page, "long.txt", LONG)
     expect(page.locator("#attached .size")).to_have_text("293 KiB")
-    forecast(page, "About 75,000 tokens of 1,048,576: fits.")
+    forecast(page, "About 75,000 tokens of 1,048,576 by an estimate; whether it fits is not known.")
+    gateway.counts = 70_000
+    page.click("text=Settings")
+    page.click("#settings >> text=API key")
+    page.press("#key", "Enter")  # connects again
+    forecast(page, "About 70,000 tokens of 1,048,576: fits.")
 
 
 def test_a_document_that_does_not_fit(page: Page, gateway: FakeGateway) -> None:
     gateway.counts = 1_200_000
     attach(page, "long.txt", LONG)
-    forecast(page, "About 1,200,000 tokens, and the model reads at most 1,048,576: remove a document, or split it.")
+    why = (
+        "the prompt has about 1,200,000 tokens, and at most 1,048,576 fit: remove the document, "
+        "or keep the first 996,000 of about 1,200,000 tokens."
+    )
+    forecast(page, f"T{why[1:]}")
     expect(page.locator("#forecast")).to_have_class(re.compile("alarm"))
+    page.fill("#question", "What?")
+    page.press("#question", "Enter")
+    notice = page.locator("#notice")
+    expect(notice).to_have_text(f"Not sent, as {why}")
+    expect(page.locator("#forecast")).to_be_hidden()  # it would say the same
+    expect(page.locator("#question")).to_have_value("What?")
+    expect(page.locator("#attached .chip")).to_have_count(1)
+    assert gateway.bodies == []
+    page.get_by_role("button", name="Remove long.txt").click()
+    expect(notice).to_be_hidden()
+    ask(page, "What?")
+    assert len(gateway.bodies) == 1
+
+
+def test_a_document_is_counted_for_the_model_that_is_chosen(visit: Callable[..., Page], gateway: FakeGateway) -> None:
+    gateway.models = ["one", "two"]
+    page = visit()
+    attach(page, "long.txt", LONG)
+    forecast(page, "About 70,000 tokens of 1,048,576: fits.")
+    gateway.counts = 90_000
+    page.select_option("#model", "two")
+    forecast(page, "About 90,000 tokens of 1,048,576: fits.")
 
 
 def test_what_should_be_cached(page: Page, gateway: FakeGateway) -> None:

@@ -71,6 +71,9 @@ def test_accessible_in_each_state(
     attach(page, "report-with-a-name-that-is-much-longer-than-a-phone-is-wide.txt", b"word " * 600_000)
     expect(page.locator("#forecast")).to_contain_text("at most")
     look("too-long")
+    page.press("#question", "Enter")
+    expect(page.locator("#notice")).to_contain_text("Not sent")
+    look("not-sent")
     page.get_by_role("button", name="Remove").click()
     gateway.counts = 612_000
     attach(page, "report.txt", b"words " * 500_000)

@@ -3,7 +3,7 @@
 import { Chat } from "./chat/chat.js";
 import { newConversation } from "./chat/conversation.js";
 import { Follow } from "./chat/follow.js";
-import { tell as tellForecast } from "./chat/forecast.js";
+import { TOO_LONG, mayBeTooLong, notSent, tell as tellForecast } from "./chat/forecast.js";
 import { Attachments } from "./documents/attachments.js";
 import { count, read } from "./lib/api.js";
 import { modelNames } from "./lib/names.js";
@@ -22,7 +22,6 @@ import { Measures } from "./store/measures.js";
 // In sessionStorage, which ends with the tab.
 const KEY = "kimi-linear-key";
 const SHOWN = "kimi-linear-conversation";
-const FEW_TOKENS = 2000; // of a document, which are estimated rather than counted
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
 const database = await openDatabase();
@@ -36,7 +35,8 @@ const warmth = new Warmth(page.warmth);
 const follow = new Follow(page.reading, page.latest);
 
 let models = new Map(); // name -> longest context, in tokens
-let limits = {}; // as /v1/kimi/context has them
+let limits = {}; // as /v1/kimi/context has them; `unread` where it was not answered
+let refused = ""; // a forecast that the notice repeats
 
 const key = () => sessionStorage.getItem(KEY) ?? "";
 const longest = () => models.get(page.model.value) ?? limits.max_model_len;
@@ -72,12 +72,18 @@ const attachments = new Attachments(page.attached, {
   sent: (sha256) => chat.has(sha256),
   async count({ sha256, text, bytes }) {
     const model = page.model.value;
-    if (!model || bytes < FEW_TOKENS * measures.bytesPerToken(model)) return null;
-    const known = await library.tokens(sha256, model);
-    if (known) return known;
-    const tokens = await count(text, model, key());
-    if (tokens) await library.learn(sha256, model, tokens).catch(() => {}); // it is counted again next time
-    return tokens;
+    const found = { model, tokens: null, over: null };
+    if (!model || !measures.isLong(model, bytes)) return found;
+    try {
+      const known = await library.tokens(sha256, model);
+      if (known) return { ...found, tokens: known };
+      const { tokens = null, over = null, limit = null } = await count(text, model, key(), longest());
+      if (limit) models.set(model, limit); // the server knows better than its list
+      if (tokens) await library.learn(sha256, model, tokens).catch(() => {}); // it is counted again next time
+      return { ...found, tokens, over };
+    } catch {
+      return found; // the forecast says that it is an estimate
+    }
   },
 });
 
@@ -96,16 +102,20 @@ new Chats(page.chats, {
   host: { current: () => chat.conversation, open: show, startNew },
 });
 
-const examples = new Examples(page.example, async (question, file) => {
-  if (chat.running) return;
-  await attachments.add([file]);
-  page.question.value = question;
-  await send();
+const examples = new Examples(page.example, {
+  tell,
+  async ask(question, file) {
+    if (chat.running) return;
+    await attachments.add([file]);
+    page.question.value = question;
+    await send();
+  },
 });
 
 new Drop(page.drop, attach);
 
 function tell(sentence = "", kind = "problem") {
+  refused = "";
   page.notice.textContent = sentence;
   page.notice.className = kind;
   page.notice.hidden = !sentence;
@@ -114,6 +124,9 @@ function tell(sentence = "", kind = "problem") {
 /** Whether there is something to send, and all of it is here. */
 const ready = () =>
   !chat.running && !attachments.reading && Boolean(page.question.value.trim() || attachments.files.length);
+
+/** What the next message would cost. */
+const next = () => chat.forecast(page.question.value.trim(), attachments.files);
 
 function showState() {
   page.welcome.hidden = chat.views.length > 0;
@@ -124,12 +137,11 @@ function showState() {
   page.edited.hidden = !chat.editing;
   page.question.style.height = "auto";
   page.question.style.height = `${page.question.scrollHeight}px`;
-  const { text, fits } = ready()
-    ? tellForecast(chat.forecast(page.question.value, attachments.files))
-    : { text: "", fits: true };
+  const expected = ready() ? next() : null;
+  const text = expected ? tellForecast(expected) : "";
   page.forecast.textContent = text;
-  page.forecast.hidden = !text;
-  page.forecast.classList.toggle("alarm", !fits);
+  page.forecast.hidden = !text || text === refused;
+  page.forecast.classList.toggle("alarm", Boolean(expected && mayBeTooLong(expected)));
   warmth.draw(chat.warmth);
   const { title, id } = chat.conversation;
   document.title = title ? `${title} · Kimi Linear` : "Kimi Linear";
@@ -154,7 +166,11 @@ async function connect() {
     const { data } = await read("models", key());
     models = new Map(data.map((model) => [model.id, model.max_model_len]));
     if (!models.size) throw new Problem("The gateway serves no model yet: send again in a while.");
-    limits = await read("kimi/context", key()).catch(() => ({})); // a gateway may know no model's config
+    limits = await read("kimi/context", key()).catch((error) => {
+      if (error.status === 404) return {}; // a gateway may know no model's config
+      tell(fail(error));
+      return { unread: true };
+    });
   } catch (error) {
     models = new Map();
     limits = {};
@@ -174,6 +190,7 @@ function chooseModel(model) {
 }
 
 function showModel() {
+  attachments.recount();
   meter.setLimits({ ...limits, max_model_len: longest() });
   examples.show(page.model.value);
   showState();
@@ -184,6 +201,12 @@ async function send() {
   tell();
   if (!models.size && !(await connect())) return;
   if (!ready()) return; // sent meanwhile
+  const expected = next();
+  if (expected.verdict === TOO_LONG) {
+    tell(notSent(expected));
+    refused = tellForecast(expected);
+    return showState();
+  }
   const question = page.question.value.trim();
   page.question.value = "";
   await chat.send(question, attachments.take());

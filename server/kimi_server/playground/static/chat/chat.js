@@ -6,7 +6,7 @@ import { isDemo } from "../lib/names.js";
 import { Problem } from "../lib/problems.js";
 import { utf8Bytes } from "../lib/units.js";
 import { body, fork, newConversation, newTurn, prefixOf, textsOf, titleOf } from "./conversation.js";
-import { forecast } from "./forecast.js";
+import { TOO_LONG, forecast, notRead, notSent } from "./forecast.js";
 import { Turn } from "./turn.js";
 
 const CUT = "The answer has reached the longest it may be: start a new chat, or attach less.";
@@ -58,10 +58,9 @@ export class Chat {
     return conversation.turns.length ? this.measures.prefix(conversation.model, prefixOf(conversation)) : {};
   }
 
-  /** What the next message would cost. */
-  forecast(question, documents) {
+  /** What a message would cost as turn `at`, the next one unless it is given. */
+  forecast(question, documents, at = this.editing ? this.views.indexOf(this.editing) : this.views.length) {
     const { measures, host } = this;
-    const at = this.editing ? this.views.indexOf(this.editing) : this.views.length;
     const conversation = { ...this.conversation, turns: this.conversation.turns.slice(0, at) };
     return forecast({ conversation, documents, question, model: host.model(), measures, most: host.most() });
   }
@@ -70,12 +69,15 @@ export class Chat {
   send(question, files) {
     if (this.editing) this.#replaceFrom(this.views.indexOf(this.editing), 0);
     const plain = isDemo(this.host.model()); // it was trained on a text and a question, with nothing around them
-    const documents = files.map(({ sha256, name, size, bytes, tokens }) => ({
+    const documents = files.map(({ sha256, name, size, pages, bytes, model, tokens, over }) => ({
       sha256,
       name,
       size,
+      pages,
       bytes,
+      model,
       tokens,
+      over,
       plain,
     }));
     const record = newTurn(question, documents);
@@ -88,6 +90,8 @@ export class Chat {
   /** Ask the question of a turn again; turns after it stay in the conversation that is left. */
   regenerate(view) {
     const at = this.views.indexOf(view);
+    const expected = this.forecast(view.record.question, view.record.documents, at);
+    if (expected.verdict === TOO_LONG) return this.host.tell(notSent(expected));
     if (at < this.views.length - 1) this.#replaceFrom(at, 1);
     return this.#answer(this.views.at(-1));
   }
@@ -130,17 +134,19 @@ export class Chat {
   }
 
   #add(record) {
-    const view = new Turn(record, () => this.host.say("Copied."));
+    const view = new Turn(record, (copied) => this.#tellCopied(copied));
     const on = (selector, act) => view.element.querySelector(selector).addEventListener("click", act);
-    on(".copy", async () => {
-      await copy(record.answer);
-      this.host.say("Copied.");
-    });
+    on(".copy", async () => this.#tellCopied(await copy(record.answer)));
     on(".edit", () => this.host.edit(view));
     on(".retry", () => this.regenerate(view));
     this.views.push(view);
     this.element.append(view.element);
     return view;
+  }
+
+  #tellCopied(copied) {
+    if (copied) this.host.say("Copied.");
+    else this.host.tell("The browser did not let the page copy: select the text, and copy it yourself.");
   }
 
   /** Stream the answer to the newest turn, whose new documents are `files`. */
@@ -151,9 +157,7 @@ export class Chat {
     const model = host.model();
     Object.assign(conversation, { model, changed: Date.now() });
     Object.assign(record, { model, system: conversation.settings.system });
-    const before = { ...conversation, turns: conversation.turns.slice(0, -1) };
-    const { documents, question } = record;
-    const expected = forecast({ conversation: before, documents, question, model, measures, most: host.most() });
+    const expected = this.forecast(record.question, record.documents, this.views.length - 1);
     view.begin(expected, measures.speed(model));
     host.began();
     let [state, problem] = ["complete", ""];
@@ -177,7 +181,7 @@ export class Chat {
         state = "stopped";
         host.say("Stopped.");
       } else {
-        [state, problem] = ["failed", host.fail(error)];
+        [state, problem] = ["failed", error.tooLong ? notRead(expected, error.tooLong) : host.fail(error)];
         host.say("");
       }
     }

@@ -5,15 +5,15 @@ import { highlighter } from "../lib/libraries.js";
 
 const MOST = 50_000; // characters that are coloured: more would hold up the page
 
-/** Give each block of code within `root` a head with its language and a button. `copied()` is called after copying. */
+/** Give each block of code within `root` a head with its language and a button. `copied(whether)` is called
+ * after copying. */
 export function headCode(root, copied) {
   for (const code of root.querySelectorAll("pre > code")) {
     const language = /language-(\S+)/.exec(code.className)?.[1] ?? "";
     const head = document.getElementById("code-template").content.firstElementChild.cloneNode(true);
     head.querySelector(".language").textContent = language || "text";
     head.querySelector("button").addEventListener("click", async () => {
-      await copy(code.textContent);
-      copied();
+      copied(await copy(code.textContent));
     });
     const block = code.parentElement;
     block.tabIndex = 0; // long lines scroll, by keyboard as well

@@ -1,8 +1,8 @@
 // A conversation as it is kept, and as the messages of a request.
 //
 // A conversation has id, session, title, created, changed, model, turns and settings {system, temperature, top_p,
-// max_tokens}. A turn has question, documents [{sha256, name, size, bytes, tokens, plain}], answer, state, and what was
-// measured.
+// max_tokens}. A turn has question, documents [{sha256, name, size, pages, bytes, model, tokens, over, plain}], answer,
+// state, and what was measured.
 
 const TITLE = 60; // characters
 

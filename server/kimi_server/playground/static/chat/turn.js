@@ -11,7 +11,7 @@ const STATES = {
 };
 
 export class Turn {
-  /** `copied()` is called when code was copied. */
+  /** `copied(whether)` is called when code was to be copied. */
   constructor(record, copied) {
     this.record = record;
     this.copied = copied;

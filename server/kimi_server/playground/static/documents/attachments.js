@@ -8,12 +8,17 @@ const LONG_PASTE = 4000; // characters; a text field slows down with megabytes i
 
 export class Attachments {
   /** `list` holds the chips; `changed(sentence)` is called after each change, and says what was not attached.
-   * `sent(sha256)`: whether the conversation has this text already. `count(file)` promises its tokens, or null. */
+   * `sent(sha256)`: whether the conversation has this text already. `count(file)` promises {model, tokens, over}: a
+   * model and what it makes of the text, as lib/api.js counts it, each null where it is not known. */
   constructor(list, { changed, sent, count }) {
     Object.assign(this, { list, changed, sent, count });
-    this.files = [];
+    this.shown = new Map(); // document -> {item, counting}: its chip, and the newest promise of its tokens
     this.reading = 0; // calls of add() that still read; a message waits for its documents
     this.pasted = 0;
+  }
+
+  get files() {
+    return [...this.shown.keys()];
   }
 
   async add(files) {
@@ -49,8 +54,8 @@ export class Attachments {
 
   /** All documents; none is attached any more. */
   take() {
-    const files = this.files;
-    this.files = [];
+    const { files } = this;
+    this.shown.clear();
     this.list.replaceChildren();
     this.list.hidden = true;
     return files;
@@ -61,22 +66,30 @@ export class Attachments {
     if (this.files.some((other) => other.sha256 === file.sha256) || this.sent(file.sha256)) {
       throw new Problem(`${file.name} is already in this chat: just ask about it.`);
     }
-    this.files.push(file);
     const item = chip(file, () => {
-      this.files = this.files.filter((other) => other !== file);
+      this.shown.delete(file);
       item.remove();
-      this.list.hidden = !this.files.length;
+      this.list.hidden = !this.shown.size;
       this.changed("");
     });
     this.list.append(item);
     this.list.hidden = false;
-    this.#count(file, item);
+    this.shown.set(file, { item, counting: null });
+    this.#count(file);
   }
 
-  async #count(file, item) {
-    file.tokens ??= await this.count(file);
-    if (!this.files.includes(file)) return;
-    describe(item, file);
+  /** Count all again: for another model, or for a server that did not answer before. */
+  recount() {
+    for (const file of this.shown.keys()) this.#count(file);
+  }
+
+  async #count(file) {
+    const shown = this.shown.get(file);
+    const counting = (shown.counting = this.count(file));
+    const found = await counting;
+    if (this.shown.get(file) !== shown || shown.counting !== counting) return; // removed, or asked again meanwhile
+    Object.assign(file, found);
+    describe(shown.item, file);
     this.changed(null);
   }
 }

@@ -5,8 +5,8 @@ import { Problem } from "../lib/problems.js";
 
 const OPTIONS = { isEvalSupported: false, useWasm: false, useWorkerFetch: false, enableXfa: false, verbosity: 0 };
 
-/** The text of `content`, an ArrayBuffer, each page under a line with its number; `progress(page, pages)` is called as
- * it goes. Throws Problem. */
+/** {text, pages} of `content`, an ArrayBuffer, each page under a line with its number; `progress(page, pages)` is
+ * called as it goes. Throws Problem. */
 export async function pdfText(name, content, progress) {
   const library = await pdfjs().catch(() => {
     throw new Problem("The reader of PDF files did not load: reload the page, then attach the file again.");
@@ -29,7 +29,7 @@ export async function pdfText(name, content, progress) {
       page.cleanup();
     }
     if (empty) throw new Problem(`${name} contains only images: run text recognition (OCR) on it first.`);
-    return pages.join("\n");
+    return { text: pages.join("\n"), pages: pages.length };
   } catch (error) {
     if (error instanceof Problem) throw error;
     const locked = error.name === "PasswordException";

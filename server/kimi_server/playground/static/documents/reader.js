@@ -1,4 +1,4 @@
-// A file becomes a document: {name, size, text, bytes, sha256, encoding}.
+// A file becomes a document: {name, size, pages, text, bytes, sha256, encoding}; only a PDF has pages.
 
 import { Problem } from "../lib/problems.js";
 import { bytes } from "../lib/units.js";
@@ -20,8 +20,9 @@ export async function readDocument(file, progress = () => {}) {
     throw new Problem(`${name} cannot be read: attach a file that exists, and no folder.`);
   }
   const isPdf = new TextDecoder("latin1").decode(content.slice(0, 5)) === "%PDF-";
-  const found = await digest(isPdf ? await pdfText(name, content, progress) : content);
+  const { text, pages } = isPdf ? await pdfText(name, content, progress) : { text: null, pages: null };
+  const found = await digest(text ?? content);
   if (!found) throw new Problem(`${name} is neither text nor a PDF: save it as a text file first.`);
   if (!found.text.trim()) throw new Problem(`${name} is empty: attach one with text.`);
-  return { name, size, ...found };
+  return { name, size, pages, ...found };
 }

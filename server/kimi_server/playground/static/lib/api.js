@@ -4,25 +4,48 @@ import { Problem, refusal } from "./problems.js";
 
 const API = new URL("../../v1/", import.meta.url);
 const COUNT_SECONDS = 60;
+const FEWEST_CHARACTERS = 256; // of a sample
 
 /** GET a route under /v1/ as JSON; throws Problem. */
 export async function read(path, key) {
-  const reply = await send(path, { headers: authorization(key) });
-  return reply.json();
+  return json(await send(path, { headers: authorization(key) }));
 }
 
-/** The tokens of a text as the server counts them; null where it does not say. */
-export async function count(text, model, key) {
-  const signal = AbortSignal.timeout(COUNT_SECONDS * 1000);
+/** What the server says of a text: {tokens}; or, of one longer than the longest context, {over: {least, about}, limit},
+ * all in tokens. vLLM counts no further than its limit: `about` is by a sample, null without one. `most`: the longest
+ * context, for a server that does not say its limit. Throws Problem. */
+export async function count(text, model, key, most) {
   try {
-    const reply = await post("messages/count_tokens", { model, messages: [{ role: "user", content: text }] }, key, {
-      signal,
-    });
-    const { input_tokens: tokens } = await reply.json();
-    return Number.isInteger(tokens) && tokens > 0 ? tokens : null;
-  } catch {
-    return null; // an estimate stands in for it
+    return { tokens: await counted(text, model, key) };
+  } catch (error) {
+    if (!error.tooLong) throw error;
+    const { length, atLeast, limit } = error.tooLong;
+    const known = limit ?? most ?? 0;
+    const least = Math.max(length ?? 0, known + 1);
+    const about = length && !atLeast ? length : await sampled(text, known, model, key);
+    return { over: { least, about: about && Math.max(least, about) }, limit };
   }
+}
+
+async function counted(text, model, key) {
+  const signal = AbortSignal.timeout(COUNT_SECONDS * 1000);
+  const asked = { model, messages: [{ role: "user", content: text }] };
+  const { input_tokens: tokens } = await json(await post("messages/count_tokens", asked, key, { signal }));
+  if (Number.isInteger(tokens) && tokens > 0) return tokens;
+  throw new Problem("The server did not count this text: retry in a while.");
+}
+
+/** About the tokens of a text, by those of its beginning; null where the server counts that no more than the whole. */
+async function sampled(text, limit, model, key) {
+  for (let size = limit / 2; size >= FEWEST_CHARACTERS; size /= 4) {
+    const sample = text.slice(0, size).replace(/[\ud800-\udbff]$/, ""); // no half of a character
+    try {
+      return Math.round((await counted(sample, model, key)) * (text.length / sample.length));
+    } catch (error) {
+      if (!error.tooLong) return null;
+    }
+  }
+  return null;
 }
 
 /** POST a streaming chat request; returns the reply once its headers are here; throws Problem. */
@@ -50,7 +73,7 @@ export async function* chunks(reply) {
         const data = line.slice(5).trim();
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new Problem("The server stopped this answer early: retry to ask again.");
+        if (chunk.error) throw stopped(chunk);
         yield chunk;
       }
     }
@@ -71,6 +94,21 @@ function post(path, body, key, { headers, ...options }) {
     body: new Blob([JSON.stringify(body)]),
     ...options,
   });
+}
+
+/** The Problem that an error within a stream is. What the request itself is to blame for, a retry will not mend. */
+function stopped(chunk) {
+  const status = Number(chunk.error.code);
+  if (status >= 400 && status < 500) return refusal({ status, headers: new Headers() }, chunk);
+  return new Problem("The server stopped this answer early: retry to ask again.");
+}
+
+async function json(reply) {
+  try {
+    return await reply.json();
+  } catch {
+    throw new Problem("The answer is not the gateway's: check the address of this page, then retry.");
+  }
 }
 
 async function send(path, options) {

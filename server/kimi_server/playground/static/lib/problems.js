@@ -2,21 +2,38 @@
 
 import { count } from "./units.js";
 
-const TOO_LONG = /context length|longest context|max_model_len|maximum (?:model )?length/i;
-const LIMIT = /(?:context(?: length)?(?: is| of)?|max_model_len=?|at most|limit of|longest)\D{0,24}?(\d[\d,_]*)/i;
+// What vLLM and the gateway say of a prompt that is too long, for the model or for a key.
+const TOO_LONG = /context length|longest context|context of \d|maximum (?:model )?length/i;
+const LIMIT =
+  /(?:context(?: length)?|max_model_len|maximum model length|at most|limit of|longest)\D{0,24}?(\d[\d,_]*)/i;
+const LENGTH =
+  /(?:contains (at least )?|input length \(|prompt \(length |you requested |asks for about )(\d+)(?!\d| characters)/i;
+const ANSWER_TOO_LONG = /max\w*_tokens=\d+ cannot be greater/i;
 const REQUEST = /^[\w-]{1,80}$/;
 
-/** `status` is HTTP's, or 0 where there was no reply. */
+/** `status` is HTTP's, or 0 where there was no reply. `tooLong`: of a prompt that is longer than the longest context,
+ * {length, atLeast, limit} in tokens, each null where the server did not say it; else null. */
 export class Problem extends Error {
-  constructor(sentence, status = 0) {
+  constructor(sentence, status = 0, tooLong = null) {
     super(sentence);
-    this.status = status;
+    Object.assign(this, { status, tooLong });
   }
 }
 
-/** The Problem that a refused request is; `body` is its JSON. */
+/** The Problem that a refused request is, {status, headers}; `body` is its JSON. */
 export function refusal(reply, body) {
-  return new Problem(sentence(reply, words(body)), reply.status);
+  const said = words(body);
+  return new Problem(sentence(reply, said), reply.status, lengths(reply, said));
+}
+
+function lengths({ status }, said) {
+  if (status !== 400 || !TOO_LONG.test(said)) return null;
+  const found = LENGTH.exec(said);
+  return { length: found && Number(found[2]), atLeast: Boolean(found?.[1]), limit: limitIn(said) };
+}
+
+function limitIn(said) {
+  return Number(LIMIT.exec(said)?.[1].replace(/\D/g, "")) || null;
 }
 
 function words(body) {
@@ -27,9 +44,12 @@ function words(body) {
 function sentence(reply, said) {
   const after = Number(reply.headers.get("Retry-After"));
   const when = after > 0 ? `retry in ${Math.ceil(after)} s` : "retry in a while";
-  const limit = Number(LIMIT.exec(said)?.[1].replace(/\D/g, ""));
-  const most = limit > 0 ? ` (${count(limit)} tokens)` : "";
-  if (reply.status === 400 && TOO_LONG.test(said)) {
+  const limit = limitIn(said);
+  const most = limit ? ` (${count(limit)} tokens)` : "";
+  if (reply.status === 400 && ANSWER_TOO_LONG.test(said)) {
+    return `The longest answer is more than the longest context${most}: lower “Longest answer” in the settings.`;
+  }
+  if (lengths(reply, said)) {
     return `This is longer than the longest context${most}: attach less, or start a new chat.`;
   }
   switch (reply.status) {

@@ -22,10 +22,10 @@ const ADDRESS = {
 };
 
 export class Examples {
-  /** `ask(question, file)` is called with a question that was chosen and the document as a File. */
-  constructor(place, ask) {
-    this.place = place;
-    this.ask = ask;
+  /** `ask(question, file)` is called with a question that was chosen and the document as a File; `tell(sentence)` where
+   * there is none. */
+  constructor(place, { ask, tell }) {
+    Object.assign(this, { place, ask, tell });
   }
 
   show(model) {
@@ -44,6 +44,7 @@ export class Examples {
         button.addEventListener("click", async () => {
           const reply = await fetch(address).catch(() => null);
           if (reply?.ok) this.ask(question, new File([await reply.blob()], file));
+          else this.tell("The example did not load: check that the gateway runs, then choose it again.");
         });
         item.append(button);
         return item;

@@ -11,12 +11,13 @@ export class Memory {
     this.show = show;
   }
 
-  /** `tokens` of the conversation; without the model's figures it is said how to have them. */
-  draw({ kda_state_bytes: state, mla_bytes_per_token: each, max_model_len: most }, tokens) {
+  /** `tokens` of the conversation; without the model's figures it is said how to have them, but for those that were
+   * `unread` because the gateway failed. */
+  draw({ kda_state_bytes: state, mla_bytes_per_token: each, max_model_len: most, unread = false }, tokens) {
     const { show } = this;
     const known = state != null && each != null;
     show.memory.hidden = !known;
-    show["no-memory"].hidden = known;
+    show["no-memory"].hidden = known || unread;
     if (!known) return;
     const kv = tokens * each;
     show.state.textContent = bytes(state);

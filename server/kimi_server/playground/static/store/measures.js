@@ -4,6 +4,7 @@ import { Speed } from "./speed.js";
 
 const KEPT = 24; // of the latest
 const BYTES_A_TOKEN = 4; // before anything was measured
+const LONG = 2000; // tokens of a document that is worth counting
 
 export class Measures {
   constructor(database) {
@@ -40,6 +41,11 @@ export class Measures {
     const { prompts } = this.#of(model);
     const sum = (field) => prompts.reduce((total, one) => total + one[field], 0);
     return sum("tokens") ? Math.max(0.5, sum("bytes") / sum("tokens")) : BYTES_A_TOKEN;
+  }
+
+  /** Whether the server shall count a document of so many bytes. */
+  isLong(model, bytes) {
+    return bytes >= LONG * this.bytesPerToken(model);
   }
 
   #of(model) {
