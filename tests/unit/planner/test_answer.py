@@ -1,6 +1,7 @@
 """The first line of a plan: yes with what to run, or no with what would do. Each was read by a person."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from kimi_demo.presets import demo_config
 from kimi_server.cli import main
+from kimi_server.planner import nvidia
 from kimi_server.planner.checkpoints import KNOWN, read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
@@ -332,6 +334,27 @@ def test_what_is_run_for_other_weights_can_be_run(
     assert ('quantization: "fp8_per_channel"' in out.read_text()) == online
     assert main(["serve", str(config.parent), "--device", "cpu", "--memory", "80G", "--weights", weights]) == 1
     assert f"--weights is {weights}, which takes a checkpoint; give its folder as MODEL" in capsys.readouterr().err
+
+
+def test_serve_quantises_as_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(os, "execvp", lambda _, command: started.extend(command))
+    out = tmp_path / "serve.yaml"
+    main(["serve", MODEL, "--gpus", "1xH100", "--context", "128K", "--weights", "fp8", "--out", str(out)])
+    assert capsys.readouterr().out.startswith("Yes: 18 documents of 128K at once.")
+    assert started[-4:] == ["serve", MODEL, "--config", str(out)]
+    assert 'quantization: "fp8_per_channel"' in out.read_text()
+
+
+def test_a_number_of_this_machines_gpus_is_run_on_as_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nvidia, "probe", lambda: [nvidia.Gpu("NVIDIA H200", 143771 << 20, "143771")] * 4)
+    assert main(["plan", MODEL, "--gpus", "1", "--context", "128K", "--brief"]) == 0
+    line = f"Yes: 27 documents of 128K at once. Run: {SERVE} --gpus 1 --context 128K {TRUST}\n"
+    assert capsys.readouterr().out == line
 
 
 def test_the_guide_makes_the_folder_that_is_named() -> None:
