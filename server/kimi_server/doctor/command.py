@@ -16,6 +16,7 @@ from vllm_kimi_linear.config.errors import ConfigError
 
 MODEL = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
 CONTEXT = 128 << 10  # tokens
+PLAN = f"`kimi-linear plan {MODEL} --context {sizes.flag(CONTEXT)}`"
 
 
 def doctor(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -60,7 +61,7 @@ def model() -> Finding:
     except ConfigError as error:
         return Finding("warning", "the 48B", str(error))
     if not choice.fits:
-        return Finding("warning", "the 48B", f"{refusal.head(choice)}; `kimi-linear plan {MODEL}` says what is needed")
+        return Finding("warning", "the 48B", f"{refusal.head(choice)}; {PLAN} says what is needed")
     held = sizes.documents(choice.best.sequences(CONTEXT), CONTEXT)
     return Finding("ok", "the 48B", f"fits: {held} at once, with {choice.best.describe()}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kimi_server.doctor.finding import Finding
 from kimi_server.planner import nvidia
-from kimi_server.planner.gpus import available_memory
+from kimi_server.planner.gpus import CGROUP_LIMIT, available_memory, container_limit
 from kimi_server.planner.plan import LEAST_CAPABILITY
 from kimi_server.planner.sizes import gib
 from vllm_kimi_linear.config.errors import ConfigError
@@ -17,7 +17,6 @@ from vllm_kimi_linear.config.errors import ConfigError
 # What kernels, ours and oneDNN's, choose by.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 CPUINFO = Path("/proc/cpuinfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def processor(cpuinfo: Path = CPUINFO, machine: str = platform.machine()) -> Finding:
@@ -37,14 +36,11 @@ def processor(cpuinfo: Path = CPUINFO, machine: str = platform.machine()) -> Fin
 def memory(limit: Path = CGROUP_LIMIT) -> Finding:
     """What is free; in a container, not more than it may use."""
     try:
-        free = available_memory()
+        free = gib(available_memory(limit=limit))
     except ConfigError as error:
         return Finding("warning", "memory", str(error))
-    try:
-        most = int(limit.read_text())
-    except (OSError, ValueError):  # no such limit: the file says `max`
-        return Finding("ok", "memory", f"{gib(free)} free")
-    return Finding("ok", "memory", f"{gib(min(free, most))} free, of at most {gib(most)} in this container")
+    most = container_limit(limit)
+    return Finding("ok", "memory", f"{free} free" + (f", of at most {gib(most)} in this container" if most else ""))
 
 
 def gpus() -> tuple[Finding, bool]:

@@ -9,13 +9,15 @@ from kimi_server.planner.plan import Choice
 from kimi_server.planner.remedies import Remedy
 from kimi_server.planner.serve_config import settings
 from kimi_server.planner.sizes import documents
+from kimi_server.planner.stored import GUIDE
 
 
-def yes(choice: Choice, commands: Sequence[str] = ()) -> str:
-    """Yes: 27 documents of 128K at once. Run: ..."""
+def yes(choice: Choice, commands: Sequence[str] = (), checkpoint: str | None = None) -> str:
+    """Yes: 27 documents of 128K at once. Run: ... `checkpoint` is the kind that this takes in MODEL's place."""
     best, machine = choice.best, choice.machine
     where = f", on {best.ranks} of the {machine.count} GPUs" if best.ranks < machine.count else ""
     where += f", by {best.describe()}" if best.servers > 1 else ""
+    where += f", with an {checkpoint} checkpoint ({GUIDE})" if checkpoint else ""
     line = f"Yes: {documents(best.sequences(choice.request.context), choice.request.context)} at once{where}."
     if len(commands) == 1:
         return f"{line} Run: {commands[0]}"
@@ -23,14 +25,18 @@ def yes(choice: Choice, commands: Sequence[str] = ()) -> str:
 
 
 def as_json(
-    choice: Choice, found: Sequence[Remedy], commands: Sequence[str], contexts: Sequence[int]
+    choice: Choice,
+    found: Sequence[Remedy],
+    commands: Sequence[str],
+    contexts: Sequence[int],
+    shorter: Choice | None = None,
 ) -> dict[str, Any]:
     """Memory in bytes of a rank; sequences by tokens."""
     held, best, request = choice.best.forecast, choice.best, choice.request
     count = choice.per_server
     common = {
         "fits": choice.fits,
-        "answer": yes(choice).splitlines()[0] if choice.fits else refusal.answer(choice, found),
+        "answer": yes(choice).splitlines()[0] if choice.fits else refusal.answer(choice, found, shorter),
         "machine": asdict(choice.machine),
         "context": request.context,
         "concurrency": request.concurrency,
@@ -50,6 +56,8 @@ def as_json(
         return common | {"commands": list(commands), "flags": {each.flag: each.value for each in settings(choice)}}
     return common | {
         "changes": refusal.changes(choice),
+        "shorter": shorter
+        and {"context": (fits := shorter.request.context), "sequences": shorter.best.sequences(fits)},
         "remedies": [
             {"weights": each.weights, "machine": each.name, "sequences": _sequences(each.choice, contexts)}
             for each in found

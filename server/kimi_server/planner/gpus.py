@@ -1,7 +1,8 @@
 """The machine to plan for: GPUs, probed or named, or a CPU with its memory."""
 
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,9 @@ GPUS = {
 ALIASES = {"H100": "H100-80GB", "H100-SXM": "H100-80GB"}
 GPU_SHARE = 0.9  # vLLM's --gpu-memory-utilization
 CPU_SHARE = 0.5  # of what is free: the server's processes themselves, and others, need the rest
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SIZE = re.compile(r"(\d+)\s*([MG])(I?B)?", re.ASCII | re.IGNORECASE)  # in place of a GPU's name
+NO_NAMES = ("ALL", "AUTO", "CPU", "NONE")
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,24 @@ class Machine:
 
     @property
     def short(self) -> str:
-        """What --gpus calls one of them."""
+        """What --gpus calls one of them; 24 GB if any will do that has so much."""
         return next((short for short, kind in GPUS.items() if kind.name == self.name), _short(self.name))
+
+    @property
+    def why(self) -> str:
+        """Of a CPU, why its ranks may not use all that is free."""
+        if self.device != "cpu" or self.usable == self.total:
+            return ""
+        half = "half" if self.count == 1 else "together half"
+        return (
+            f" ({half} of the {sizes.gib(self.total * self.count)} that are free; the rest is left to the processes "
+            "themselves, and --memory overrides this)"
+        )
 
     def describe(self) -> str:
         if self.device == "cpu":
             ranks = f"{self.count} ranks, " if self.count > 1 else ""
-            return f"CPU, {ranks}{sizes.gib(self.usable)} for a rank"
+            return f"CPU, {ranks}{sizes.gib(self.usable)} for a rank{self.why}"
         total, usable = sizes.gib(self.total), sizes.gib(self.usable)
         return f"{self.count} x {self.name}, {total} each, of which a rank may use {usable}"
 
@@ -76,16 +91,16 @@ def machine(device: str | None, gpus: str | None, memory: str | None, ranks: int
     `memory` is that of one GPU or, on a CPU, what one of the `ranks` may use for weights, activations and cache.
     Raises ConfigError.
     """
-    size = sizes.parse("--memory", memory, "80G") if memory is not None else None
+    size = sizes.memory("--memory", memory) if memory is not None else None
     if size is not None and size < MIB:  # a letter was forgotten
         raise ConfigError(f"--memory is {memory!r}, which means bytes; give a size such as 80G")
     if gpus is not None:
         if device == "cpu":
             raise ConfigError(f"--gpus is {gpus!r} with --device cpu; leave one of the two out")
-        return _named(gpus, size)
+        return _named(gpus, memory)
     found = [] if device == "cpu" else nvidia.probe()
     if found:
-        return _probed(found, size)
+        return _probed(found, None if memory is None else _of_a_gpu("--memory", memory))
     if device == "cuda":
         raise ConfigError("--device is cuda and no GPU was found; name some with --gpus, such as 4xH100-80GB")
     if size is not None:
@@ -99,7 +114,7 @@ def _probed(found: list[nvidia.Gpu], size: int | None) -> Machine:
     kinds = sorted({gpu.name for gpu in found})
     if len(kinds) > 1:
         raise ConfigError(
-            f"--gpus is unset and this machine has {', '.join(kinds)}; name those to use, such as 2xH100-80GB"
+            f"--gpus names no kind and this machine has {', '.join(kinds)}; name those to use, such as 2xH100-80GB"
         )
     name = kinds[0]
     if size is None:
@@ -113,21 +128,74 @@ def _probed(found: list[nvidia.Gpu], size: int | None) -> Machine:
     return _gpus(name, len(found), size, known[0] if known else nvidia.capability())
 
 
-def _named(gpus: str, size: int | None) -> Machine:
-    """4xH100-80GB, H200, or NVIDIA's own name."""
+def _named(gpus: str, memory: str | None) -> Machine:
+    """4xH100-80GB, H200, NVIDIA's own name, 2x24GB for any kind, or a number alone."""
     found = re.fullmatch(r"(?:(\d+)\s*[xX]\s*)?(.+)", gpus.strip(), re.ASCII)
-    count = int(found[1] or 1) if found and len(found[1] or "") <= 4 else 0
-    if not found or not count:
-        raise ConfigError(f"--gpus is {gpus!r}; give a number and a name, such as 4xH100-80GB")
-    name = found[2].strip()
-    kind = _kind(name)
-    if kind is None and size is None:
+    name = found[2].strip() if found else ""
+    size, kind = None if memory is None else _of_a_gpu("--memory", memory), _kind(name)
+    alone = is_number(gpus)
+    number = name if alone else (found[1] or "1") if found else ""
+    count = int(number) if 0 < len(number) <= 4 else 0
+    if count and kind is not None:
+        return _gpus(kind.name, count, size or kind.mib * MIB, kind.capability)
+    if count and alone:
+        return _any(count, "--memory", memory) if memory is not None else _here(count, gpus)
+    if count and SIZE.fullmatch(name):
+        if memory is not None:
+            raise ConfigError(f"--gpus is {gpus!r}, which says their memory; leave --memory out")
+        return _any(count, "--gpus", name)
+    if not count or not _may_be_a_name(name):
+        raise ConfigError(f"--gpus is {gpus!r}; give a number and a name or a size, such as 4xH100-80GB or 2x24GB")
+    if size is None:
         likely = [short for short in GPUS if _letters(name) and _letters(short).startswith(_letters(name))]
         names = ", ".join(likely or GPUS)
-        raise ConfigError(f"--gpus is {gpus!r}; give one of {names}, or what one GPU has with --memory 80G")
-    if kind is None:
-        return _gpus(name, count, size or 0, None)
-    return _gpus(kind.name, count, size or kind.mib * MIB, kind.capability)
+        raise ConfigError(f"--gpus is {gpus!r}; give one of {names}, or in place of the name a size, such as 2x24GB")
+    return _gpus(name, count, size, None)
+
+
+def is_number(gpus: str) -> bool:
+    """Whether --gpus says how many and not which; four digits are a name such as 4090."""
+    return re.fullmatch(r"\d{1,3}", gpus.strip(), re.ASCII) is not None
+
+
+def _here(count: int, gpus: str) -> Machine:
+    """So many of the GPUs that this machine has, or would have."""
+    if not (found := nvidia.probe()):
+        raise ConfigError(
+            f"--gpus is {gpus!r}, a number, and this machine has no GPU; give the kind or the memory of each, such as "
+            f"{count}xH100-80GB or {count}x24GB"
+        )
+    return replace(_probed(found, None), count=count)
+
+
+def _any(count: int, flag: str, text: str) -> Machine:
+    """GPUs of any kind with so much memory each."""
+    size = _of_a_gpu(flag, text)
+    name = f"{size // MIB} MiB"
+    if found := SIZE.fullmatch(text.strip()):
+        name = f"{int(found[1])} {found[2].upper()}{'B' if (found[3] or '').upper() == 'B' else 'iB'}"
+    return _gpus(name, count, size, None)
+
+
+def _of_a_gpu(flag: str, text: str) -> int:
+    """Bytes of a GPU of 24G or 24GiB, or of the least that is sold with 24GB: such have 22.5 to 24 GiB."""
+    size = sizes.memory(flag, text)
+    if not text.strip().upper().endswith("GB"):
+        return size
+    most = size * 1024**3 // 1000**3
+    return min((kind.mib * MIB for kind in GPUS.values() if size <= kind.mib * MIB <= most), default=size)
+
+
+def _may_be_a_name(name: str) -> bool:
+    """Whether a GPU that is not known can be called so: not 2x, x24, -1xH100, H100x2 or cpu."""
+    if not re.fullmatch(r"[A-Z][\w .+()/-]*", name, re.ASCII | re.IGNORECASE) or name.upper() in NO_NAMES:
+        return False
+    rest = re.sub(r"^x\s*", "", name, flags=re.IGNORECASE)
+    if rest != name and not rest[:1].isalpha():
+        return False
+    before = re.sub(r"\s*x\s*\d+$", "", rest, flags=re.ASCII | re.IGNORECASE)
+    numbered = before != rest and before[-1:].isdigit()
+    return not numbered and all(_kind(part) is None for part in {rest, before, re.sub(r"x$", "", rest)})
 
 
 def _kind(name: str) -> Kind | None:
@@ -144,7 +212,7 @@ def _letters(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("NVIDIA ").replace(" ", "-")
+    return name if SIZE.fullmatch(name) else name.removeprefix("NVIDIA ").replace(" ", "-")
 
 
 def of_kind(short: str, count: int) -> Machine:
@@ -157,12 +225,23 @@ def _gpus(name: str, count: int, total: int, capability: tuple[int, int] | None)
     return Machine("cuda", name, count, total, int(total * GPU_SHARE), capability)
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of memory that are free or can be freed; raises ConfigError where the system does not say."""
+def available_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = CGROUP_LIMIT) -> int:
+    """Bytes of memory that are free or can be freed, in a container at most its `limit`.
+
+    Raises ConfigError where the system does not say.
+    """
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:
         found = None
     if not found:
         raise ConfigError(f"--memory is unset and {meminfo} does not say what is available; give it, such as 16G")
-    return int(found[1]) * 1024
+    return min(int(found[1]) * 1024, container_limit(limit) or sys.maxsize)
+
+
+def container_limit(limit: Path = CGROUP_LIMIT) -> int | None:
+    """Bytes that this container may use; None without such a limit, where the file is not there or says `max`."""
+    try:
+        return int(limit.read_text())
+    except (OSError, ValueError):
+        return None

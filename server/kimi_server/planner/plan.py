@@ -35,6 +35,7 @@ class Request:
     tensor_parallel: int | None = None  # None: to be chosen
     context_parallel: int = 1  # ranks that the latent KV is spread over
     one_server: bool = False
+    quantization: str | None = None  # by which the server makes `config`'s weights from plain ones
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,54 @@
-"""What is said where a request does not fit: by how much, and what would do."""
+"""What is said where a request does not fit: by how much, what would do, and what fits instead."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kimi_server.planner.plan import Choice, best_spread
 from kimi_server.planner.remedies import Remedy, phrases, remedies
-from kimi_server.planner.sizes import documents, gib, tokens
+from kimi_server.planner.sizes import documents, flag, gib, tokens
+from kimi_server.planner.stored import GUIDE
 from vllm_kimi_linear.cache.layout import longest_context
 
-NOTHING = "no machine of up to 8 known GPUs holds that"
+NOTHING = "no machine of up to 8 known GPUs holds"
+LEAST_CONTEXT = 4 << 10  # tokens that are suggested
 
 
 def sentence(choice: Choice) -> str:
     """All of it in one, for an error."""
     do = either([*changes(choice), *phrases(remedies(choice), choice.machine)])
-    return f"{head(choice)}: {shortage(choice)}; {f'choose {do}' if do else NOTHING}"
+    return f"{head(choice)}: {shortage(choice)}; {f'choose {do}' if do else f'{NOTHING} that'}"
 
 
-def answer(choice: Choice, found: Sequence[Remedy]) -> str:
-    """The first line."""
-    need = "It needs" if choice.request.concurrency == 1 else "They need"
+def answer(choice: Choice, found: Sequence[Remedy], shorter: Choice | None = None) -> str:
+    """The first line. `shorter` is what fits instead, where no length was asked for."""
+    asked, knobs = choice.request, changes(choice)
+    who, what = "It" if asked.concurrency == 1 else "They", "that"
+    lines = [f"No: {head(choice)}."]
+    if shorter:
+        context = shorter.request.context
+        held = documents(shorter.best.sequences(context), context)
+        lines.append(f"Yes: {held} at once, with --context {flag(context)}.")
+        who = what = documents(asked.concurrency, asked.context)
+        knobs = [knob for knob in knobs if not knob.startswith("--context")]
+    need = "needs" if asked.concurrency == 1 else "need"
     do = either(phrases(found, choice.machine))
-    lines = [f"No: {head(choice)}.", f"{need} {do}." if do else f"{NOTHING[0].upper()}{NOTHING[1:]}."]
-    if knobs := changes(choice):
+    lines.append(f"{who} {need} {do}." if do else f"{NOTHING[0].upper()}{NOTHING[1:]} {what}.")
+    if any(each.stored for each in found):
+        lines.append(f"{GUIDE} says where to get such a checkpoint.")
+    if knobs:
         lines.append(f"Here {either(knobs)} fits.")
     return " ".join(lines)
+
+
+def shorter(choice: Choice) -> Choice | None:
+    """The same request for the longest power of two at which it fits; None where that is less than 4K."""
+    context = 1 << (choice.request.context - 1).bit_length() - 1
+    while context >= LEAST_CONTEXT:
+        # Layouts are the same for every length.
+        if (found := replace(choice, request=replace(choice.request, context=context))).fits:
+            return found
+        context //= 2
+    return None
 
 
 def head(choice: Choice) -> str:
@@ -35,6 +60,7 @@ def head(choice: Choice) -> str:
         where = f"a CPU that may use {gib(machine.usable)}"
         if machine.count > 1:
             where = f"{machine.count} ranks of a CPU that may use {gib(machine.usable)} each"
+        where += machine.why
     fitting = choice.best.sequences(request.context)
     rest = f", {fitting:,} {'does' if fitting == 1 else 'do'}" if fitting else ""
     return f"{documents(request.concurrency, request.context)} {do} not fit on {where}{rest}"
@@ -70,12 +96,12 @@ def table(choice: Choice, found: Sequence[Remedy], contexts: Sequence[int]) -> l
     rows = []
     for each in found:
         best = each.choice.best
-        name = ", ".join(part for part in (each.weights and f"{each.weights} checkpoint", each.name) if part)
+        name = ", ".join(part for part in (each.weights and f"--weights {each.weights}", each.name) if part)
         rows.append(
-            f"  {name:<32}{best.describe():<22}{gib(best.forecast.weights):>12}"
+            f"  {name:<36}{best.describe():<22}{gib(best.forecast.weights):>12}"
             + "".join(f"{best.sequences(context):>10,}" for context in contexts)
         )
-    heading = f"{'Sequences that would fit at once with':<56}{'weights':>12}"
+    heading = f"{'Sequences that would fit at once with':<60}{'weights':>12}"
     return [heading + "".join(f"{tokens(each):>10}" for each in contexts), *rows]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from kimi_server.planner.gpus import GPUS, Machine, of_kind
 from kimi_server.planner.plan import LEAST_CAPABILITY, Choice, Request, choose
-from kimi_server.planner.stored import CAPABILITIES, STORED
+from kimi_server.planner.stored import CAPABILITIES, STORED, WHILE_LOADING
 from kimi_server.planner.weight_bytes import weight_bytes
 from vllm_kimi_linear.cache.layout import GIB, MIB
 from vllm_kimi_linear.config.errors import ConfigError
@@ -25,6 +25,11 @@ class Remedy:
     name: str  # its GPUs; on a CPU the flag for more memory, or nothing
     weights: str | None = None  # of `STORED`; None: the checkpoint that was planned
 
+    @property
+    def stored(self) -> bool:
+        """Whether it takes another checkpoint."""
+        return self.weights is not None and (self.choice.machine.device == "cpu" or self.weights not in WHILE_LOADING)
+
 
 def phrases(found: Sequence[Remedy], here: Machine) -> list[str]:
     """Each in words to whom has `here`; checkpoints for the same GPUs are one phrase."""
@@ -32,9 +37,9 @@ def phrases(found: Sequence[Remedy], here: Machine) -> list[str]:
     smaller: dict[str, list[str]] = {}
     for each in found:
         if each.weights is not None:
-            smaller.setdefault(each.name, []).append(_checkpoint(each))
+            smaller.setdefault(each.name, []).append(_weights(each))
     for name, checkpoints in smaller.items():
-        several = f"the {' or the '.join(checkpoints)}"
+        several = " or ".join(checkpoints)
         if here.device == "cpu":
             plain.append(f"{name} and {several}" if name else several)
         elif name == f"{here.count} x {here.short}":
@@ -44,14 +49,14 @@ def phrases(found: Sequence[Remedy], here: Machine) -> list[str]:
     return plain
 
 
-def _checkpoint(remedy: Remedy) -> str:
-    """Fp8 checkpoint (50 GB), and what it needs where that is not known."""
+def _weights(remedy: Remedy) -> str:
+    """--weights fp8 (50 GB) or the int4 checkpoint (31 GB), and what it needs where that is not known."""
     assert remedy.weights is not None
     size = f"{_size(remedy.choice) / 1e9:.0f} GB"
     machine, least = remedy.choice.machine, CAPABILITIES[remedy.weights]
     if machine.device == "cuda" and machine.capability is None and least > LEAST_CAPABILITY:
         size += f", from compute capability {least[0]}.{least[1]} on"
-    return f"{remedy.weights} checkpoint ({size})"
+    return f"the {remedy.weights} checkpoint ({size})" if remedy.stored else f"--weights {remedy.weights} ({size})"
 
 
 def remedies(short: Choice) -> list[Remedy]:

@@ -8,6 +8,7 @@ from kimi_server.planner.plan import Choice, Layout, best_spread
 from kimi_server.planner.remedies import Remedy
 from kimi_server.planner.serve_config import settings
 from kimi_server.planner.sizes import documents, gib, tokens
+from kimi_server.planner.stored import GUIDE
 from vllm_kimi_linear.cache.layout import GIB, MIB
 
 CONTEXTS = (4 << 10, 128 << 10, 1 << 20)
@@ -25,7 +26,7 @@ def refused(choice: Choice, found: Sequence[Remedy]) -> str:
     if found:
         parts.append(refusal.table(choice, found, contexts(choice)))
     if any(each.weights for each in found):
-        parts.append(["Smaller checkpoints are in the format of compressed-tensors; `--weights` plans for one."])
+        parts.append([f"`--weights` plans for smaller weights; {GUIDE} says where to get them."])
     return "\n\n".join("\n".join(part) for part in parts)
 
 

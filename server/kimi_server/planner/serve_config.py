@@ -41,6 +41,8 @@ def settings(choice: Choice) -> list[Setting]:
         chosen.append(Setting("kv-cache-dtype", request.kv_cache_dtype, "as asked"))
     if request.state_dtype != "auto":
         chosen.append(Setting("mamba-ssm-cache-dtype", request.state_dtype, "the recurrent state, as asked"))
+    if request.quantization:
+        chosen.append(Setting("quantization", request.quantization, "made of the plain weights while they are loaded"))
     block, half = layout.forecast.plan.block_tokens, BATCH_TOKENS[device] // 2
     threshold = max(half // block * block, block)
     if threshold <= request.context:

@@ -30,6 +30,9 @@ STORED = {
     ),
     "int4": compressed("pack-quantized", INT4_WEIGHTS, None, BUT_EXPERTS),
 }
+# Of these vLLM makes from a plain checkpoint on a GPU what its --quantization calls so.
+WHILE_LOADING = {"fp8": "fp8_per_channel"}
+GUIDE = "docs/guide/quantised-checkpoints.md"  # says where to get the others
 # The least compute capability of a GPU that vLLM multiplies them on.
 CAPABILITIES = {"fp8": (8, 9), "int4": (8, 0)}
 

@@ -10,6 +10,7 @@ import pytest
 from kimi_server.cli import main
 from kimi_server.doctor import command, install, machine
 from kimi_server.doctor.finding import Finding
+from kimi_server.planner import gpus as planned
 from kimi_server.planner import nvidia
 from vllm_kimi_linear.cache.layout import GIB
 from vllm_kimi_linear.config.errors import ConfigError
@@ -129,3 +130,11 @@ def test_on_a_gpu_the_processor_does_not_matter(monkeypatch: pytest.MonkeyPatch)
 def test_whether_the_48b_fits(monkeypatch: pytest.MonkeyPatch, gpus: int, level: str) -> None:
     monkeypatch.setattr(nvidia, "probe", lambda: [nvidia.Gpu("NVIDIA L40S", 46068 << 20, "46068")] * gpus)
     assert command.model().level == level
+
+
+def test_why_the_48b_may_use_half_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "probe", list)
+    monkeypatch.setattr(planned, "available_memory", lambda: 16 * GIB)
+    text = command.model().text
+    assert "a CPU that may use 8.00 GiB (half of the 16.00 GiB that are free; the rest is left to the processes" in text
+    assert f"`kimi-linear plan {command.MODEL} --context 128K` says what is needed" in text  # of the same length

@@ -1,19 +1,25 @@
 """The first line of a plan: yes with what to run, or no with what would do. Each was read by a person."""
 
 import json
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kimi_demo.presets import demo_config
 from kimi_server.cli import main
+from kimi_server.planner import nvidia
 from kimi_server.planner.checkpoints import KNOWN, read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.remedies import remedies
 from kimi_server.planner.stored import CAPABILITIES, STORED, as_stored
+from kimi_server.planner.stored import GUIDE as GUIDE_OF_CHECKPOINTS
 
 K, M = 1 << 10, 1 << 20
 MODEL = next(iter(KNOWN))
@@ -21,6 +27,7 @@ CONFIG = read_config(MODEL)
 SERVE = f"kimi-linear serve {MODEL}"
 TRUST = "-- --trust-remote-code"
 # Machine and context: the first line.
+WHERE = "docs/guide/quantised-checkpoints.md says where to get such a checkpoint."
 ANSWERS = {
     "1xH200 128K": f"Yes: 27 documents of 128K at once. Run: {SERVE} --context 128K {TRUST}",
     "B200 1M": f"Yes: 7 documents of 1M at once. Run: {SERVE} --context 1M {TRUST}",
@@ -38,86 +45,129 @@ ANSWERS = {
     "6xH100 128K": "Yes: 63 documents of 128K at once, by 3 servers of 2 ranks. Run:",
     "8xH200 1M": "Yes: 36 documents of 1M at once, by 4 servers of 2 ranks. Run:",
     "H100 1M": (
-        "No: 1 document of 1M does not fit on 1 x H100-80GB. It needs 2 x H100-80GB, 1 x H200, 4 x 48 GB, or the fp8 "
-        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on this GPU."
+        "No: 1 document of 1M does not fit on 1 x H100-80GB. It needs 2 x H100-80GB, 1 x H200, 4 x 48 GB, or "
+        "--weights fp8 (50 GB) or the int4 checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
     "A100-80GB 128K": (
         "No: 1 document of 128K does not fit on 1 x A100-80GB. It needs 2 x A100-80GB, 1 x H200, 4 x 48 GB, or the "
-        "int4 checkpoint (31 GB) on this GPU."
+        "int4 checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
     "L40S 128K": (
         "No: 1 document of 128K does not fit on 1 x L40S. It needs 4 x L40S, 2 x 80 GB, 1 x H200, or the int4 "
-        "checkpoint (31 GB) on this GPU."
+        "checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
     "2xL40S 128K": (
-        "No: 1 document of 128K does not fit on 2 x L40S. It needs 4 x L40S, 2 x 80 GB, 1 x H200, or the fp8 "
-        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs."
+        "No: 1 document of 128K does not fit on 2 x L40S. It needs 4 x L40S, 2 x 80 GB, 1 x H200, or "
+        "--weights fp8 (50 GB) or the int4 checkpoint (31 GB) on these GPUs. "
+        f"{WHERE}"
     ),
     "rtx-a6000 128K": (
         "No: 1 document of 128K does not fit on 1 x A6000. It needs 4 x A6000, 2 x 80 GB, 1 x H200, or the int4 "
-        "checkpoint (31 GB) on this GPU."
+        "checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
     "RTX-4090 128K": (
         "No: 1 document of 128K does not fit on 1 x RTX-4090. It needs 8 x RTX-4090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
-        "the fp8 checkpoint (50 GB) on 4 x RTX-4090, or the int4 checkpoint (31 GB) on 2 x RTX-4090."
+        "--weights fp8 (50 GB) on 4 x RTX-4090, or the int4 checkpoint (31 GB) on 2 x RTX-4090. "
+        f"{WHERE}"
     ),
     "2xRTX-4090 128K": (
         "No: 1 document of 128K does not fit on 2 x RTX-4090. It needs 8 x RTX-4090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
-        "or the int4 checkpoint (31 GB) on these GPUs."
+        "or the int4 checkpoint (31 GB) on these GPUs. "
+        f"{WHERE}"
     ),
     "4x3090 128K": (
         "No: 1 document of 128K does not fit on 4 x RTX-3090. It needs 8 x RTX-3090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
-        "or the int4 checkpoint (31 GB) on these GPUs."
+        "or the int4 checkpoint (31 GB) on these GPUs. "
+        f"{WHERE}"
     ),
     "2xRTX-5090 128K": (
         "No: 1 document of 128K does not fit on 2 x RTX-5090. It needs 4 x RTX-5090, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
-        "or the fp8 checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs."
+        "or --weights fp8 (50 GB) or the int4 checkpoint (31 GB) on these GPUs. "
+        f"{WHERE}"
     ),
     "A100-40GB 1M": (
         "No: 1 document of 1M does not fit on 1 x A100-40GB. It needs 4 x A100-40GB, 2 x 80 GB, 1 x H200, 4 x 48 GB, "
-        "or the int4 checkpoint (31 GB) on 2 x A100-40GB."
+        "or the int4 checkpoint (31 GB) on 2 x A100-40GB. "
+        f"{WHERE}"
     ),
     "RTX-PRO-6000 128K": (
         "No: 1 document of 128K does not fit on 1 x RTX-PRO-6000. It needs 2 x RTX-PRO-6000, 2 x 80 GB, 1 x H200, "
-        "4 x 48 GB, or the fp8 checkpoint (50 GB) or the int4 checkpoint (31 GB) on this GPU."
+        "4 x 48 GB, or --weights fp8 (50 GB) or the int4 checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
 }
 # Other arguments: the first line.
 OTHERS = {
     "--gpus 4xH100 --concurrency 8": (
-        "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. They need 8 x H100-80GB, 2 x H200, or the fp8 "
-        "checkpoint (50 GB) or the int4 checkpoint (31 GB) on these GPUs. Here --concurrency 5, --context 762240, or "
+        "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. Yes: 11 documents of 512K at once, with --context "
+        "512K. 8 documents of 1M need 8 x H100-80GB, 2 x H200, or --weights fp8 (50 GB) or the int4 checkpoint (31 GB) "
+        f"on these GPUs. {WHERE} Here --concurrency 5, or --decode-context-parallel 4 (without prefix caching) fits."
+    ),
+    "--gpus 4xH100 --concurrency 8 --context 1M": (
+        "No: 8 documents of 1M do not fit on 4 x H100-80GB, 5 do. They need 8 x H100-80GB, 2 x H200, or --weights fp8 "
+        f"(50 GB) or the int4 checkpoint (31 GB) on these GPUs. {WHERE} Here --concurrency 5, --context 762240, or "
         "--decode-context-parallel 4 (without prefix caching) fits."
     ),
     "--gpus 8xB200 --concurrency 500": (
+        "No: 500 documents of 1M do not fit on 8 x B200, 56 do. Yes: 864 documents of 64K at once, with --context 64K. "
+        "No machine of up to 8 known GPUs holds 500 documents of 1M. Here --concurrency 56 fits."
+    ),
+    "--gpus 8xB200 --concurrency 500 --context 1M": (
         "No: 500 documents of 1M do not fit on 8 x B200, 56 do. No machine of up to 8 known GPUs holds that. "
         "Here --concurrency 56, or --context 112960 fits."
     ),
+    "--gpus 8xL4": (
+        "No: 1 document of 1M does not fit on 8 x L4. Yes: 1 document of 512K at once, with --context 512K. 1 document "
+        "of 1M needs 2 x 80 GB, 1 x H200, 4 x 48 GB, or --weights fp8 (50 GB) or the int4 checkpoint (31 GB) on these "
+        f"GPUs. {WHERE} Here --decode-context-parallel 8 (without prefix caching) fits."
+    ),
+    "--gpus 2x24GB --context 128K": (
+        "No: 1 document of 128K does not fit on 2 x 24 GB. It needs 8 x 24 GB, 2 x 80 GB, 1 x H200, 4 x 48 GB, or the "
+        f"int4 checkpoint (31 GB) on these GPUs. {WHERE}"
+    ),
+    "--gpus 8x24GB --context 128K": (
+        f"Yes: 6 documents of 128K at once. Run: {SERVE} --tensor-parallel 8 --gpus 8x24GB --context 128K {TRUST}"
+    ),
+    "--gpus 8 --memory 24G --context 128K": (
+        f"Yes: 7 documents of 128K at once. Run: {SERVE} --tensor-parallel 8 --gpus 8x24GiB --context 128K {TRUST}"
+    ),
     "--gpus New --memory 70G": (
-        "No: 1 document of 1M does not fit on 1 x New. It needs 2 x New, 2 x 80 GB, 1 x H200, 4 x 48 GB, or the fp8 "
-        "checkpoint (50 GB, from compute capability 8.9 on) or the int4 checkpoint (31 GB) on this GPU."
+        "No: 1 document of 1M does not fit on 1 x New. It needs 2 x New, 2 x 80 GB, 1 x H200, 4 x 48 GB, or "
+        "--weights fp8 (50 GB, from compute capability 8.9 on) or the int4 checkpoint (31 GB) on this GPU. "
+        f"{WHERE}"
     ),
     "--gpus 2xNew --memory 70G": (
         f"Yes: 1 document of 1M at once. Run: {SERVE} --tensor-parallel 2 --gpus 2xNew --memory 70G --context 1M "
         f"{TRUST}"
     ),
     "--gpus H100 --weights fp8 --context 128K": (
-        f"Yes: 18 documents of 128K at once. Run: kimi-linear serve MODEL --context 128K {TRUST}"
+        f"Yes: 18 documents of 128K at once. Run: {SERVE} --context 128K --weights fp8 {TRUST}"
+    ),
+    "--gpus H100 --weights int4 --context 128K": (
+        "Yes: 34 documents of 128K at once, with an int4 checkpoint (docs/guide/quantised-checkpoints.md). Run: "
+        f"kimi-linear serve Kimi-Linear-48B-A3B-Instruct-int4 --context 128K {TRUST}"
     ),
     "--gpus 2x4090 --weights fp8": (
         "No: 1 document of 1M does not fit on 2 x RTX-4090. It needs 8 x RTX-4090, 1 x H100-80GB, 1 x H200, 2 x L40S, "
-        "or the int4 checkpoint (31 GB) on 4 x RTX-4090."
+        "or the int4 checkpoint (31 GB) on 4 x RTX-4090. "
+        f"{WHERE}"
     ),
     "--device cpu --memory 256G --context 128K": (
         f"Yes: 146 documents of 128K at once. Run: {SERVE} --device cpu --memory 256G --context 128K {TRUST}"
     ),
     "--device cpu --memory 40G": (
         "No: 1 document of 1M does not fit on a CPU that may use 40.00 GiB. It needs --memory 101G, --memory 56G and "
-        "the fp8 checkpoint (50 GB), or the int4 checkpoint (31 GB)."
+        "the fp8 checkpoint (50 GB), or the int4 checkpoint (31 GB). "
+        f"{WHERE}"
     ),
     "--device cpu --memory 16G --tensor-parallel 2 --context 128K": (
         "No: 1 document of 128K does not fit on 2 ranks of a CPU that may use 16.00 GiB each. It needs --memory 48G, "
-        "--memory 25G and the fp8 checkpoint (50 GB), or --memory 17G and the int4 checkpoint (31 GB)."
+        "--memory 25G and the fp8 checkpoint (50 GB), or --memory 17G and the int4 checkpoint (31 GB). "
+        f"{WHERE}"
     ),
 }
 LINES = {"--gpus {} --context {}".format(*key.split()): line for key, line in ANSWERS.items()}
@@ -185,6 +235,7 @@ def test_the_guide_shows_the_answers() -> None:
     assert len(ROWS) == 5
     for case in ("1xH200 128K", "2xRTX-4090 128K"):
         assert f"    {ANSWERS[case]}\n" in GUIDE
+    assert f"    {OTHERS['--gpus 8xL4']}\n" in GUIDE
 
 
 def test_the_guide_shows_the_tables_as_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +264,7 @@ def test_the_table_follows_the_first_line(capsys: pytest.CaptureFixture[str]) ->
     assert first.startswith("No: ") and "Short: each rank of 1 server of 1 rank needs 95.88 GiB" in empty
     assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
         *(["2", "x"], ["1", "x"], ["4", "x"]),
-        *(["fp8", "checkpoint,"], ["int4", "checkpoint,"]),
+        *(["--weights", "fp8,"], ["--weights", "int4,"]),
     ]
     assert "--weights" in note
 
@@ -222,6 +273,7 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert main(["plan", MODEL, "--gpus", "H100", "--json"]) == 1
     no = json.loads(capsys.readouterr().out)
     assert (no["fits"], no["answer"]) == (False, ANSWERS["H100 1M"])
+    assert no["shorter"] is None
     assert no["memory"]["short"] > no["memory"]["cache"] > 0
     assert [(each["weights"], each["machine"], each["sequences"][str(M)]) for each in no["remedies"]] == [
         *((None, "2 x H100-80GB", 2), (None, "1 x H200", 3), (None, "4 x 48 GB", 1)),
@@ -235,6 +287,95 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert yes["sequences"][str(M)] == 2
     assert yes["flags"]["tensor-parallel-size"] == yes["tensor_parallel"] == 2
     assert out.exists()
+
+
+def test_a_plan_without_a_length_says_the_longest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for with the flag that the answer names, it is a yes of as many; the next is a no."""
+    for flags in (["--gpus", "8xL4"], ["--gpus", "4xH100", "--concurrency", "8"], ["--gpus", "6xL40S"]):
+        assert main(["plan", MODEL, *flags, "--brief"]) == (0 if "6xL40S" in flags else 1)
+        line = capsys.readouterr().out
+        if found := re.search(r"Yes: (\d+ documents? of (\d+)K at once), with (--context) (\2K)\.", line):
+            assert main(["plan", MODEL, *flags, "--brief", *found.groups()[2:]]) == 0
+            assert capsys.readouterr().out.startswith(f"Yes: {found[1]}")
+            assert main(["plan", MODEL, *flags, "--brief", "--context", f"{2 * int(found[2])}K"]) == 1
+            assert "Yes" not in capsys.readouterr().out  # who asks for a length is answered for that one
+        assert bool(found) == ("6xL40S" not in flags)
+    assert main(["plan", MODEL, "--gpus", "8xL4", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["shorter"] == {"context": 512 * K, "sequences": 1}
+
+
+def test_a_model_that_reads_less_is_planned_for_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(demo_config() | {"model_max_length": 5000}))
+    assert main(["plan", str(tmp_path), "--gpus", "L4", "--brief"]) == 0
+    assert f" documents of 5,000 tokens at once. Run: kimi-linear serve {tmp_path} --context 5000" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("weights", STORED)
+def test_what_is_run_for_other_weights_can_be_run(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fp8 is made by the server, and of int4 the guide makes the folder that is named."""
+    config = tmp_path / "model" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(CONFIG))
+    out = tmp_path / "serve.yaml"
+    asked = ["plan", str(config.parent), "--gpus", "1xH100", "--weights", weights]
+    assert main([*asked, "--brief"]) == 0
+    line = capsys.readouterr().out
+    assert main([*asked, "--brief", "--out", str(out)]) == 0
+    online = weights == "fp8"
+    model = "model" if online else "model-int4"
+    assert f"kimi-linear serve {model if not online else config.parent} " in line
+    assert ("--weights fp8" in line, "with an int4 checkpoint" in line) == (online, not online)
+    assert ('quantization: "fp8_per_channel"' in out.read_text()) == online
+    assert main(["serve", str(config.parent), "--device", "cpu", "--memory", "80G", "--weights", weights]) == 1
+    assert f"--weights is {weights}, which takes a checkpoint; give its folder as MODEL" in capsys.readouterr().err
+
+
+def test_serve_quantises_as_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(os, "execvp", lambda _, command: started.extend(command))
+    out = tmp_path / "serve.yaml"
+    main(["serve", MODEL, "--gpus", "1xH100", "--context", "128K", "--weights", "fp8", "--out", str(out)])
+    assert capsys.readouterr().out.startswith("Yes: 18 documents of 128K at once.")
+    assert started[-4:] == ["serve", MODEL, "--config", str(out)]
+    assert 'quantization: "fp8_per_channel"' in out.read_text()
+
+
+def test_a_number_of_this_machines_gpus_is_run_on_as_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nvidia, "probe", lambda: [nvidia.Gpu("NVIDIA H200", 143771 << 20, "143771")] * 4)
+    assert main(["plan", MODEL, "--gpus", "1", "--context", "128K", "--brief"]) == 0
+    line = f"Yes: 27 documents of 128K at once. Run: {SERVE} --gpus 1 --context 128K {TRUST}\n"
+    assert capsys.readouterr().out == line
+
+
+def test_the_guide_makes_the_folder_that_is_named() -> None:
+    """Its recipe stores weights as the plan counts them."""
+    page = (Path(__file__).parents[3] / GUIDE_OF_CHECKPOINTS).read_text()
+    block = page[(start := page.index("from compressed_tensors")) : page.index("```", start)]
+    asked: dict[str, Any] = {}
+    fakes: dict[str, Any] = {
+        "llmcompressor": SimpleNamespace(model_free_ptq=lambda **words: asked.update(words)),
+        "compressed_tensors.quantization": SimpleNamespace(QuantizationScheme=dict),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in fakes.items():
+            patch.setitem(sys.modules, name, fake)
+        exec(block, {})
+    [group] = STORED["int4"]["config_groups"].values()
+    scheme = asked["scheme"]
+    assert asked["model_stub"] == MODEL and asked["save_directory"] == f"{MODEL.partition('/')[2]}-int4"
+    assert scheme["weights"].items() <= group["weights"].items()
+    assert scheme["targets"] == group["targets"] and scheme["format"] == group["format"]
+    assert {*STORED["int4"]["ignore"]} <= {*asked["ignore"]}
 
 
 def test_what_is_run_is_what_was_planned(capsys: pytest.CaptureFixture[str]) -> None:

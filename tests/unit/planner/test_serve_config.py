@@ -11,6 +11,8 @@ from kimi_demo.presets import demo_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import BATCH_TOKENS, Request, choose
 from kimi_server.planner.serve_config import settings, yaml
+from kimi_server.planner.stored import WHILE_LOADING
+from vllm_kimi_linear.config.flags import QUANTIZATIONS
 
 CONFIG_48B = json.loads((Path(__file__).parents[3] / "benchmarks" / "config_48b.json").read_text())
 # Set whatever is asked, because long prompts need them and people forget them.
@@ -37,6 +39,7 @@ def chosen(device: str, **more: Any):
 CASES = {
     "GPU": chosen("cuda"),
     "GPU, everything asked": chosen("cuda", state_dtype="bfloat16", tensor_parallel=2, context_parallel=2),
+    "GPU, quantised by the start": chosen("cuda", quantization=WHILE_LOADING["fp8"]),
     "CPU": chosen("cpu"),
     "CPU, everything asked": chosen("cpu", state_dtype="float32", dtype="float32"),
 }
@@ -98,3 +101,7 @@ def test_the_asked_concurrency_may_run_at_once_and_is_counted() -> None:
 
 def test_a_file_without_a_model_names_none(tmp_path: Path) -> None:
     assert "model" not in {line.split(":")[0] for line in yaml(CASES["CPU"], None).splitlines()}
+
+
+def test_the_plugin_takes_what_a_start_quantises_by() -> None:
+    assert {*WHILE_LOADING.values()} <= {*QUANTIZATIONS["cuda"]}
