@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from kimi_demo.server import Server, free_port
+from kimi_demo.subject import TRAINED
 from tests.conftest import TWO_WORKERS, ServerPool
 from tests.e2e.vllm.test_offloading import ENV, FLAGS, NGRAM, SMALL, connector, documents
 from tests.support import patience
@@ -102,6 +103,45 @@ def test_the_gateway_has_long_prompts_read_elsewhere(
         check(documents, through.one_by_one(case.asked for case in documents))
         assert 0.9 * long < received(both) <= long
         assert asyncio.run(mixed(through, documents, requests=60, seed=62, at_once=12)) == []
+
+
+def test_chat_and_messages_by_the_gateway(tmp_path: Path):
+    """The trained model, about texts that neither server has read."""
+    pool, port = ServerPool(tmp_path), free_port()
+    tier = {"type": "p2p", "host": "127.0.0.1"}
+    prefill, decode = (
+        pool(TRAINED / "checkpoint", *FLAGS[2:], "--dtype=float32", "--max-model-len=8192", handed, env=ENV)
+        for handed in (
+            connector(1 << 28, "HostTieringSpec", secondary_tiers=[tier | {"port": each}])
+            for each in (port, free_port())
+        )
+    )
+    text = (TRAINED / "log.jsonl").read_text()
+    answered = Completions(decode)
+
+    def ask(url: str, path: str, start: int) -> Any:
+        content = f"{text[start : start + 6000]}\n\nWhat is the code of the last entry?"
+        body = {
+            "model": str(TRAINED / "checkpoint"),
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 24,
+        }
+        reply = httpx.post(f"{url}{path}", json=body | {"temperature": 0}, timeout=patience.SECONDS, trust_env=False)
+        assert reply.status_code == 200, reply.text
+        found = reply.json()
+        return found["content"] if path == "/v1/messages" else found["choices"][0]["message"]["content"]
+
+    try:
+        places = [{"url": prefill.url, "p2p": f"127.0.0.1:{port}"}]
+        admission = {"short_prompt": 500, "short_reserve": 1000}
+        with GatewayProcess(tmp_path, [decode.url], prefill=places, admission=admission) as gateway:
+            for path, start in (("/v1/chat/completions", 0), ("/v1/messages", 20_000)):
+                before = received(answered)
+                found = ask(gateway.url, path, start)
+                assert received(answered) > before + 500
+                assert found == ask(prefill.url, path, start)
+    finally:
+        pool.close()
 
 
 def test_a_prefill_server_killed_loses_nothing_of_the_other(pair: Callable[..., PrefillDecode], documents: list[Case]):
