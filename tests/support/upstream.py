@@ -81,6 +81,7 @@ class Upstream:
     healthy: bool = True
     health_seconds: float = 0.0
     prompt_tokens: int = 7
+    cached_tokens: int = 3
     usage: bool = True
     counted: int | None = None  # what /tokenize and its like answer; None: they are not there
     counts_asked: list[Seen] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Upstream:
         return [*events, b"data: [DONE]\n\n"]
 
     def counts(self) -> dict[str, Any]:
-        details = {"cached_tokens": 3}
+        details = {"cached_tokens": self.cached_tokens}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,

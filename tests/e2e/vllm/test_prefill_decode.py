@@ -140,6 +140,10 @@ def test_chat_and_messages_by_the_gateway(tmp_path: Path):
                 found = ask(gateway.url, path, start)
                 assert received(answered) > before + 500
                 assert found == ask(prefill.url, path, start)
+            # What the prefill server has in its cache already is found in its host memory.
+            wanted, before = ask(prefill.url, "/v1/chat/completions", 30_000), received(answered)
+            assert ask(gateway.url, "/v1/chat/completions", 30_000) == wanted
+            assert received(answered) > before + 500
     finally:
         pool.close()
 

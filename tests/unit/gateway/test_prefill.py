@@ -35,8 +35,10 @@ def fields(seen: Seen) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages"])
-def test_a_long_prompt_is_read_elsewhere(split: Callable[..., Running], path: str) -> None:
-    prefill, replica = Upstream(), Upstream()
+@pytest.mark.parametrize(("cached", "role"), [(0, "remote_prefiller"), (3, "remote_kv_source")])
+def test_a_long_prompt_is_read_elsewhere(split: Callable[..., Running], path: str, cached: int, role: str) -> None:
+    """Handed over as it is read; what the server had in its cache is looked for in its host memory."""
+    prefill, replica = Upstream(cached_tokens=cached), Upstream()
     gateway = split(prefill, replica)
     asked = LONG | {"max_tokens": 50, "min_tokens": 9, "stream": True, "stream_options": {"include_usage": True}}
     with gateway.client() as client:
@@ -44,7 +46,7 @@ def test_a_long_prompt_is_read_elsewhere(split: Callable[..., Running], path: st
     [read], [answered] = map(fields, prefill.seen), map(fields, replica.seen)
     name = read.pop("kv_transfer_params")["remote_decoder"]["kv_request_id"]
     assert answered.pop("kv_transfer_params") == {
-        "remote_prefiller": {"kv_request_id": name, "remote_host": "127.0.0.1", "remote_port": 5710}
+        role: {"kv_request_id": name, "remote_host": "127.0.0.1", "remote_port": 5710}
     }
     assert answered == asked
     limits = ("max_tokens",) if path != "/v1/chat/completions" else ("max_tokens", "max_completion_tokens")

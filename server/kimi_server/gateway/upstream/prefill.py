@@ -21,6 +21,7 @@ from kimi_server.gateway.routes import Route
 from kimi_server.gateway.routing import replica_order
 from kimi_server.gateway.upstream.body import chunks, with_fields
 from kimi_server.gateway.upstream.replicas import Replica, Replicas
+from kimi_server.gateway.upstream.response import UpstreamResponse
 
 PARAMETERS = "kv_transfer_params"  # vLLM's field
 # A prompt read for one token, whatever answer is asked for.
@@ -51,15 +52,19 @@ class PrefillServers:
             return {}
         name = secrets.token_hex(16)
         order = replica_order(self.servers.all, entry.session)
-        read = bool(order) and await self._ask(self.servers.all[order[0]], name, route, body, entry)
-        self.metrics.prefills.labels("read" if read else "failed").inc()
-        if not read:
+        role = await self._ask(self.servers.all[order[0]], name, route, body, entry) if order else None
+        self.metrics.prefills.labels("read" if role else "failed").inc()
+        if role is None:
             return {}
         host, port = await address(*self.settings[order[0]].place)
-        return {PARAMETERS: {"remote_prefiller": {"kv_request_id": name, "remote_host": host, "remote_port": port}}}
+        return {PARAMETERS: {role: {"kv_request_id": name, "remote_host": host, "remote_port": port}}}
 
-    async def _ask(self, server: Replica, name: str, route: Route, body: bytes, entry: AccessLogEntry) -> bool:
-        """Whether the server has read the prompt of `body` and keeps it under this name."""
+    async def _ask(self, server: Replica, name: str, route: Route, body: bytes, entry: AccessLogEntry) -> str | None:
+        """What the server is to the replica once it has read the prompt of `body`; None if it has not.
+
+        vLLM hands over under a name what a request reads. Of what was in its cache before, states are not offered
+        again: then the replica is to look what is in the server's host memory.
+        """
         fields = ONE_TOKEN | dict.fromkeys(route.output_limit_fields, 1)
         asked = with_fields(body, {**fields, PARAMETERS: {"remote_decoder": {"kv_request_id": name}}})
         headers = {"content-type": "application/json", "content-length": str(len(asked)), **server.headers}
@@ -67,7 +72,7 @@ class PrefillServers:
         if server.rank is not None:
             headers["x-data-parallel-rank"] = str(server.rank)
         if self.client.is_closed:  # by the drain
-            return False
+            return None
         try:
             with server.track_request():
                 url = server.url_for(route.path.encode())
@@ -75,7 +80,11 @@ class PrefillServers:
         except httpx.TransportError as error:
             server.probe_requested.set()
             log.warning("prefill server %d read no prompt: %s", server.index, str(error) or type(error).__name__)
-            return False
+            return None
         if reply.status_code != 200:  # where the request is at fault the replica says so
             log.warning("prefill server %d answered a prompt with %d", server.index, reply.status_code)
-        return reply.status_code == 200
+            return None
+        answer = UpstreamResponse(reply.headers.get("content-type", ""))
+        answer.feed(reply.content)
+        answer.finish()
+        return "remote_kv_source" if answer.usage.cached_tokens else "remote_prefiller"
