@@ -50,14 +50,14 @@ def ways(rank: int, ranks: int) -> dict[str, tuple[Add | None, Callable[[Tensor]
     from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
     group, most = get_tp_group(), 8
-    size = cuda.Exchange.inbox_bytes(ranks, most, HIDDEN * 2)
+    size = cuda.Workspace.buffer_bytes(ranks, most, HIDDEN * 2)
     addresses = CustomAllreduce.create_shared_buffer(size, group=group.cpu_group)
-    exchange = cuda.Exchange(
+    workspace = cuda.Workspace(
         torch.tensor(addresses, device="cuda"), torch.zeros(most, dtype=torch.int32, device="cuda"), rank
     )
 
     def ours(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return cuda.all_reduce_add_norm(x, residual, weight, EPS, exchange)
+        return cuda.all_reduce_add_norm(x, residual, weight, EPS, workspace)
 
     def nothing(x: Tensor) -> Tensor:
         return x

@@ -1,6 +1,6 @@
 """The operations on NVIDIA GPUs, in Triton; bfloat16, one to a few tokens."""
 
-from decode_kernels.cuda.all_reduce import Exchange, all_reduce_add_norm
+from decode_kernels.cuda.all_reduce import Workspace, all_reduce_add_norm
 from decode_kernels.cuda.experts import experts
 from decode_kernels.cuda.kda import kda_decode
 from decode_kernels.cuda.latents import latent_query, latent_value
@@ -8,7 +8,7 @@ from decode_kernels.cuda.linear import linear, norm_linear
 from decode_kernels.cuda.router import router
 
 __all__ = [
-    "Exchange",
+    "Workspace",
     "all_reduce_add_norm",
     "experts",
     "kda_decode",

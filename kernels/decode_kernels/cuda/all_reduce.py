@@ -22,19 +22,19 @@ PLACES = 2
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Workspace:
     """What `all_reduce_add_norm` of one rank works on.
 
-    inboxes: [ranks] int64, the addresses of `inbox_bytes` zeroed bytes of each rank's memory, as this one reaches them.
+    buffers: [ranks] int64, addresses of `buffer_bytes` zeroed bytes of each rank's memory, as this one reaches them.
     calls: [tokens] int32 zeros, as many as a call may have. All ranks make the same calls.
     """
 
-    inboxes: Tensor
+    buffers: Tensor
     calls: Tensor
     rank: int
 
     @staticmethod
-    def inbox_bytes(ranks: int, tokens: int, row_bytes: int) -> int:
+    def buffer_bytes(ranks: int, tokens: int, row_bytes: int) -> int:
         """For rows of x of so many bytes."""
         return PLACES * ranks * tokens * 2 * row_bytes
 
@@ -59,13 +59,13 @@ def _words(low, high, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _inbox(inboxes, rank):
-    return tl.multiple_of(tl.load(inboxes + rank).to(tl.pointer_type(tl.int64)), 16)
+def _buffer(buffers, rank):
+    return tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit
 def all_reduce_add_norm_kernel(
-    x, residual, norm_weight, y, new_residual, inboxes, calls, x_stride, residual_stride, eps,
+    x, residual, norm_weight, y, new_residual, buffers, calls, x_stride, residual_stride, eps,
     RANK: tl.constexpr, RANKS: tl.constexpr, MOST: tl.constexpr, PAIRS: tl.constexpr, WORDS: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -82,14 +82,14 @@ def all_reduce_add_norm_kernel(
     sent = (call.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for other in tl.static_range(RANKS):
         if other != RANK:
-            tl.store(_inbox(inboxes, other) + RANK * MOST * WORDS + place, sent, mask=inside)
+            tl.store(_buffer(buffers, other) + RANK * MOST * WORDS + place, sent, mask=inside)
     more = tl.load(residual + token * residual_stride + at, mask=inside, other=0)
-    inbox = _inbox(inboxes, RANK)
+    buffer = _buffer(buffers, RANK)
     low, high = tl.zeros([PADDED], tl.float32), tl.zeros([PADDED], tl.float32)
     for other in tl.static_range(RANKS):
         part = own
         if other != RANK:
-            source = inbox + other * MOST * WORDS + place
+            source = buffer + other * MOST * WORDS + place
             got = tl.load(source, mask=inside, other=0, volatile=True)
             while tl.max(tl.where(inside, (got >> 32).to(tl.int32) ^ call, 0) != 0, 0):
                 got = tl.load(source, mask=inside, other=0, volatile=True)
@@ -108,22 +108,22 @@ def all_reduce_add_norm_kernel(
 
 
 def all_reduce_add_norm(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, exchange: Exchange
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
     """x [T, K] of each rank -> the norm of their sum + residual, and that: [T, K] each, of `x.dtype`.
 
     residual [T, K] and norm_weight [K] are alike on all ranks, and of x's dtype, bf16 or fp32. Returns when all ranks
-    have called. Raises ValueError for more tokens than the exchange has room for.
+    have called. Raises ValueError for more tokens than the workspace has room for.
     """
     tokens, K = x.shape
-    if tokens > len(exchange.calls):
-        raise ValueError(f"{tokens} tokens; the exchange has room for {len(exchange.calls)}")
+    if tokens > len(workspace.calls):
+        raise ValueError(f"{tokens} tokens; the workspace has room for {len(workspace.calls)}")
     y, new_residual = (x.new_empty(tokens, K) for _ in range(2))
     wx, wr, wn, wy, wnew = (each.view(torch.int32) for each in (x, residual, norm_weight, y, new_residual))
     words = wx.shape[1]
     all_reduce_add_norm_kernel[(tokens,)](
-        *(wx, wr, wn, wy, wnew, exchange.inboxes, exchange.calls, wx.stride(0), wr.stride(0), eps),
-        *(exchange.rank, len(exchange.inboxes), len(exchange.calls), x.dtype == torch.bfloat16, words),
+        *(wx, wr, wn, wy, wnew, workspace.buffers, workspace.calls, wx.stride(0), wr.stride(0), eps),
+        *(workspace.rank, len(workspace.buffers), len(workspace.calls), x.dtype == torch.bfloat16, words),
         triton.next_power_of_2(words),
         num_warps=8,
         **LAUNCH,

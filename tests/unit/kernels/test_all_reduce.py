@@ -21,18 +21,18 @@ Rows = list[list[Tensor]]  # of a call, of a rank
 
 def processes(parts: Rows, residual: Tensor, weight: Tensor, begun: int) -> list[list[tuple[Tensor, Tensor]]]:
     """What each call gives on each rank, each a process; their memory is the others', too."""
-    from decode_kernels.cuda import Exchange, all_reduce_add_norm
+    from decode_kernels.cuda import Workspace, all_reduce_add_norm
 
     ranks = len(parts[0])
-    size = Exchange.inbox_bytes(ranks, MOST, residual.shape[1] * residual.element_size()) // 8
-    inboxes = [torch.zeros(size, dtype=torch.int64).share_memory_() for _ in range(ranks)]
+    size = Workspace.buffer_bytes(ranks, MOST, residual.shape[1] * residual.element_size()) // 8
+    buffers = [torch.zeros(size, dtype=torch.int64).share_memory_() for _ in range(ranks)]
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
 
     def run(rank: int) -> None:
-        addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
-        exchange = Exchange(addresses, torch.full((MOST,), begun, dtype=torch.int32), rank)
-        each = [all_reduce_add_norm(call[rank], residual[: len(call[rank])], weight, EPS, exchange) for call in parts]
+        addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
+        workspace = Workspace(addresses, torch.full((MOST,), begun, dtype=torch.int32), rank)
+        each = [all_reduce_add_norm(call[rank], residual[: len(call[rank])], weight, EPS, workspace) for call in parts]
         answers.put((rank, [(y.numpy(), total.numpy()) for y, total in each]))
 
     started = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
@@ -46,18 +46,18 @@ def processes(parts: Rows, residual: Tensor, weight: Tensor, begun: int) -> list
 
 def streams(parts: Rows, residual: Tensor, weight: Tensor, begun: int) -> list[list[tuple[Tensor, Tensor]]]:
     """The same on GPUs, each rank a stream; of one GPU if there is no other."""
-    from decode_kernels.cuda import Exchange, all_reduce_add_norm
+    from decode_kernels.cuda import Workspace, all_reduce_add_norm
 
     ranks = len(parts[0])
     devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(ranks)]
-    size = Exchange.inbox_bytes(ranks, MOST, residual.shape[1] * residual.element_size()) // 8
-    inboxes = [torch.zeros(size, dtype=torch.int64, device=device) for device in devices]
-    for inbox in inboxes:  # torch lets each reach the others with the first copy
+    size = Workspace.buffer_bytes(ranks, MOST, residual.shape[1] * residual.element_size()) // 8
+    buffers = [torch.zeros(size, dtype=torch.int64, device=device) for device in devices]
+    for buffer in buffers:  # torch lets each reach the others with the first copy
         for device in devices:
-            inbox[:1].to(device)
-    exchanges = [
-        Exchange(
-            torch.tensor([inbox.data_ptr() for inbox in inboxes], device=device),
+            buffer[:1].to(device)
+    workspaces = [
+        Workspace(
+            torch.tensor([buffer.data_ptr() for buffer in buffers], device=device),
             torch.full((MOST,), begun, dtype=torch.int32, device=device),
             rank,
         )
@@ -74,7 +74,7 @@ def streams(parts: Rows, residual: Tensor, weight: Tensor, begun: int) -> list[l
         for rank, queue in enumerate(queues):
             with torch.cuda.device(devices[rank]), torch.cuda.stream(queue):
                 x, (more, norm) = call[rank], same[rank]
-                each.append(all_reduce_add_norm(x, more[: len(x)], norm, EPS, exchanges[rank]))
+                each.append(all_reduce_add_norm(x, more[: len(x)], norm, EPS, workspaces[rank]))
         found.append(each)
     for queue in queues:
         queue.synchronize()
@@ -130,9 +130,9 @@ def test_what_is_no_number_stays_with_its_token(where: Any) -> None:
 
 @inside
 def test_more_tokens_than_there_is_room_for() -> None:
-    from decode_kernels.cuda import Exchange, all_reduce_add_norm
+    from decode_kernels.cuda import Workspace, all_reduce_add_norm
 
-    exchange = Exchange(torch.zeros(2, dtype=torch.int64), torch.zeros(MOST, dtype=torch.int32), 0)
+    workspace = Workspace(torch.zeros(2, dtype=torch.int64), torch.zeros(MOST, dtype=torch.int32), 0)
     x = torch.zeros(MOST + 1, 64)
-    with pytest.raises(ValueError, match=r"9 tokens; the exchange has room for 8"):
-        all_reduce_add_norm(x, x, x[0], EPS, exchange)
+    with pytest.raises(ValueError, match=r"9 tokens; the workspace has room for 8"):
+        all_reduce_add_norm(x, x, x[0], EPS, workspace)

@@ -53,4 +53,4 @@ def test_the_operations_of_a_decode_step_have_a_table():
     names = sorted(row[0].strip("`") for row in rows("## Decode steps"))
     assert names == sorted([*decode_interface.kernels("cpu").__all__, "all_reduce_add_norm"])
     pytest.importorskip("triton")
-    assert names == [name for name in decode_interface.kernels("cuda").__all__ if name != "Exchange"]
+    assert names == [name for name in decode_interface.kernels("cuda").__all__ if name != "Workspace"]

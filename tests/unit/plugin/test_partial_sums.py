@@ -14,7 +14,7 @@ from vllm_kimi_linear import decode_products, moe, partial_sums
 from vllm_kimi_linear.partial_sums import PartialSums
 
 TOKENS, HIDDEN, EXPERTS = 3, 32, 6
-EXCHANGE: Any = object()
+WORKSPACE: Any = object()
 NORM: Any = SimpleNamespace(weight=torch.linspace(0.5, 1.5, HIDDEN), variance_epsilon=1e-5)
 
 
@@ -24,8 +24,8 @@ def random(*sizes: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add_norm(own: Tensor, residual: Tensor, weight: Tensor, eps: float, exchange: Any) -> tuple[Tensor, Tensor]:
-        assert exchange is EXCHANGE
+    def add_norm(own: Tensor, residual: Tensor, weight: Tensor, eps: float, workspace: Any) -> tuple[Tensor, Tensor]:
+        assert workspace is WORKSPACE
         return reference.all_reduce_add_norm([own, own], residual, weight, eps)
 
     def router(*args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -40,7 +40,7 @@ def two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         norm_linear=reference.norm_linear,
     )
     monkeypatch.setattr(interface, "kernels", lambda device: kernels)
-    monkeypatch.setattr(partial_sums, "_exchange", EXCHANGE)
+    monkeypatch.setattr(partial_sums, "_workspace", WORKSPACE)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
 
 
@@ -89,12 +89,12 @@ def test_when_ranks_add_their_parts_so(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         sizes: Any = SimpleNamespace(hidden_size=HIDDEN)
         partial_sums.prepare(config, sizes, Mock(kda_layer=kda_layer))
-        return partial_sums._exchange
+        return partial_sums._workspace
 
-    exchange = prepared()
-    assert exchange.rank == 1 and exchange.inboxes.tolist() == [4096, 8192] and not exchange.calls.any()
+    workspace = prepared()
+    assert workspace.rank == 1 and workspace.buffers.tolist() == [4096, 8192] and not workspace.calls.any()
     (size,), _ = shared.call_args
-    assert size == 2 * 2 * len(exchange.calls) * 2 * HIDDEN * 2
+    assert size == 2 * 2 * len(workspace.calls) * 2 * HIDDEN * 2
     assert prepared(kda_layer=None) is prepared(stages=2) is prepared(asked=False) is prepared(sleeps=True) is None
     group.device_communicator.ca_comm.disabled = True
     assert prepared() is None
