@@ -161,7 +161,7 @@ def go_on(original: Function) -> Function:
 
 
 PATCH = Patch(
-    symptom="One sequence of the 48B in FP8 decodes at 2.8 ms a token, of which the GPU works 1.7.",
+    symptom="One sequence of the 48B in FP8 decodes at 2.8 ms a token; with this it is 1.7.",
     cause="`GPUModelRunner.execute_model` takes no notice of the step before: requests, batch, block tables, slots, "
     "metadata and sampling parameters are prepared anew in some fifty operations of 20 to 50 us.",
     remove_when="vLLM prepares a step that goes on as the one before in a few launches.",
