@@ -1,9 +1,10 @@
 """Fixtures that every test may use: the demo checkpoint and running servers, one for each distinct set of flags."""
 
+import itertools
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import cast
@@ -13,10 +14,11 @@ import pytest
 from kimi_demo import checkpoint
 from kimi_demo.server import ONE_PROCESS, Server
 from kimi_server.vllm_program import vllm_program
-from tests.support import warm
+from tests.support import patience, warm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 # fp32 with a small cache and a small token budget, so that prompts are prefilled in several chunks.
 FLAGS = (
@@ -72,7 +74,8 @@ class ServerPool:
                 flags = (*flags, ONE_PROCESS)
             early = any(flag.startswith(SET_BEFORE_IMPORTS) for flag in flags)
             kind = WarmServer if ON_A_CPU and warm.can_fork(env) and not early else Server
-            server = kind(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log").start()
+            server = kind(model, flags, env=env, log_path=self.logs / f"server-{self.started}.log")
+            server.start(patience.SECONDS)
         self.servers[key] = server
         return server
 
@@ -96,3 +99,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
     pool = ServerPool(tmp_path_factory.mktemp("servers"))
     yield pool
     pool.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that waited in vain shows what its servers were doing."""
+    report = yield
+    if call.excinfo is not None and patience.is_lost(call.excinfo.value):
+        given = getattr(item, "funcargs", {}).values()
+        pools = [pool.servers.values() for pool in given if isinstance(pool, ServerPool)]
+        alone = [server for server in given if isinstance(server, Server)]
+        report.sections.append(("servers", patience.stacks([*itertools.chain(*pools), *alone])))
+    return report

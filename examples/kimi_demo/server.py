@@ -46,6 +46,16 @@ def free_port() -> int:
     raise OSError("none of 100 ports tried on the loopback interface is free")
 
 
+def _is_alive(group: int) -> bool:
+    """Whether a process of this group runs; one that has ended and waits for its parent does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
 class Server:
     """`vllm serve MODEL *flags` on a free loopback port; a context manager that stops it and its children.
 
@@ -137,6 +147,10 @@ class Server:
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout)
+            # vLLM kills its workers; Python's resource tracker then unlinks what they had in /dev/shm, and ends.
+            until = time.monotonic() + 5
+            while _is_alive(process.pid) and time.monotonic() < until:
+                time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

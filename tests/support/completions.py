@@ -104,7 +104,7 @@ class Completions:
         return asyncio.run(run())
 
     def metrics(self) -> str:
-        return httpx.get(f"{self.server.url}/metrics", timeout=60, trust_env=False).text
+        return httpx.get(f"{self.server.url}/metrics", timeout=patience.SECONDS, trust_env=False).text
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples with these labels; 0 while it has none."""

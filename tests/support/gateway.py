@@ -13,6 +13,7 @@ import httpx
 from kimi_server.gateway.config.settings import AdmissionSettings, LimitSettings, ReplicaSettings, Settings
 from kimi_server.gateway.gateway import Gateway
 from kimi_server.gateway.server import Server
+from tests.support import patience
 from tests.support.upstream import Background, Upstream, serving
 
 
@@ -24,7 +25,7 @@ class Running:
         self.metrics_url = f"http://127.0.0.1:{server.metrics_port}/metrics"
 
     def client(self, **more: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **more)
+        return httpx.Client(base_url=self.url, timeout=patience.SECONDS, trust_env=False, **more)
 
     @property
     def lines(self) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ what that spawns is forked, too. Where something reads the environment while it 
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib.util
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +142,10 @@ def become(module: str, arguments: Sequence[str], log: str, environment: dict[st
     ):
         os.dup2(opened, place)
     os.dup2(1, 2)
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(environment)
+    resource_tracker.ensure_running()  # where processes are spawned theirs is the first one's; vLLM kills all others
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: context("fork" if method == "spawn" else method)  # type: ignore
     sys.argv = [module, *arguments]

@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from tests.conftest import FLAGS
+from tests.support import patience
 from tests.support.replies import CHAT, GREEDY, PROMPT
 
 TABLE = Path(__file__).parents[3] / "docs" / "conformance.md"
@@ -88,7 +89,7 @@ def base_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     key = os.environ.get("OPENAI_API_KEY", "none")
-    with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=patience.SECONDS) as client:
         yield client
 
 
@@ -103,7 +104,7 @@ def http(base_url: str) -> Iterator[httpx.Client]:
     """Plain HTTP, for what the openai client would not send. Paths are relative to /v1/."""
     key = os.environ.get("OPENAI_API_KEY", "none")
     headers = {"authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=f"{base_url}/", headers=headers, timeout=300) as client:
+    with httpx.Client(base_url=f"{base_url}/", headers=headers, timeout=patience.SECONDS) as client:
         yield client
 
 

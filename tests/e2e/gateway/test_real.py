@@ -25,6 +25,7 @@ from kimi_server.gateway.routes import CLOSED, ROUTES, TOKENIZE
 from kimi_server.gateway.upstream.replicas import Replica
 from kimi_server.gateway.upstream.token_counter import TokenCounter
 from tests.conftest import FLAGS
+from tests.support import patience
 from tests.support.completions import Completions
 from tests.support.gateway_process import GatewayProcess
 
@@ -39,7 +40,7 @@ def replicas(servers: Callable[..., Server], demo_model: Path) -> list[Server]:
     for server in found:
         if not server.is_healthy():  # killed by a test
             server.stop()
-            server.start()
+            server.start(patience.SECONDS)
     return found
 
 
@@ -73,7 +74,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         url = f"{self.url}/v1/completions"
-        with httpx.stream("POST", url, json=self.asked, timeout=300, trust_env=False) as reply:
+        with httpx.stream("POST", url, json=self.asked, timeout=patience.SECONDS, trust_env=False) as reply:
             self.status, self.replica = reply.status_code, int(reply.headers.get("x-kimi-replica", -1))
             for chunk in reply.iter_text():
                 self.text += chunk
@@ -129,8 +130,8 @@ def test_the_list_of_routes_is_that_of_vllm(replicas: list[Server]) -> None:
 
 def test_what_a_replica_says_is_what_comes(gateway: GatewayProcess, replicas: list[Server]) -> None:
     asked = body(replicas[0].model, 1, 8) | {"stream": False, "stream_options": None}
-    through = httpx.post(f"{gateway.url}/v1/completions", json=asked, timeout=60, trust_env=False)
-    straight = httpx.post(f"{replicas[0].url}/v1/completions", json=asked, timeout=60, trust_env=False)
+    through = httpx.post(f"{gateway.url}/v1/completions", json=asked, timeout=patience.SECONDS, trust_env=False)
+    straight = httpx.post(f"{replicas[0].url}/v1/completions", json=asked, timeout=patience.SECONDS, trust_env=False)
     assert through.json()["choices"] == straight.json()["choices"]
     assert through.json()["usage"] == straight.json()["usage"]
     assert through.json()["id"].endswith(through.headers["x-request-id"])
@@ -158,7 +159,9 @@ def test_prompts_are_counted_as_vllm_counts_them(replicas: list[Server], text: s
         if route.path in bodies:
             asked = bodies[route.path] | {"model": server.model}
             sent = json.dumps(asked).encode()
-            usage = httpx.post(server.url + route.path, json=asked, timeout=60, trust_env=False).json()["usage"]
+            usage = httpx.post(server.url + route.path, json=asked, timeout=patience.SECONDS, trust_env=False).json()[
+                "usage"
+            ]
             tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
             assert tokens <= parse_request(sent).size.max_tokens
             if route.tokenize_path:
@@ -183,7 +186,7 @@ def test_odd_requests_are_answered_as_vllm_answers_them(gateway: GatewayProcess,
                 *(method, url + target),
                 content=content,
                 headers={"content-type": "application/json"},
-                timeout=60,
+                timeout=patience.SECONDS,
                 trust_env=False,
             )
             for url in (replicas[0].url, gateway.url)
@@ -212,7 +215,7 @@ def test_random_disconnects_leave_no_running_sequence(
         pieces = choose.choice([0, 1, 3, 10, 1000])
         async with places:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(choose.random() if pieces == 0 else 120):
+                async with asyncio.timeout(choose.random() if pieces == 0 else patience.SECONDS):
                     async with client.stream("POST", "/v1/completions", json=asked) as reply:
                         async for _ in reply.aiter_raw():
                             pieces -= 1
@@ -222,7 +225,7 @@ def test_random_disconnects_leave_no_running_sequence(
 
     async def run() -> None:
         async with (
-            httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=300) as client,
+            httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=patience.SECONDS) as client,
             asyncio.TaskGroup() as tasks,
         ):
             places = asyncio.Semaphore(16)
@@ -242,7 +245,7 @@ def test_sigterm_under_load_loses_nothing(gateway: GatewayProcess, replicas: lis
     # Not begun yet, some of them: prompts that are read, or wait.
     streams += [Stream(gateway, body(replicas[0].model, session, 5, 3000)) for session in range(10, 16)]
     for stream in streams[:10]:
-        assert stream.begun.wait(120)
+        assert stream.begun.wait(patience.SECONDS)
     end = time.monotonic() + 120
     while arrived(gateway) < 16:
         assert time.monotonic() < end, gateway.log.read_text()

@@ -13,6 +13,7 @@ from kimi_demo.presets import demo_config
 from kimi_demo.server import Server
 from kimi_server.planner.forecast import forecast
 from tests.conftest import TWO_WORKERS
+from tests.support import patience
 from tests.support.completions import Completions
 from vllm_kimi_linear.cache import layout
 from vllm_kimi_linear.config.model import ModelSizes
@@ -80,7 +81,7 @@ def check_answers(server: Server) -> None:
         "priority": 5,
     }
     for cached in (False, True):
-        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=patience.SECONDS, trust_env=False)
         assert reply.status_code == 200, reply.text
         *_, last, done = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data:")]
         assert done == "[DONE]"

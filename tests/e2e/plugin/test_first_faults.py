@@ -11,6 +11,7 @@ import pytest
 
 from kimi_demo.server import Server
 from tests.conftest import FLAGS
+from tests.support import patience
 from vllm_kimi_linear import ARCHITECTURE
 from vllm_kimi_linear.patches import first_faults
 
@@ -75,5 +76,5 @@ def test_what_is_right_is_taken(client, architecture: str) -> None:
 
 def test_a_server_does_so(servers: Callable[..., Server], demo_model: Path) -> None:
     path, body, _ = MANY["messages"]
-    with httpx.Client(base_url=servers(demo_model, *FLAGS).url, timeout=300, trust_env=False) as client:
+    with httpx.Client(base_url=servers(demo_model, *FLAGS).url, timeout=patience.SECONDS, trust_env=False) as client:
         assert faults(client, path, body) < 20

@@ -17,7 +17,7 @@ from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.reference import HfReference
 from kimi_demo.server import Server, StartError
 from tests.conftest import FLAGS, TWO_WORKERS
-from tests.support import adapters, quantized_checkpoint
+from tests.support import adapters, patience, quantized_checkpoint
 from tests.support.completions import Answer, Completions
 from tests.support.prompts import ROUTER_GAP, Stream, is_well_posed
 from vllm_kimi_linear.adapters.names import TARGETS
@@ -252,7 +252,7 @@ def test_what_cannot_be_served_is_refused_when_it_is_loaded(
     server = Completions(servers(demo_model, *FLAGS, *LORA, "--tensor-parallel-size=2", env=env))
 
     def post(path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{server.server.url}/v1/{path}", json=body, timeout=120, trust_env=False)
+        return httpx.post(f"{server.server.url}/v1/{path}", json=body, timeout=patience.SECONDS, trust_env=False)
 
     for index, (tensors, named, remedy) in enumerate(REFUSED.values()):
         folder = adapters.save(tmp_path / str(index), tensors)

@@ -17,6 +17,7 @@ from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.reference import HfReference
 from kimi_demo.server import Server
 from tests.conftest import FLAGS
+from tests.support import patience
 
 REPOSITORY = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
 CONTEXT = 1048576
@@ -88,7 +89,7 @@ def card(cache: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def client(card: Server) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{card.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=f"{card.url}/v1", api_key="none", max_retries=0, timeout=patience.SECONDS) as client:
         yield client
 
 
@@ -140,13 +141,13 @@ def test_card_example(servers: Callable[..., Server], demo_model: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=patience.SECONDS,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     expected = json.loads(process.stdout.strip().splitlines()[-1])
     server = servers(demo_model, *FLAGS)
     client: Any  # asked for vLLM's extras, which the client's types do not know
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=patience.SECONDS) as client:
         for question, answer in zip(QUESTIONS, expected, strict=True):
             reply = client.chat.completions.create(
                 model=str(demo_model),

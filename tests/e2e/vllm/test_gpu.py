@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from kimi_demo.server import Server
+from tests.support import patience
 from tests.support.completions import Answer, Completions
 from tests.support.judge import TOKENS, Judge, draw
 from tests.support.prompts import Stream
@@ -156,7 +157,7 @@ def test_every_way(
 
 
 def call(server: Server, path: str, **body: object) -> Any:
-    reply = httpx.post(f"{server.url}/{path}", json=body or None, timeout=120, trust_env=False)
+    reply = httpx.post(f"{server.url}/{path}", json=body or None, timeout=patience.SECONDS, trust_env=False)
     assert reply.status_code == 200, (path, reply.text)
     return reply.json() if reply.content else None
 

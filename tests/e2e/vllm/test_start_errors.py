@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from kimi_demo.checkpoint import write_checkpoint
 from kimi_demo.presets import demo_config
 from kimi_demo.server import Server
+from tests.support import patience
 from tests.support.old_tokenizer import write_old_tokenizer
 from tests.support.starts import linear, write_model
 from vllm_kimi_linear.cache import layout
@@ -54,7 +55,7 @@ def endings(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
             )
             stack.callback(stop, process)
             processes.append(process)
-        statuses = [process.wait(300) for process in processes]
+        statuses = [process.wait(patience.SECONDS) for process in processes]
     logs = [server.log.strip().splitlines() for server in servers]
     return dict(zip(starts, zip(statuses, logs, strict=True), strict=True))
 
