@@ -13,7 +13,13 @@ from kda_kernels import reference
 from kda_kernels.interface import DecodeArgs, KdaInputs, KdaParams, KdaState, PrefillArgs, PrefillCheckpoints
 
 # What runs here: within Triton's interpreter (test_cuda_interpreter.py) the kernels for GPUs, else those for the CPU.
-BACKENDS = ["cuda"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpu"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["cuda"] if INTERPRETED else ["reference", "cpu"]
+
+if INTERPRETED:
+    from tests.support import interpreter
+
+    interpreter.look_up_builtins_once()
 
 
 @dataclass
