@@ -41,7 +41,7 @@ def test_chat_stream(chat: Callable) -> None:
     reasons = [c.choices[0].finish_reason for c in chunks]
     assert reasons[-1] == whole.finish_reason
     assert set(reasons[:-1]) == {None}
-    assert len(chunks) > 10, "the answer came in a few lumps"
+    assert len(chunks) > 2, "the answer came in one lump"  # a busy server may put several tokens in one piece
 
 
 @row("completions", "`completions.create(prompt=...)`, whole and streamed: the same text")
