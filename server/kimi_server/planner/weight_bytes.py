@@ -1,6 +1,6 @@
 """Bytes of a checkpoint's weights on one rank, as they are held there."""
 
-from collections.abc import Collection
+from functools import cache
 from math import prod
 
 from vllm_kimi_linear.config.model import ModelSizes
@@ -11,10 +11,11 @@ from vllm_kimi_linear.config.tensors import DTYPE_BYTES, Weight, weights
 ROW_PARALLEL = (".o_proj", ".down_proj", ".w2")  # layers whose columns are divided among the ranks
 
 
+@cache  # what would fit is looked for among many machines, and the checkpoint has thousands of tensors
 def weight_bytes(
     model_sizes: ModelSizes,
     dtype: str,
-    layers: Collection[int] | None = None,
+    layers: range | None = None,
     tensor_parallel: int = 1,
     device: str = "cpu",
 ) -> int:
