@@ -64,4 +64,51 @@ class QuantizedWeight:
         return QuantizedWeight(self.values[index].contiguous(), self.scales[index].contiguous(), self.group, self.rows)
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Matrices [E, N, K] of 4-bit integers above -8, in the order in which tensor cores take them, and their scales.
+
+    values: int32 [E, K / 16, 2 N], 128 words for each 16 columns of 64 rows. Word 16 i + 4 j + q has at place p, bits
+    4 p and up, the integer of row 16 q + 8 (p // 2 % 2) + i and column 2 j + 8 (p % 2) + p // 4. scales: fp32 or bf16
+    [E, K / group, N], of each 64 rows that of row 8 a + i at 8 i + a. N is a multiple of 64, `group` of 16, K of it.
+    All contiguous. Raises ValueError for any other.
+    """
+
+    values: Tensor
+    scales: Tensor
+    group: int
+
+    def __post_init__(self) -> None:
+        _, N, K = self.shape
+        if self.values.dtype != torch.int32 or not (self.values.is_contiguous() and self.scales.is_contiguous()):
+            raise ValueError("give contiguous values in int32, and contiguous scales")
+        if N % 64 or self.group % 16 or K % self.group:
+            raise ValueError(f"[{N}, {K}] in groups of {self.group}; give 64 rows at a time, columns in groups of 16")
+        wanted = (len(self.values), K // self.group, N)
+        if tuple(self.scales.shape) != wanted:
+            raise ValueError(f"scales have shape {list(self.scales.shape)}; give {list(wanted)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, slices, words = self.values.shape
+        return experts, words // 2, slices * 16
+
+    def float(self) -> Tensor:
+        """In fp32, [E, N, K]."""
+        experts, N, K = self.shape
+        places = torch.arange(0, 32, 4, dtype=torch.int32, device=self.values.device)
+        words = self.values.view(experts, K // 16, N // 64, 8, 4, 4, 1)  # ..., i, j, q
+        parts = ((words >> places) & 15).unflatten(
+            -1, (2, 2, 2)
+        ) - INT4_ZERO  # ..., column of two, half, pair of columns
+        rows = parts.permute(0, 2, 5, 7, 3, 1, 8, 4, 6)  # expert, block, q, half, i, slice, pair, j, column
+        scales = self.scales.float().view(experts, K // self.group, N // 64, 8, 8).transpose(-1, -2)
+        scales = scales.reshape(experts, K // self.group, N).transpose(1, 2).repeat_interleave(self.group, -1)
+        return rows.reshape(experts, N, K) * scales
+
+    def __getitem__(self, index: Tensor | slice) -> "Tiles":
+        """Of experts."""
+        return Tiles(self.values[index].contiguous(), self.scales[index].contiguous(), self.group)
+
+
 Weight = Tensor | QuantizedWeight
