@@ -18,6 +18,7 @@ kv-transfer-config:
     cpu_bytes_to_use: 34359738368
     secondary_tiers:
       - {type: p2p, host: 127.0.0.1, port: $2, unbound_store_timeout_s: 600}
+shutdown-timeout: 30
 YAML
 }
 handing decode 5710
