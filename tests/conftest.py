@@ -19,6 +19,8 @@ from tests.support import patience, warm
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+# vLLM's own patience with a step is longer than a test's, so that the test finds the processes as they stand.
+os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(2 * patience.SECONDS))
 
 # fp32 with a small cache and a small token budget, so that prompts are prefilled in several chunks.
 FLAGS = (

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from kimi_demo.server import Server
 
-SECONDS = 900  # says that something hangs, not that the machine is slow: beside other suites a step takes minutes
+SECONDS = 600  # says that something hangs, not that the machine is slow: beside other suites a step takes minutes
 
 
 def is_lost(error: BaseException | None) -> bool:
