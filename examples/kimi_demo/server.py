@@ -50,8 +50,8 @@ def _is_alive(group: int) -> bool:
     """Whether a process of this group runs; one that has ended and waits for its parent does not."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            state, _, its_group, *_ = stat.read_text().rpartition(")")[2].split()
-            if int(its_group) == group and state != "Z":
+            state, _, its_group, *_ = stat.read_bytes().rpartition(b")")[2].split()  # a name is any bytes
+            if int(its_group) == group and state != b"Z":
                 return True
     return False
 
