@@ -98,10 +98,9 @@ class Tiles:
         experts, N, K = self.shape
         places = torch.arange(0, 32, 4, dtype=torch.int32, device=self.values.device)
         words = self.values.view(experts, K // 16, N // 64, 8, 4, 4, 1)  # ..., i, j, q
-        parts = ((words >> places) & 15).unflatten(
-            -1, (2, 2, 2)
-        ) - INT4_ZERO  # ..., column of two, half, pair of columns
-        rows = parts.permute(0, 2, 5, 7, 3, 1, 8, 4, 6)  # expert, block, q, half, i, slice, pair, j, column
+        parts = ((words >> places) & 15) - INT4_ZERO
+        parts = parts.unflatten(-1, (2, 2, 2))  # ..., p // 4, p // 2 % 2, p % 2
+        rows = parts.permute(0, 2, 5, 7, 3, 1, 8, 4, 6)  # expert, 64 rows, q, p // 2 % 2, i, slice, p % 2, j, p // 4
         scales = self.scales.float().view(experts, K // self.group, N // 64, 8, 8).transpose(-1, -2)
         scales = scales.reshape(experts, K // self.group, N).transpose(1, 2).repeat_interleave(self.group, -1)
         return rows.reshape(experts, N, K) * scales
