@@ -207,3 +207,23 @@ def cuda() -> ModuleType:
     from kda_kernels import cuda
 
     return cuda
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            ("cpu", torch.float32),
+            marks=pytest.mark.skipif(not INTERPRETED, reason="see tests/e2e/kernels"),
+            id="interpreter",
+        ),
+        pytest.param(
+            ("cuda", torch.bfloat16),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+            id="gpu",
+        ),
+    ]
+)
+def where(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    """Device and dtype of a Triton kernel: the interpreter rounds bfloat16 towards zero, so it computes in fp32."""
+    found: tuple[str, torch.dtype] = request.param
+    return found

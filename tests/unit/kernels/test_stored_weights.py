@@ -23,25 +23,6 @@ FORMS = {
 }
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            ("cpu", torch.float32),
-            marks=pytest.mark.skipif(not INSIDE, reason="see tests/e2e/kernels"),
-            id="interpreter",
-        ),
-        pytest.param(
-            ("cuda", torch.bfloat16),
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-            id="gpu",
-        ),
-    ]
-)
-def where(request):
-    """On which device, in which dtype: the interpreter rounds bfloat16 towards zero, so it computes in fp32."""
-    return request.param
-
-
 @pytest.fixture
 def kernels(where):
     pytest.importorskip("triton")

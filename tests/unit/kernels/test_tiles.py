@@ -15,25 +15,6 @@ INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 EXPERTS, GROUP = 5, 32
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            ("cpu", torch.float32),
-            marks=pytest.mark.skipif(not INSIDE, reason="see tests/e2e/kernels"),
-            id="interpreter",
-        ),
-        pytest.param(
-            ("cuda", torch.bfloat16),
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-            id="gpu",
-        ),
-    ]
-)
-def where(request):
-    """On which device, in which dtype: the interpreter rounds bfloat16 towards zero, so it computes in fp32."""
-    return request.param
-
-
 def plain(N: int, K: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """Integers [EXPERTS, N, K], and scales [EXPERTS, N, K / group] of very different sizes."""
     generator = torch.Generator().manual_seed(N + K)
