@@ -6,13 +6,13 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
 from decode_kernels import interface
-from decode_kernels.weights import QuantizedWeight, Tiles, Weight
+from decode_kernels.weights import QuantizedWeight, Weight
 from vllm_kimi_linear.partial_sums import HiddenStates, add_parts
 
 FEW_TOKENS = 2  # on a GPU the kernels are the faster ones for quantised weights up to so many
 
 
-def weight_of(layer: nn.Module, name: str = "weight") -> Weight | Tiles | None:
+def weight_of(layer: nn.Module, name: str = "weight") -> Weight | None:
     """What the kernels read: the parameter, or what a quantised checkpoint has for it; None for what they do not."""
     if current_platform.is_cpu():
         found = getattr(layer, f"quantized_{name}", None)

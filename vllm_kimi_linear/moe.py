@@ -16,7 +16,6 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
 from decode_kernels import interface
-from decode_kernels.weights import QuantizedWeight, Tiles
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.decode_products import linear, norm_linear, weight_of
 from vllm_kimi_linear.fused_moe_configs import use_tables
@@ -115,7 +114,6 @@ class MixtureOfExperts(nn.Module):
             use_fast_experts(self.experts)
         use_tables(self.experts)
         self.register_buffer("routed", torch.zeros(1, dtype=torch.int32), persistent=False)  # of `decode`
-        self.tiled_experts = config.additional_config.get("tiled_experts", False)  # not run on GPUs yet
         expert_warmup.register_warmup(self, config)
 
     @property
@@ -144,11 +142,9 @@ class MixtureOfExperts(nn.Module):
         choice = {"top_k": self.top_k, "renormalize": self.renormalize, "scale": self.scale}
         normed, residual, ids, weights, shared_acts = kernels.router(*rows, *gate, up, self.routed, **choice)
         each_up, each_down = weight_of(routed, "w13_weight"), weight_of(routed, "w2_weight")
-        if isinstance(each_up, Tiles) and (isinstance(down, QuantizedWeight) or not self.tiled_experts):
-            each_up = None
         if each_up is not None and each_down is not None:
             out = kernels.experts(normed, each_up, each_down, ids, weights, shared_acts, down)
-        else:  # by vLLM's kernel
+        else:  # in the order of vLLM's kernel
             out = routed.forward_modular(normed, weights, ids)
             if shared is not None and up is not None:
                 out = out + linear(shared_acts, shared.down_proj)

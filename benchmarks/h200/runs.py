@@ -51,7 +51,6 @@ RUNS = {
     "attention only": Run((*ALONE, FILLED_MILLION, "ttft 512K", *MANY), True, ATTENTION),
     "ours, vLLM's layers": Run(ALONE + MANY, flags=('--additional-config={"decode_kernels": false}',)),
     "ours, fused all-reduce": Run((*ALONE, "tpot 8 4K"), flags=('--additional-config={"fused_all_reduce": true}',)),
-    "ours, tiled experts": Run((*ALONE, "tpot 8 4K"), flags=('--additional-config={"tiled_experts": true}',)),
     "ours, no steady steps": Run((*ALONE, "tpot 8 4K"), flags=('--additional-config={"steady_steps": false}',)),
     "ours, bf16 state": Run(("tpot 1 4K", "tpot 8 4K", "tpot 32 4K"), flags=("--mamba-ssm-cache-dtype=bfloat16",)),
 }

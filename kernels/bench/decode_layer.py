@@ -13,19 +13,17 @@ from torch import Tensor
 from bench.timing import copy_bandwidth, graph_time
 from decode_kernels import cuda
 from decode_kernels.cuda.experts import experts_down, experts_up
-from decode_kernels.cuda.tiles import tiled_down, tiled_up
-from decode_kernels.weights import QuantizedWeight, Tiles, Weight
+from decode_kernels.weights import QuantizedWeight, Weight
 from kda_kernels.interface import KdaParams, KdaState
 
 HIDDEN, HEADS, DIM, EXPERTS, TOP_K, INTER, CONV, EPS = 2304, 32, 128, 256, 8, 1024, 4, 1e-5
 NOPE, ROPE, VALUE, LATENT, PAGE = 128, 64, 128, 512, 64  # of an MLA layer
 LAYERS = 4  # with weights of their own, more than the second cache holds
-# As public checkpoints have them: all linear layers by channel; the same in blocks, or 4 bits, of experts alone, which
-# vLLM packs in tiles for its own kernel.
-KINDS = ("bf16", "fp8", "fp8-block", "int4", "int4-tiles")
+# As public checkpoints have them: all linear layers by channel; the same in blocks, or 4 bits, of experts alone.
+KINDS = ("bf16", "fp8", "fp8-block", "int4")
 
 
-def stored(weight: Tensor, kind: str) -> Weight | Tiles:
+def stored(weight: Tensor, kind: str) -> Weight:
     """A weight of this kind and shape; its values are any."""
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -38,10 +36,6 @@ def stored(weight: Tensor, kind: str) -> Weight | Tiles:
     if kind == "fp8-block":
         scales = zeros(*outer, -(-rows // 128), -(-columns // 128), dtype=torch.float32)
         return QuantizedWeight(weight.to(torch.float8_e4m3fn), scales, 128, 128)
-    if kind == "int4-tiles" and outer:
-        values = weight.view(torch.int32).view(-1)[: weight.numel() // 8]
-        scales = zeros(*outer, columns // 32, rows, dtype=torch.bfloat16)
-        return Tiles(values.view(*outer, columns // 16, 2 * rows).clone(), scales, 32)
     if kind == "int4":
         scales = zeros(*outer, rows, columns // 32, dtype=torch.bfloat16)
         return QuantizedWeight(weight.view(torch.int32)[..., : columns // 8].contiguous(), scales, 32)
@@ -103,14 +97,10 @@ class Layer:
         return cuda.router(*norm, *weights, top_k=TOP_K, renormalize=True, scale=2.4, **tile)
 
     def experts_up(self, **tile: int) -> Tensor:
-        if isinstance(self.up, Tiles):
-            return tiled_up(self.x, self.up, self.ids, self.shared_down.shape[1], **tile)
         return experts_up(self.x, self.up, self.ids, **tile)
 
     def experts_down(self, **tile: int) -> Tensor:
         shared = (self.shared_acts, self.shared_down)
-        if isinstance(self.down, Tiles):
-            return tiled_down(self.acts, self.down, self.ids, self.weights, *shared, HIDDEN, **tile)
         return experts_down(self.acts, self.down, self.ids, self.weights, *shared, **tile)
 
     def latent_query(self, **tile: int) -> Tensor:
@@ -138,23 +128,21 @@ class Layer:
             rows["BN"] = (2, 4, 8, 16)
         eight_bits = isinstance(self.up, QuantizedWeight) and self.up.values.dtype != torch.int32
         halves = {"HALVES": (False, True)} if eight_bits else {}
-        each = tiles(**rows, **halves)
-        if isinstance(self.up, Tiles):
-            each = tiles(Q=(1, 2, 4), num_warps=(4, 8, 16))
         state = 2 * tokens * size(self.state.recurrent[0])
-        routers = tiles(BN=(1, 2, 4), PAIRS=(1, 2, 4, 8))
-        if tokens > 1:
-            routers += tiles(BN=(1, 2), PAIRS=(1, 2), num_warps=(1, 2, 4), CHOOSERS=(1, tokens))
         return {
             "in_proj": (self.in_projection, size(self.in_proj), tiles(**rows) if tokens < 3 else []),
             "kda": (self.kda, size(self.gates_b) + state, tiles(num_warps=(4, 8), INNER=(32, 64))),
             "o_proj": (self.out_projection, size(self.o_proj), tiles(**rows) if tokens < 3 else []),
-            "router": (self.router, size(self.gate, self.shared_up), routers),
-            "experts_up": (self.experts_up, used * size(self.up) / EXPERTS, each),
+            "router": (
+                self.router,
+                size(self.gate, self.shared_up),
+                tiles(BN=(1, 2, 4), PAIRS=(1, 2, 4, 8), num_warps=(2, 4)),
+            ),
+            "experts_up": (self.experts_up, used * size(self.up[0]), tiles(**rows, **halves)),
             "experts_down": (
                 self.experts_down,
-                used * size(self.down) / EXPERTS + size(self.shared_down),
-                each,
+                used * size(self.down[0]) + size(self.shared_down),
+                tiles(**rows, **halves),
             ),
             "latent_query": (self.latent_query, size(self.kv_b) // 2, tiles(BL=(32, 64, 128), num_warps=(2, 4, 8))),
             "latent_value": (self.latent_value, size(self.kv_b) // 2, tiles(BN=(4, 8, 16, 32), num_warps=(2, 4, 8))),
@@ -165,8 +153,8 @@ def tiles(**values: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def size(*weights: Weight | Tiles) -> int:
-    parts = [part for w in weights for part in ((w,) if isinstance(w, Tensor) else (w.values, w.scales))]
+def size(*weights: Weight) -> int:
+    parts = [part for w in weights for part in ((w.values, w.scales) if isinstance(w, QuantizedWeight) else (w,))]
     return sum(t.numel() * t.element_size() for t in parts)
 
 

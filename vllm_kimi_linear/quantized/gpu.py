@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-from decode_kernels.weights import QuantizedWeight, Tiles, Weight
+from decode_kernels.weights import QuantizedWeight, Weight
 from vllm_kimi_linear.config import tensors
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.config.parameters import held_as, parameter_of
@@ -51,27 +51,7 @@ class GpuQuantization(CompressedTensorsConfig):
         return None if target is None else self.target_scheme_map[target]
 
 
-def tiles(layer: nn.Module, name: str) -> Tiles | None:
-    """Experts as Humming has them on Hopper, packed by vLLM: symmetric 4-bit integers, for bfloat16 activations."""
-    config = getattr(layer, "humming_configs", {}).get(name.removesuffix("_weight"))
-    if (
-        config is None
-        or not config.b_dtype.is_integer_type
-        or (config.a_dtype.num_bits, config.b_dtype.num_bits) != (16, 4)
-    ):
-        return None
-    rows = config.shape_n - config.pad_shape_n
-    other = rows % 128, config.pad_shape_k, config.has_zero_point, config.use_packed_k_layout
-    if any(other) or config.use_native_dequant or getattr(layer, f"{name}_scale_2", None) is not None:
-        return None
-    values, scales = getattr(layer, name), getattr(layer, f"{name}_scale")
-    try:
-        return Tiles(values.data, scales.data, values.shape[1] * 16 // scales.shape[1])
-    except ValueError:  # a scale for all of a row, say
-        return None
-
-
-def readable(layer: nn.Module, name: str) -> Weight | Tiles | None:
+def readable(layer: nn.Module, name: str) -> Weight | None:
     """A weight of one of vLLM's layers as the decode kernels take it; None where it is stored in another order.
 
     name: "weight" of a linear layer, "w13_weight" or "w2_weight" of experts.
@@ -79,8 +59,6 @@ def readable(layer: nn.Module, name: str) -> Weight | Tiles | None:
     values, scales = getattr(layer, name, None), getattr(layer, f"{name}_scale", None)
     if values is None or scales is None:
         return values
-    if values.dtype == torch.int32:
-        return tiles(layer, name)
     if values.dtype == torch.float8_e4m3fn:
         values = values if values.is_contiguous() else values.transpose(-1, -2)
     elif values.dtype == torch.uint8:  # two 4-bit integers each

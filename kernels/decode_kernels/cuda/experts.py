@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from decode_kernels.cuda.dependent_launch import LAUNCH, launch_next, wait_for_last
-from decode_kernels.cuda.tiles import tiled_down, tiled_up
 from decode_kernels.cuda.vectors import load_vector, product, scale_below_two, split, sum_in_halves
 from decode_kernels.cuda.weights import (
     ABOVE,
@@ -25,7 +24,7 @@ from decode_kernels.cuda.weights import (
     stored,
     unpack,
 )
-from decode_kernels.weights import Tiles, Weight
+from decode_kernels.weights import Weight
 from kda_kernels.cuda.elementwise import silu
 
 EIGHT_BITS = (ROW_SCALES.value, BLOCK_SCALES.value, ONE_SCALE.value)
@@ -131,13 +130,9 @@ def experts_down_kernel(
 
 
 def experts(
-    x: Tensor, up_weight: Weight | Tiles, down_weight: Weight | Tiles, ids: Tensor, weights: Tensor,
-    shared_acts: Tensor, shared_weight: Weight | None,
+    x: Tensor, up_weight: Weight, down_weight: Weight, ids: Tensor, weights: Tensor, shared_acts: Tensor,
+    shared_weight: Weight | None,
 ) -> Tensor:  # fmt: skip
-    """With Tiles, both are, perhaps with more rows than are read, and the shared expert's weight is plain."""
-    if isinstance(up_weight, Tiles):
-        acts = tiled_up(x, up_weight, ids, down_weight.shape[2])
-        return tiled_down(acts, down_weight, ids, weights, shared_acts, shared_weight, x.shape[1])
     return experts_down(experts_up(x, up_weight, ids), down_weight, ids, weights, shared_acts, shared_weight)
 
 

@@ -1,7 +1,7 @@
 """After the attention: residual and norm, the router with its choice of experts, the shared expert's first product.
 
 The first programs have rows of the router, the others pairs of rows (gate and up) of the shared expert. The last of the
-router's programs to end, CHOOSERS of them, choose the experts of all tokens, while the others still multiply.
+router's programs to end finds all logits and chooses the experts of every token, while the others still multiply.
 """
 
 import torch
@@ -14,7 +14,7 @@ from decode_kernels.cuda.linear import add_norm
 from decode_kernels.cuda.vectors import add, dot_rows, load_rows, load_vector, rms_scale, split, store_vector
 from decode_kernels.cuda.weights import PACKED, load_weight, multiply, stored
 from decode_kernels.weights import Weight
-from kda_kernels.cuda.elementwise import INTERPRETED, sigmoid, silu
+from kda_kernels.cuda.elementwise import sigmoid, silu
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def router_kernel(
     shared_out, done,
     x_stride, residual_stride, eps, scale, FORM: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_KP: tl.constexpr, RENORMALIZE: tl.constexpr, INTER: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
-    NORM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, CHOOSERS: tl.constexpr,
+    TOP_KP: tl.constexpr, RENORMALIZE: tl.constexpr, INTER: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
+    NORM: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     ROUTING: tl.constexpr = (E + BN - 1) // BN  # programs
@@ -76,20 +76,9 @@ def router_kernel(
                 logit = dot_rows(r_head, r_tail, head, tail)
             tl.store(logits + token * E + row, logit, mask=row < E)
         tl.debug_barrier()  # all of this program's logits, then its ticket
-        chooser = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") - (ROUTING - CHOOSERS)
-        if chooser >= 0:
-            if CHOOSERS > 1:  # the few that have not ended yet are running: none waits for what has not begun
-                while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < ROUTING:
-                    pass
-            first = chooser * SHARE
-            _choose(
-                logits + first * E, bias, ids + first * TOP_K, weights + first * TOP_K, TOKENS - first, scale,
-                E, EP, TOP_K, TOP_KP, SHARE, RENORMALIZE,
-            )  # fmt: skip
-            if CHOOSERS == 1:
-                tl.store(done, 0)  # for the next step
-            elif tl.atomic_add(done, 1) == ROUTING + CHOOSERS - 1:
-                tl.store(done, 0)
+        if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == ROUTING - 1:
+            _choose(logits, bias, ids, weights, TOKENS, scale, E, EP, TOP_K, TOP_KP, PADDED, RENORMALIZE)
+            tl.store(done, 0)  # for the next step
     else:
         start = (pid - ROUTING) * PAIRS
         pair = start + tl.arange(0, PAIRS)
@@ -122,9 +111,7 @@ def router(
     width = 0 if shared is None else shared.shape[0] // 2
     values, scales, *form = stored(shared, gate)
     alone = tokens == 1 and norm_weight is not None  # then the norm is in the kernel
-    tile = {"BN": 1 if tokens == 1 else 4, "PAIRS": 4, "CHOOSERS": 1, "num_warps": 4} | tile
-    programs = triton.cdiv(E, tile["BN"])
-    tile["CHOOSERS"] = 1 if INTERPRETED else min(tile["CHOOSERS"], programs)  # an interpreter runs one after the other
+    tile = {"BN": 1 if tokens == 1 else 4, "PAIRS": 4, "num_warps": 4} | tile
     if norm_weight is None:
         normed, new_residual = x, residual
     elif alone:
@@ -135,12 +122,12 @@ def router(
     ids = x.new_empty(tokens, top_k, dtype=torch.int32)
     weights = x.new_empty(tokens, top_k, dtype=torch.float32)
     shared_out = x.new_empty(tokens, width)
-    router_kernel[(programs + triton.cdiv(width, tile["PAIRS"]),)](
+    router_kernel[(triton.cdiv(E, tile["BN"]) + triton.cdiv(width, tile["PAIRS"]),)](
         *(x, residual, norm_weight, gate, bias, values, scales),
         *(normed, new_residual, logits, ids, weights, shared_out, done),
         *(x.stride(0), residual.stride(0), eps, scale, *form, scales.numel() // 2),
         *(K, *split(K), E, triton.next_power_of_2(E), top_k, triton.next_power_of_2(top_k), renormalize),
-        *(width, tokens, triton.next_power_of_2(triton.cdiv(tokens, tile["CHOOSERS"])), alone),
+        *(width, tokens, triton.next_power_of_2(tokens), alone),
         **tile,
         **LAUNCH,
     )

@@ -64,7 +64,7 @@ def column_scales(scales, start, at, K: tl.constexpr):
 
 
 @triton.jit
-def nibble(words, PLACE: tl.constexpr):
+def _nibble(words, PLACE: tl.constexpr):
     """ABOVE more than the integer at this place of each word, in fp32."""
     bits = words << (16 - 4 * PLACE) if PLACE < 4 else words >> (4 * PLACE - 16)
     if INTERPRETED:
@@ -80,10 +80,10 @@ def nibble(words, PLACE: tl.constexpr):
 def unpack(words):
     """[..., W] -> [..., 8 W] in fp32, ABOVE more than each integer; a thread keeps what it has."""
     even = tl.interleave(
-        tl.interleave(nibble(words, 0), nibble(words, 4)), tl.interleave(nibble(words, 2), nibble(words, 6))
+        tl.interleave(_nibble(words, 0), _nibble(words, 4)), tl.interleave(_nibble(words, 2), _nibble(words, 6))
     )
     odd = tl.interleave(
-        tl.interleave(nibble(words, 1), nibble(words, 5)), tl.interleave(nibble(words, 3), nibble(words, 7))
+        tl.interleave(_nibble(words, 1), _nibble(words, 5)), tl.interleave(_nibble(words, 3), _nibble(words, 7))
     )
     return tl.interleave(even, odd)
 

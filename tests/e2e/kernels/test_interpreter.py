@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[3]
         "test_prefill_checkpoints",
         "test_spec_decode",
         "test_stored_weights",
-        "test_tiles",
     ],
 )
 def test_in_the_interpreter(name: str, selected: str) -> None:

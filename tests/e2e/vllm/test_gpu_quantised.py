@@ -42,18 +42,11 @@ CHECKPOINTS: dict[str, tuple[dict[str, tuple[str, list[str]]], list[str] | None,
 STORED_WAYS = {
     "one rank": (),
     "two ranks": ("--tensor-parallel-size=2",),
-    "tiles": ('--additional-config={"tiled_experts": true}',),
     "drafts, chunks, bfloat16 state": (NGRAM, *CHUNKS, "--mamba-ssm-cache-dtype=bfloat16"),
     "short of blocks": (*CHUNKS, "--max-num-seqs=25", "--num-gpu-blocks-override=25"),
 }
-STORED = [
-    *((name, way) for way in ("one rank", "two ranks") for name in CHECKPOINTS),
-    *(
-        (name, way)
-        for way in ("drafts, chunks, bfloat16 state", "short of blocks")
-        for name in ("fp8 by channel", "int4")
-    ),
-    *((name, "tiles") for name in ("int4 experts", "int4", "several ways")),
+STORED = [(name, way) for way in ("one rank", "two ranks") for name in CHECKPOINTS] + [
+    (name, way) for way in ("drafts, chunks, bfloat16 state", "short of blocks") for name in ("fp8 by channel", "int4")
 ]
 
 

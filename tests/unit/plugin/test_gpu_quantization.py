@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.online.base import OnlineQuantizati
 
 from benchmarks.common import CONFIG
 from benchmarks.h200.quantised import quantised
-from decode_kernels.weights import QuantizedWeight, Tiles
+from decode_kernels.weights import QuantizedWeight
 from vllm_kimi_linear.config.model import ModelSizes
 from vllm_kimi_linear.quantized import gpu
 
@@ -112,37 +112,3 @@ def test_what_they_do_not(tensors: dict[str, torch.Tensor]) -> None:
 def test_plain_weights_are_themselves() -> None:
     layer = layer_of(weight=torch.zeros(4, 8))
     assert gpu.readable(layer, "weight") is layer.weight
-
-
-def hummings(**other: Any) -> nn.Module:
-    """Experts as vLLM leaves them for Humming's kernel, [2, 128, 256] in groups of 32."""
-    layer = layer_of(
-        w13_weight=torch.zeros(2, 16, 256, dtype=torch.int32), w13_weight_scale=torch.ones(2, 8, 128).bfloat16()
-    )
-    kind = {"a_dtype": SimpleNamespace(num_bits=16), "b_dtype": SimpleNamespace(num_bits=4, is_integer_type=True)}
-    names = ("has_zero_point", "pad_shape_n", "pad_shape_k", "use_packed_k_layout", "use_native_dequant")
-    layer.humming_configs = {"w13": SimpleNamespace(**kind | {"shape_n": 128} | dict.fromkeys(names, 0) | other)}
-    return layer
-
-
-def test_experts_in_tiles_are_read() -> None:
-    layer = hummings()
-    found = gpu.readable(layer, "w13_weight")
-    assert isinstance(found, Tiles)
-    assert (found.shape, found.group) == ((2, 128, 256), 32)
-    assert found.values.data_ptr() == layer.w13_weight.data_ptr()
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"a_dtype": SimpleNamespace(num_bits=8)},
-        {"b_dtype": SimpleNamespace(num_bits=4, is_integer_type=False)},
-        {"has_zero_point": True},
-        {"pad_shape_k": 64},
-        {"pad_shape_n": 32},
-        {"use_native_dequant": True},
-    ],
-)
-def test_other_tiles_are_not(other: dict[str, Any]) -> None:
-    assert gpu.readable(hummings(**other), "w13_weight") is None
