@@ -164,7 +164,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as path:
             folder = Path(path)
             (folder / "config.json").write_text(json.dumps(config))
-            flags = [*COMMON.split(), *args.flags.split(), f"--kv-cache-memory-bytes={held + plan.block_bytes}"]
+            flags = [*COMMON.split(), *args.flags.split(), f"--kv-cache-memory-bytes={held + 64 * plan.block_bytes}"]
             flags += [f"--tensor-parallel-size={args.gpus}", *kept_in(way, folder, args)]
             with Server(folder, flags, log_path=folder / "server.log", env=dict(ENV)) as server:
                 asked = Asked(way, Load(server.url, server.model, config["vocab_size"]))

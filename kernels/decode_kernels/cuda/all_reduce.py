@@ -91,7 +91,7 @@ def all_reduce_add_norm_kernel(
         if other != RANK:
             source = buffer + other * MOST * WORDS + place
             got = tl.load(source, mask=inside, other=0, volatile=True)
-            while tl.max(tl.where(inside, (got >> 32).to(tl.int32) ^ call, 0) != 0, 0):
+            while tl.max((inside & ((got >> 32).to(tl.int32) != call)).to(tl.int32), 0) != 0:
                 got = tl.load(source, mask=inside, other=0, volatile=True)
             part = got.to(tl.int32)
         part_low, part_high = _values(part, PAIRS)
