@@ -28,20 +28,29 @@ from kimi_demo.server import Server
 from vllm_kimi_linear.cache import layout, policy
 from vllm_kimi_linear.config.model import ModelSizes
 
-FLAGS = "--dtype=bfloat16 --max-model-len=1048576 --max-num-batched-tokens=16384 --max-num-seqs=64"
+FLAGS = "--dtype=bfloat16 --max-num-batched-tokens=16384 --max-num-seqs=64"
 COMMON = "--load-format=dummy --skip-tokenizer-init --enable-prompt-tokens-details --enable-prefix-caching"
 WAYS = ("no offloading", "host memory", "a folder")
 PREFIXES = "prefixes"  # the folder's name, beside the model's config
 QUESTION = 64  # tokens of a question about a session
+SPARE_BLOCKS = 64
 SHUTDOWN = 60  # seconds in which what is being stored is stored
 
 
-def planned(model_sizes: ModelSizes, plan: layout.CacheLayout, tokens: int) -> int:
-    """Bytes of a rank that a prompt of so many tokens leaves to be offloaded: whole blocks of latents, kept states."""
-    blocks = tokens // plan.block_tokens
-    kept = policy.columns_to_keep(0, tokens, plan.block_tokens, policy.kept_boundaries(blocks) | {blocks}, blocks)
-    states = {*kept, blocks - 1} if blocks else set()
-    return (blocks + len(states) * plan.kda_groups) * plan.block_bytes
+def planned(plan: layout.CacheLayout, tokens: int, pool: int, chunk: int) -> int:
+    """Bytes of a rank that a prompt leaves to be offloaded, alone in a pool of so many blocks and read in chunks.
+
+    Whole blocks of latents, and the states that are kept: those that the pool affords when their chunk begins.
+    """
+    block, states = plan.block_tokens, set[int]()
+    kept = policy.kept_boundaries(tokens // block) | {(tokens - 1) // block}
+    for start in range(0, tokens, chunk):
+        end, free = min(start + chunk, tokens), pool - 1 - start // block  # one block is vLLM's own
+        affordable = policy.affordable_columns(free, plan.kda_groups)
+        states.update(policy.columns_to_keep(start, end, block, kept, affordable))
+        if end % block == 0 and end // block in kept:
+            states.add(end // block - 1)
+    return (tokens // block + len(states) * plan.kda_groups) * plan.block_bytes
 
 
 def metric(server: Server, name: str) -> float:
@@ -158,34 +167,40 @@ def main() -> None:
     plan = layout.cache_layout(
         model_sizes, activation_dtype=dtype, kv_bytes=0, device=device, prefix_caching=True, tensor_parallel=args.gpus
     )
-    held = max(args.held * plan.bytes_per_sequence(args.tokens), plan.bytes_per_sequence(args.million + 128))
+    longest = max(args.million, args.tokens) + 2 * QUESTION
+    held = max(args.held * plan.bytes_per_sequence(args.tokens), plan.bytes_per_sequence(longest))
+    pool = held // plan.block_bytes + SPARE_BLOCKS
+    chunk = int(re.findall(r"--max-num-batched-tokens=(\d+)", args.flags)[0])
+    sizes = [planned(plan, tokens + QUESTION, pool, chunk) for tokens in (args.tokens, args.million)]
     rows = []
     for way in args.ways:
         with tempfile.TemporaryDirectory() as path:
             folder = Path(path)
             (folder / "config.json").write_text(json.dumps(config))
-            flags = [*COMMON.split(), *args.flags.split(), f"--kv-cache-memory-bytes={held + 64 * plan.block_bytes}"]
-            flags += [f"--tensor-parallel-size={args.gpus}", *kept_in(way, folder, args)]
+            flags = [*COMMON.split(), *args.flags.split(), f"--kv-cache-memory-bytes={pool * plan.block_bytes}"]
+            flags += [f"--max-model-len={longest}", f"--tensor-parallel-size={args.gpus}", *kept_in(way, folder, args)]
             with Server(folder, flags, log_path=folder / "server.log", env=dict(ENV)) as server:
                 asked = Asked(way, Load(server.url, server.model, config["vocab_size"]))
                 asked.warm_up(args)
                 (restarted if way == "a folder" else evicted)(server, asked, args)
             rows += asked.rows
         if args.out:
-            args.out.write_text(table(rows, args, planned(model_sizes, plan, args.tokens + QUESTION)))
+            args.out.write_text(table(rows, args, sizes))
 
 
-def table(rows: Sequence[str], args: argparse.Namespace, planned_bytes: int) -> str:
+def table(rows: Sequence[str], args: argparse.Namespace, sizes: Sequence[int]) -> str:
+    session, million = (f"{size / GIB:.3f}" for size in sizes)
     return "\n".join(
         [
             "# Prefixes that leave the cache",
             "",
             "    python -m benchmarks.offloading "
-            f"--sessions {args.sessions} --tokens {args.tokens} --held {args.held} --gpus {args.gpus}",
+            f"--sessions {args.sessions} --tokens {args.tokens} --held {args.held} --million {args.million} "
+            f"--host {args.host:g} --gpus {args.gpus}",
             "",
             f"{gpus()}, {versions('vllm', 'torch', 'triton')}; the 48B's config with random weights, a cache that",
             f"holds {args.held} of the sessions. One request after the other, with questions of {QUESTION} tokens.",
-            f"Planned for a session: {planned_bytes / GIB:.3f} GiB a rank.",
+            f"Planned: {session} GiB a rank for a session, {million} for the long prompt.",
             "",
             "| what | tokens found | median TTFT, s | p99 TTFT, s | tokens/s | GiB stored | GiB loaded |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -92,6 +92,7 @@ SECTIONS = (
     "cpu",
     "long-context",
     "cache-blocks",
+    "offloading",
     "gateway",
 )
 

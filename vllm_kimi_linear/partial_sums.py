@@ -53,7 +53,7 @@ def prepare(vllm_config: VllmConfig, sizes: ModelSizes, decode_step: DecodeStep)
         or parallel.pipeline_parallel_size > 1
         or decode_step.kda_layer is None
         or vllm_config.model_config.enable_sleep_mode  # what the workspace holds would be lost
-        or not vllm_config.additional_config.get("fused_all_reduce", False)  # not run on GPUs yet
+        or not vllm_config.additional_config.get("fused_all_reduce", False)  # compared in one way of serving
     ):
         return
     if custom is None or custom.disabled:
