@@ -1,7 +1,6 @@
 """What large bodies do to the streams of others."""
 
 import asyncio
-import json
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 
 from benchmarks.gateway.process import gateway
-from benchmarks.gateway.stand_in import arrivals, standing_in
+from benchmarks.gateway.stand_in import delays, standing_in
 
 LARGE = {8: 4, 64: 2}  # MiB: how many at once
 ALONE = 400  # events of the stream before those come
@@ -38,8 +37,8 @@ async def ways_beside(url: str, body: bytes, count: int) -> dict[str, Any]:
             client.stream("POST", "/v1/chat/completions", json=chat) as reply,
         ):
             posts: asyncio.Future[list[float]] | None = None
-            async for line in arrivals(reply):
-                ways.append(time.monotonic() - json.loads(line)["sent"])
+            async for seconds in delays(reply):
+                ways.append(seconds)
                 if len(ways) == ALONE:
                     posts = asyncio.gather(*(loop.run_in_executor(senders, post, url, body) for _ in range(count)))
                 elif posts and posts.done():

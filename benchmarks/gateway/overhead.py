@@ -1,14 +1,15 @@
 """What the gateway adds to a request and to a streamed token, in front of the stand-in."""
 
 import asyncio
-import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
+from benchmarks.gateway.peers import peer
 from benchmarks.gateway.process import gateway
-from benchmarks.gateway.stand_in import arrivals, standing_in
+from benchmarks.gateway.stand_in import delays, standing_in
 
 
 async def overhead(url: str) -> dict[str, list[float]]:
@@ -23,12 +24,19 @@ async def overhead(url: str) -> dict[str, list[float]]:
                 requests.append(time.perf_counter() - begun)
         for number in range(6):
             async with client.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as reply:
-                async for line in arrivals(reply):
+                async for seconds in delays(reply):
                     if number:
-                        events.append(time.monotonic() - json.loads(line)["sent"])
+                        events.append(seconds)
     return {"request": requests, "event": events}
 
 
-def measure_overhead(logs: Path) -> dict[str, dict[str, list[float]]]:
-    with standing_in() as url, gateway([url], {}, logs) as through:
-        return {"bare": asyncio.run(overhead(url)), "gateway": asyncio.run(overhead(through))}
+def measure_overhead(logs: Path, peers: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
+    """Straight to the stand-in, through the gateway, and through each peer."""
+    with standing_in() as url:
+        found = {"bare": asyncio.run(overhead(url))}
+        with gateway([url], {}, logs) as through:
+            found["gateway"] = asyncio.run(overhead(through))
+        for program in peers:
+            with peer(program, [url], "x", logs) as through:
+                found[program.name] = asyncio.run(overhead(through))
+    return found

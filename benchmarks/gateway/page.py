@@ -6,6 +6,7 @@ from datetime import date
 from typing import Any
 
 from benchmarks.common import processor, versions
+from benchmarks.gateway.peers import TITLES
 from benchmarks.gateway.questions import ANSWER, FLAGS, QUESTIONS, RATE, SHORT, WAYS
 from benchmarks.load import percentile
 
@@ -34,18 +35,21 @@ def page(results: dict[str, Any], command: str, note: str) -> str:
         last = f"{statistics.median(done):.0f} s" if done else "after the last question"
         lines.append(f"| {way.title} | {way.name} | {len(runs)} | {', '.join(cells)} | {last} |")
     if measured := results.get("overhead"):
+        titles = {"bare": "straight", "gateway": "gateway", **TITLES}
+        columns = [name for name in titles if name in measured]
         lines += [
             "",
-            "What the gateway adds, in front of a stand-in that answers at once; milliseconds, p50 / p99:",
+            "In front of a stand-in that answers at once; milliseconds, p50 / p99:",
             "",
-            "| | straight | through the gateway | p50 more |",
-            "| --- | --- | --- | --- |",
+            f"| | {' | '.join(titles[name] for name in columns)} |",
+            "| --- |" + " --- |" * len(columns),
         ]
         for what, title in (("request", "a whole request"), ("event", "a streamed token, from sent to received")):
-            bare, through = (measured[way][what] for way in ("bare", "gateway"))
-            more = 1e3 * (percentile(through, 0.5) - percentile(bare, 0.5))
-            cells = [f"{1e3 * percentile(v, 0.5):.2f} / {1e3 * percentile(v, 0.99):.2f}" for v in (bare, through)]
-            lines.append(f"| {title} ({len(through)}) | {cells[0]} | {cells[1]} | {more:.2f} |")
+            figures = []
+            for name in columns:
+                p50, p99 = (f"{1e3 * percentile(measured[name][what], share):.2f}" for share in (0.5, 0.99))
+                figures.append(f"{p50} / {p99}")
+            lines.append(f"| {title} ({len(measured['bare'][what])}) | {' | '.join(figures)} |")
     if measured := results.get("bodies"):
         lines += [
             "",

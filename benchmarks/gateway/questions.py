@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gateway.peers import peer
 from benchmarks.gateway.process import gateway
 from benchmarks.load import Load
 from kimi_demo.server import Server
@@ -19,12 +20,16 @@ QUESTIONS, RATE = 64, 1.0  # of one run, and how many come a second
 
 @dataclass(frozen=True)
 class Way:
-    """How the questions reach a model. `gateway`: the `admission` of its configuration; None for none at all."""
+    """How the questions reach a model.
+
+    gateway: the `admission` of its configuration; None for none at all. peer: the name of another program instead.
+    """
 
     name: str
     flags: tuple[str, ...] = ()
     replicas: int = 1
     gateway: dict[str, int] | None = None
+    peer: str = ""
     longs: int = 1
     length: int = 100_000  # tokens of each long prompt
 
@@ -39,13 +44,15 @@ WAYS = {
     "flag": Way("`vllm serve`, threshold 512", THRESHOLD),
     "gateway": Way("gateway, 2 replicas", (), 2, {}),
     "gateway-flag": Way("gateway, 2 replicas, threshold 512", THRESHOLD, 2, {}),
+    "router-flag": Way("vLLM's router, 2 replicas, threshold 512", THRESHOLD, 2, peer="vllm-router"),
+    "litellm-flag": Way("LiteLLM, 2 replicas, threshold 512", THRESHOLD, 2, peer="litellm"),
     "several-flag": Way("`vllm serve`, threshold 512", THRESHOLD, longs=6, length=20_000),
-    "several-gateway": Way("gateway, 1 replica, threshold 512", THRESHOLD, 1, ONE_AT_A_TIME, 6, 20_000),
+    "several-gateway": Way("gateway, 1 replica, threshold 512", THRESHOLD, 1, ONE_AT_A_TIME, "", 6, 20_000),
 }
 
 
 @contextlib.contextmanager
-def served(way: Way, model: Path, logs: Path) -> Iterator[tuple[str, list[str]]]:
+def served(way: Way, model: Path, logs: Path, peers: Sequence[Path] = ()) -> Iterator[tuple[str, list[str]]]:
     """The servers of a way: the URL to ask, and those of the replicas."""
     with contextlib.ExitStack() as stack:
         env = {"OMP_NUM_THREADS": "1"}
@@ -54,7 +61,13 @@ def served(way: Way, model: Path, logs: Path) -> Iterator[tuple[str, list[str]]]
             for number in range(way.replicas)
         ]
         urls = [server.url for server in servers]
-        yield (urls[0] if way.gateway is None else stack.enter_context(gateway(urls, way.gateway, logs))), urls
+        url = urls[0]
+        if way.gateway is not None:
+            url = stack.enter_context(gateway(urls, way.gateway, logs))
+        for program in peers:
+            if program.name == way.peer:
+                url = stack.enter_context(peer(program, urls, str(model), logs))
+        yield url, urls
 
 
 async def question_times(load: Load, way: Way) -> dict[str, Any]:
