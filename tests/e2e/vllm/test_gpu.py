@@ -85,6 +85,16 @@ WAYS = {
         "--num-gpu-blocks-override=25",
         "--no-enable-prefix-caching",
     ),
+    "two ranks, shared latents, prefixes kept, short of blocks": (
+        "--tensor-parallel-size=2",
+        SHARED + "2",
+        "--block-size=96",
+        "--max-num-batched-tokens=64",
+        "--max-num-seqs=25",
+        "--num-gpu-blocks-override=25",
+        "--enable-prefix-caching",
+        '--additional-config={"shared_prefixes": true}',
+    ),
     "two ranks, fused all-reduce": (
         "--tensor-parallel-size=2",
         "--enable-prefix-caching",
