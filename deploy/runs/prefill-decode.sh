@@ -1,6 +1,6 @@
 #!/bin/sh
-# Two GPUs of 141 GB as two servers behind the gateway: one reads long prompts, the other answers and is not slowed down by
-# them. Needs nixl (pip install nixl), and 64 GiB of the host's memory.
+# Two GPUs of 141 GB as two servers behind the gateway: one reads long prompts, the other answers.
+# Needs nixl (pip install nixl), and 64 GiB of the host's memory.
 #   deploy/runs/prefill-decode.sh [--print]
 . "$(dirname "$0")/run.inc"
 

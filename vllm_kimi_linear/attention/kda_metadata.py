@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kda_kernels.interface import PrefillCheckpoints
 from vllm_kimi_linear.cache.check import StateCheck
 from vllm_kimi_linear.cache.policy import StateCheckpoints
+from vllm_kimi_linear.log import logger
 
 
 def context_lens_of(common: CommonAttentionMetadata) -> torch.Tensor:
@@ -95,7 +96,9 @@ class KdaMetadataBuilder(GDNAttentionMetadataBuilder):
         self.group = 0
         self.checkpoints: Sequence[StateCheckpoints | None] = ()
         self.check: StateCheck | None = None
-        if vllm_config.additional_config.get("check_states") and not self.draft_tokens:
+        if vllm_config.additional_config.get("check_states") and self.draft_tokens:
+            logger.warning_once("check_states checks nothing with drafts")
+        elif vllm_config.additional_config.get("check_states"):
             aligned = vllm_config.cache_config.mamba_cache_mode == "align"
             self.check = StateCheck(kv_cache_spec.block_size if aligned else 0, layer_names)
         requests = vllm_config.scheduler_config.max_num_seqs

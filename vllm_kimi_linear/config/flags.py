@@ -106,7 +106,8 @@ def check_flags(vllm_config: VllmConfig, states: bool) -> None:
         flags += gpu_flags.flags(vllm_config)
     if cache.enable_prefix_caching:
         remedy = "with prefix caching it has not been run with this model, add --no-enable-prefix-caching"
-        shared = range(1, 1 << 10) if extra.get("shared_prefixes") else (1,)  # not compared where blocks are short
+        # Not compared in a cache that runs out of blocks.
+        shared = range(1, 1 << 10) if extra.get("shared_prefixes") else (1,)
         flags.append(("decode-context-parallel-size", parallel.decode_context_parallel_size, shared, remedy))
         remedy = "prefix caching needs chunks, leave the flag out or add --no-enable-prefix-caching"
         flags.append(("enable-chunked-prefill", scheduler.enable_chunked_prefill, (True,), remedy))

@@ -2,26 +2,28 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from vllm_kimi_linear.attention import kda_metadata
 from vllm_kimi_linear.attention.kda_metadata import KdaMetadata, KdaMetadataBuilder
 from vllm_kimi_linear.cache.policy import StateCheckpoints
 
 MOST = 8
 
 
-def builder(draft_tokens: int = 0, block: int = 0) -> KdaMetadataBuilder:
+def builder(draft_tokens: int = 0, block: int = 0, **additional: bool) -> KdaMetadataBuilder:
     speculative = SimpleNamespace(num_speculative_tokens=draft_tokens, parallel_drafting=False)
     config: Any = SimpleNamespace(
         num_speculative_tokens=draft_tokens,
         speculative_config=speculative if draft_tokens else None,
         scheduler_config=SimpleNamespace(max_num_seqs=MOST),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        additional_config={},
+        additional_config=additional,
         cache_config=SimpleNamespace(mamba_cache_mode="align" if block else "none"),
     )
     spec: Any = MambaSpec(block_size=block or 1, shapes=(), dtypes=(), num_speculative_blocks=draft_tokens)
@@ -169,6 +171,13 @@ def test_states_are_kept_where_the_scheduler_says():
 def test_columns_that_name_a_block_are_no_states_to_keep():
     """As a block table has them that held drafts before a chunk."""
     assert builder(draft_tokens=2, block=16).build(0, step([64], [16], columns=8)).prefill_checkpoints is None
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_the_check_of_states_says_that_drafts_leave_it_nothing(draft_tokens: int):
+    with mock.patch.object(kda_metadata, "logger") as logger:
+        found = builder(draft_tokens, check_states=True).check
+    assert (found is None) == bool(draft_tokens) == logger.warning_once.called
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])
