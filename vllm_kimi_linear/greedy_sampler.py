@@ -17,12 +17,9 @@ class GreedySampler(Sampler):
     profiled: bool  # vLLM's first call measures the sampler's memory and compiles its kernels
 
     @classmethod
-    def of(cls, sampler: Sampler, requests: int, device: torch.device) -> "GreedySampler":
-        """`requests`: most of a step."""
+    def of(cls, sampler: Sampler) -> "GreedySampler":
         ours = object.__new__(cls)
         ours.__dict__ = sampler.__dict__
-        ours.one = torch.ones(requests, dtype=torch.int32, device=device)
-        ours.none = torch.zeros(requests, dtype=torch.int32, device=device)
         ours.asked, ours.profiled = ([], False), False
         return ours
 
@@ -30,7 +27,12 @@ class GreedySampler(Sampler):
         """logits [requests, vocabulary]."""
         if not self.profiled or input_batch.has_prefill or input_batch.num_draft_tokens:
             self.asked = [], False  # a request that begins may have the name of one that ended
-            self.profiled = True
+            # `of` is called while weights are loaded: of what is made there sleep mode brings back the weights alone.
+            if not self.profiled:
+                most = len(self.needs_logits_processing)
+                self.one = torch.ones(most, dtype=torch.int32, device=logits.device)
+                self.none = torch.zeros_like(self.one)
+                self.profiled = True
             return super().__call__(logits, input_batch)
         if not self.greedy(input_batch):
             return super().__call__(logits, input_batch)

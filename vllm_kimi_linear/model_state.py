@@ -94,4 +94,4 @@ class KimiLinearModelState(MambaHybridModelState):
         """vLLM's own with drafts and with watermarks, which are told to no other."""
         if self.drafts or getattr(self.vllm_config, "watermark_config", None) is not None:
             return None
-        return GreedySampler.of(sampler, self.max_num_reqs, self.device), None
+        return GreedySampler.of(sampler), None

@@ -41,14 +41,15 @@ class ExpertWarmup(VllmJitKernel[Step]):
         return [Step(tokens, layer, config) for tokens in sorted(sizes) if 0 < tokens <= most]
 
     def compile(self, step: Step) -> None:
-        """Run the layer; where that fails, say so and let the server start: its first requests are only slower."""
+        """Run the layer; where a single rank fails, say so and let the server start: first requests are only slower."""
         model, device = step.config.model_config, next(step.layer.parameters()).device
         try:
             with torch.inference_mode(), set_forward_context(None, step.config, num_tokens=step.tokens):
                 step.layer(torch.zeros(step.tokens, model.get_hidden_size(), dtype=model.dtype, device=device))
-        except torch.AcceleratorError:  # the device answers nothing after it
-            raise
         except Exception as error:  # a warmup is not worth a server
+            # After an error of its own a device answers nothing; and other ranks wait for this one's part.
+            if isinstance(error, torch.AcceleratorError) or step.config.parallel_config.world_size > 1:
+                raise
             logger.warning_once("Kimi Linear warmup: experts could not be run with %d tokens: %s", step.tokens, error)
 
 

@@ -23,10 +23,13 @@ class Answer:
 
 
 class Completions:
-    """Greedy completions of token-id prompts; every answer has exactly the asked number of tokens."""
+    """Greedy completions of token-id prompts; every answer has exactly the asked number of tokens.
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    Without `logprobs` a step samples as for a client that asks for tokens alone, on GPUs in a launch of our own.
+    """
+
+    def __init__(self, server: Server, logprobs: bool = True) -> None:
+        self.server, self.logprobs = server, 0 if logprobs else None
 
     @staticmethod
     def salt(cold: bool) -> dict[str, Any]:
@@ -44,7 +47,7 @@ class Completions:
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "logprobs": 0,
+            "logprobs": self.logprobs,
             "return_token_ids": True,
             **more,
         }
@@ -62,8 +65,10 @@ class Completions:
         choice, usage = found["choices"][0], found["usage"]
         assert usage["prompt_tokens"] == len(prompt)
         details = usage.get("prompt_tokens_details") or {}
-        answer = Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"], details.get("cached_tokens") or 0)
-        assert len(answer.tokens) == len(answer.logprobs) == usage["completion_tokens"] == tokens
+        logprobs = [] if self.logprobs is None else choice["logprobs"]["token_logprobs"]
+        answer = Answer(choice["token_ids"], logprobs, details.get("cached_tokens") or 0)
+        assert len(answer.tokens) == usage["completion_tokens"] == tokens
+        assert len(logprobs) == (0 if self.logprobs is None else tokens)
         return answer
 
     async def stream(

@@ -132,6 +132,7 @@ def take_checkpoints(managers: Sequence[KdaManager]) -> dict[str, StateCheckpoin
         )
     for manager in managers:
         manager.filled.clear()
+        manager.planned.clear()  # of a request that got no blocks: its next chunk is another, or comes from a connector
     return found
 
 

@@ -59,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", help="4xH100-80GB, 2x24GB, or 2 (default: those that nvidia-smi shows)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--memory", help="memory of one GPU, or for one rank on a CPU, such as 80G (default: probed)")
-    parser.add_argument("--context", help="tokens of the longest sequence, such as 128K (default: 1M, or the model's most)")
+    parser.add_argument("--context", help="tokens of the longest sequence, such as 128K (default: 1M, or all)")
     parser.add_argument("--concurrency", default="1", help="sequences of that length at once (default: 1)")
     parser.add_argument("--tensor-parallel", metavar="N", help="ranks of a server (default: chosen; 1 on a CPU)")
     parser.add_argument(

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from vllm import SamplingParams
@@ -186,6 +187,36 @@ def serve_all(model: str) -> list[str]:
         except AssertionError:
             faults.append(traceback.format_exc())
     return faults
+
+
+def load(model: str) -> list[list[int]]:
+    """A prompt that got no blocks to be computed and is then loaded: blocks that it takes, and should; for each hit."""
+    vllm_kimi_linear.register()
+    found = []
+    for hit in (2, 8, 15, 20):  # blocks
+        engine = scheduler(configuration(model, LENGTH), BLOCK, PLENTY)
+        connector = MagicMock(supports_divergent_local_hybrid_hits=False)
+        connector.get_loaded_kv_cache_group_ids.return_value = (0, *GROUPS)
+        connector.get_num_new_matched_tokens.side_effect = [(0, False), (hit * BLOCK, True)]
+        engine.connector = connector
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        request = Request("r0", list(range(8000)), SamplingParams(max_tokens=5), None, block_hasher=hasher)
+        engine.requests[request.request_id] = request
+        engine.waiting.add_request(request)
+        pool = engine.kv_cache_manager.block_pool
+        taken = pool.get_new_blocks(PLENTY - 1 - 34)  # the prompt takes 35
+        assert not engine.schedule().num_scheduled_tokens
+        pool.free_blocks(taken)
+        step = engine.schedule()
+        assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and not step.kda_checkpoints
+        found.append([PLENTY - 1 - pool.get_num_free_blocks(), hit + len(GROUPS)])
+    return found
+
+
+def test_a_prompt_that_waited_is_loaded_as_if_it_had_not(demo_model: Path):
+    """What its first chunk was to keep is nothing to what a connector loads in its place."""
+    for taken, wanted in in_own_process(load, str(demo_model)):
+        assert taken == wanted
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def way(request: pytest.FixtureRequest, servers: Callable[..., Server], demo_mod
     ranks = int(sizes[0]) if sizes else 1
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    return Completions(servers(demo_model, *FLAGS, *flags))
+    return Completions(servers(demo_model, *FLAGS, *flags), logprobs=False)
 
 
 def differing(ours: list[Answer], others: list[Answer]) -> int:
@@ -182,7 +182,7 @@ def test_steady_steps_change_no_token(servers: Callable[..., Server], demo_model
     for config in ('{"steady_steps": false}', '{"steady_steps": true}'):
         server = servers(demo_model, *flags, f"--additional-config={config}", env=env)
         call(server, "collective_rpc", method="count_steps")
-        answers.append([answer.tokens for answer in Completions(server).one_by_one(asked)])
+        answers.append([answer.tokens for answer in Completions(server, logprobs=False).one_by_one(asked)])
         steps.append(call(server, "collective_rpc", method="counted_steps")["results"][0])
     assert answers[0] == answers[1]
     assert int(steps[0]) == 0 and int(steps[1]) > 0.9 * 500 * len(asked), steps
@@ -193,7 +193,7 @@ def test_asleep_and_awake(level: int, servers: Callable[..., Server], demo_model
     """Weights go to the host or are read again, all states and latents are lost: the answers are those of before."""
     flags = (*FLAGS, "--enable-prefix-caching", "--enable-sleep-mode")
     server = servers(demo_model, *flags, env={"VLLM_SERVER_DEV_MODE": "1"})
-    client = Completions(server)
+    client = Completions(server, logprobs=False)
     before = client.one_by_one(asked)
     for _ in range(2):
         call(server, f"sleep?level={level}")

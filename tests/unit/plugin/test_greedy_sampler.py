@@ -35,8 +35,8 @@ def sampler(temperatures: list[float], **more: Any) -> GreedySampler:
         "logprob_token_ids_state": SimpleNamespace(max_num_token_ids=lambda rows: 0),
         "logprobs": logprobs,
     } | more
-    ours = GreedySampler.of(base, ROWS, torch.device("cpu"))
-    ours.profiled = True
+    ours = GreedySampler.of(base)
+    assert ours(LOGITS, batch([0])) == "vLLM's"
     return ours
 
 
@@ -63,6 +63,14 @@ def test_the_first_call_is_vllms() -> None:
     ours.profiled = False
     assert ours(LOGITS, batch([0, 2])) == "vLLM's"
     assert ours(LOGITS, batch([0, 2])) != "vLLM's"
+
+
+def test_nothing_lies_among_the_weights() -> None:
+    """vLLM makes its sampler while it loads weights; sleep mode takes what lies there, and loads weights alone."""
+    base = object.__new__(Sampler)
+    base.__dict__ = {}
+    ours = GreedySampler.of(base)
+    assert not [name for name, value in vars(ours).items() if isinstance(value, torch.Tensor)]
 
 
 def test_all_else_is_vllms() -> None:

@@ -45,11 +45,16 @@ class Broken(torch.nn.Linear):
         raise self.error("broken")
 
 
-def test_a_warmup_that_fails_costs_no_server_unless_the_device_is_lost(monkeypatch: pytest.MonkeyPatch):
+def test_a_warmup_that_fails_costs_no_server_unless_the_device_or_another_rank_is_lost(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(warmup, "set_forward_context", lambda *args, **kwargs: nullcontext())
     model = Mock(dtype=torch.float32, get_hidden_size=lambda: 4)
-    step = Step(2, layer := Broken(4, 4), Mock(spec=VllmConfig, model_config=model))
+    alone, several = (SimpleNamespace(world_size=ranks) for ranks in (1, 2))
+    step = Step(2, layer := Broken(4, 4), Mock(spec=VllmConfig, model_config=model, parallel_config=alone))
     ExpertWarmup().compile(step)
+    step.config.parallel_config = several
+    with pytest.raises(RuntimeError, match="broken"):  # the others would wait for this rank's part for ever
+        ExpertWarmup().compile(step)
+    step.config.parallel_config = alone
     layer.error = torch.AcceleratorError
     with pytest.raises(torch.AcceleratorError):
         ExpertWarmup().compile(step)
