@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,15 @@ class Running:
 
     def client(self, **more: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=patience.SECONDS, trust_env=False, **more)
+
+    def ask_and_leave(self, path: str, body: dict[str, Any], when: Callable[[], bool], **headers: str) -> None:
+        """Send a request, and close the connection without its answer once `when` is true."""
+        content = json.dumps(body).encode()
+        headers |= {"host": "x", "content-type": "application/json", "content-length": str(len(content))}
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        with socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1]))) as connection:
+            connection.sendall("\r\n".join(lines).encode() + content)
+            self.until(when, "what the client leaves after")
 
     @property
     def lines(self) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ class Route:
     default_output_tokens: int | None = None
     tokenize_path: str | None = None  # takes the same body and counts its prompt's tokens
     transfers: bool = False  # vLLM takes a prompt that another server has read
+    priority_in_body: bool = False  # vLLM takes it from there, not from the header
 
 
 CHAT_LIMITS, TOKENIZE = ("max_completion_tokens", "max_tokens"), "/tokenize"
@@ -35,7 +36,13 @@ ROUTES = (
         tokenize_path=TOKENIZE,
         transfers=True,
     ),
-    Route("POST", "/v1/chat/completions/batch", prefills=True, json_body=True, output_limit_fields=CHAT_LIMITS),
+    Route(
+        *("POST", "/v1/chat/completions/batch"),
+        prefills=True,
+        json_body=True,
+        output_limit_fields=CHAT_LIMITS,
+        priority_in_body=True,
+    ),
     Route(
         *("POST", "/v1/completions"),
         prefills=True,
@@ -58,7 +65,7 @@ ROUTES = (
         transfers=True,
     ),
     Route("POST", "/v1/messages/count_tokens", json_body=True, anthropic=True),
-    Route("POST", "/v1/systemone", prefills=True, json_body=True, default_output_tokens=2),
+    Route("POST", "/v1/systemone", prefills=True, json_body=True, default_output_tokens=2, priority_in_body=True),
 )
 
 # Paths of vLLM's /v1 that clients must not reach.

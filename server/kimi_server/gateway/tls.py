@@ -46,7 +46,7 @@ class Certificate:
         try:
             # A password is asked for on the terminal otherwise, which a server has not.
             context.load_cert_chain(self.certfile, self.keyfile, password=lambda: "")
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             files = f"ssl_certfile {self.certfile} and ssl_keyfile {self.keyfile}"
             raise SettingsError(
                 f"{files} cannot be used ({getattr(error, 'reason', None) or error}): give a certificate and its key, "

@@ -28,10 +28,9 @@ from kimi_server.gateway.upstream.body import chunks, with_fields
 from kimi_server.gateway.upstream.prefill import PARAMETERS
 from kimi_server.gateway.upstream.replicas import Replica, ReplicaLost
 from kimi_server.gateway.upstream.response import UpstreamResponse
-from kimi_server.gateway.upstream.stored_responses import StoredResponse
+from kimi_server.gateway.upstream.stored_responses import RESPONSES, StoredResponse, referred_to
 
-RESPONSES = "/v1/responses"
-PRIORITIES = {"short": "0", "long": "1"}  # vLLM's --scheduling-policy priority serves the lower first
+PRIORITIES = {"short": 0, "long": 1}  # vLLM's --scheduling-policy priority serves the lower first
 
 
 @dataclass
@@ -72,7 +71,7 @@ class UpstreamCall:
         session_id = self.client.header(b"x-session-id")
         entry.session = session_hash(session_id, limiter.key.cache_owner, parsed.prefix_hash)
         tokens = gateway.token_estimator.estimate(size)
-        requested = any(name in parsed.fields for name in route.output_limit_fields)
+        requested = any(parsed.fields.get(name) is not None for name in route.output_limit_fields)
         output = parsed.output_tokens(route.output_limit_fields, route.default_output_tokens)
         longest, left = limiter.key.longest_context, limiter.tokens_left
         prompt = tokens
@@ -83,7 +82,7 @@ class UpstreamCall:
             if (longest is not None and wanted > longest) or (left is not None and size.max_tokens > left):
                 prompt = tokens = await self._count_tokens(size) or tokens
         limit = limiter.output_limit(prompt, output, parsed.completions, requested)
-        if limit is not None:
+        if limit is not None and (output or not requested):  # what vLLM is to refuse stays as it is
             self.body = with_fields(self.body, dict.fromkeys(route.output_limit_fields[:1], limit))
         self.prompt_tokens = min(tokens, gateway.max_model_len or tokens)
         entry.prompt_tokens = self.prompt_tokens
@@ -123,12 +122,7 @@ class UpstreamCall:
 
         Raises GatewayError 404 for one of another key, exactly as for one that does not exist.
         """
-        if self.parsed is not None:
-            response_id = self.parsed.fields.get("previous_response_id") if self.route.path == RESPONSES else None
-        elif self.route.path.startswith(f"{RESPONSES}/"):
-            response_id = self.path.removeprefix(f"{RESPONSES}/").removesuffix("/cancel")
-        else:
-            response_id = None
+        response_id = referred_to(self.path, self.parsed.fields if self.parsed else None)
         stored = self.gateway.stored_responses.find(self.limiter.key.id, response_id)
         if stored is None and isinstance(response_id, str) and self.gateway.keyring.path is not None:
             raise GatewayError(404, "no_response", f"Response with id {response_id[:128]!r} not found.")
@@ -165,7 +159,7 @@ class UpstreamCall:
 
         def candidates() -> list[int]:
             order = replica_order(gateway.replicas.all, entry.session, failed)
-            return sorted(order, key=lambda index: index != home)
+            return [home] if home in order else order  # elsewhere it is not known
 
         if self.prompt_tokens == 0:
             if not (order := candidates()):
@@ -199,6 +193,7 @@ class UpstreamCall:
                 response = await gateway.client.send(self._request(replica, grant, read), stream=True)
                 try:
                     if response.status_code == 401:  # about the gateway's key for the replica, not the client's
+                        self.sent = False
                         raise GatewayError(502, "replica_key", "The replica refuses the gateway's own key.")
                     await self._relay(replica, grant, response)
                 finally:
@@ -211,6 +206,9 @@ class UpstreamCall:
                     seconds = gateway.settings.limits.replica_seconds
                     message = f"The replica sent nothing for {seconds:g} seconds."
                     raise GatewayError(504, "replica_silent", message) from None
+            except httpx.LocalProtocolError as error:
+                self.sent = False
+                raise GatewayError(400, "header", f"A header of the request cannot be passed on: {error}.") from None
             except httpx.TransportError as error:
                 if not self.client.response_started:
                     raise ReplicaLost(replica, error) from error
@@ -218,12 +216,14 @@ class UpstreamCall:
 
     def _request(self, replica: Replica, grant: Grant, fields: dict[str, Any]) -> httpx.Request:
         """The client's request for this replica with more `fields`, without the HTTP client's default headers."""
+        if self.route.priority_in_body:
+            fields = {**fields, "priority": PRIORITIES[grant.lane]}
         body = with_fields(self.body, fields)
         added = {"x-request-id": self.entry.request_id, **replica.headers}
         if body:
             added["content-length"] = str(len(body))
         if self.route.prefills:
-            added["x-vllm-priority"] = PRIORITIES[grant.lane]
+            added["x-vllm-priority"] = str(PRIORITIES[grant.lane])
         if replica.rank is not None:
             added["x-data-parallel-rank"] = str(replica.rank)
         target = self.path.encode() + (b"?" + self.client.query if self.client.query else b"")
@@ -250,10 +250,11 @@ class UpstreamCall:
 
         async for chunk in upstream.aiter_raw():
             ready = response.feed(chunk)
-            if self.route.path.startswith(RESPONSES) and upstream.status_code == 200 and response.response_id:
-                # Before the client has the id or the end, and may refer to it.
+            # What is asked for again holds parts of an answer, which may look like another's id.
+            response_id = response.response_id if self.path == RESPONSES else referred_to(self.path, None)
+            if response_id and upstream.status_code == 200:  # before the client has the id or the end, and refers to it
                 known = self.gateway.stored_responses
-                known.remember(self.limiter.key.id, response.response_id, replica.index, response.usage.tokens)
+                known.remember(self.limiter.key.id, response_id, replica.index, response.usage.tokens)
             if response.first_token and grant.held:
                 grant.release()
                 if upstream.status_code == 200 and self.prompt_tokens:

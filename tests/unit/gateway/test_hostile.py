@@ -220,3 +220,40 @@ def test_a_second_request_that_is_no_http_does_not_disturb_the_first_answer(star
     status, received = send(gateway, head_kept + BODY + b"garbage\r\n\r\n")
     assert status == 0 and received == b""
     gateway.until_idle()
+
+
+def sent_and_answered(gateway: Running, *parts: bytes, pause: float = 0.3) -> bytes:
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), timeout=60) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(pause)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def test_a_pipelined_request_that_is_broken_says_nothing_inside_the_answer_before(start: Start) -> None:
+    gateway = start(Upstream(pace=0.2))
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    first = head(b"content-length: %d\r\n" % len(body)).replace(b"connection: close\r\n", b"") + body
+    received = sent_and_answered(gateway, first, head(CHUNKED) + b"zz\r\n")
+    assert received.count(b"HTTP/1.1 ") == 1 and received.startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_leaves_behind_a_pipelined_request_has_left(start: Start) -> None:
+    upstream = Upstream(hold=60)
+    gateway = start(upstream)
+    first = head(LENGTH).replace(b"connection: close\r\n", b"") + BODY
+    with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), timeout=60) as connection:
+        connection.sendall(first + head(method=b"GET", path=b"/v1/models"))
+        gateway.until(lambda: upstream.running == 1, "the replica has the request")
+    gateway.until(lambda: upstream.cancelled == 1, "the replica is told")
+    gateway.until_idle()
+
+
+def test_space_behind_a_value_is_not_part_of_it(start: Start) -> None:
+    upstream = Upstream()
+    header = head(LENGTH).replace(b"application/json", b"application/json \t")
+    assert sent_and_answered(start(upstream), header + BODY).startswith(b"HTTP/1.1 200")
+    assert upstream.seen[0].header(b"content-type") == [b"application/json"]

@@ -135,6 +135,9 @@ def test_where_no_replica_counts_the_estimate_stands(start, keys_file) -> None:
         ("", ', "max_completion_tokens": 500'),
         (', "n": 4', ', "max_completion_tokens": 125'),
         (', "max_tokens": null', ', "max_completion_tokens": 500'),
+        (', "max_tokens": "many"', ""),  # the replica refuses it
+        (', "max_tokens": 0', ""),
+        (', "max_tokens": -5', ""),
         (', "max_tokens": "500"', ""),
         (', "max_tokens": 5e2', ""),
         (', "max_tokens": 100, "n": "5"', ""),
@@ -188,8 +191,8 @@ def test_what_is_charged_is_what_is_refunded(start, keys_file) -> None:
 def test_a_client_that_leaves_before_the_first_token_pays_for_the_prompt(start, keys_file, streams: bool) -> None:
     upstream = Upstream(hold=600)
     gateway = start(upstream, keys=keys_file(alice={"tokens_per_minute": 1000}))
-    with gateway.client(headers=bearer("alice")) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json={"prompt": [1] * 900, "stream": streams}, timeout=0.5)
+    body = {"prompt": [1] * 900, "stream": streams}
+    gateway.ask_and_leave("/v1/completions", body, lambda: upstream.running == 1, **bearer("alice"))
     gateway.until_idle()
     assert gateway.gateway.keyring.limiters["alice"].tokens.used == 900
 
@@ -260,3 +263,30 @@ def test_running_requests_are_counted() -> None:
             pass
         assert limiter.running == 2
     assert limiter.running == 0
+
+
+@pytest.mark.parametrize(("given", "room", "sent"), [(0, 900, 0), (-5, 900, -5), (None, 900, None), (None, 10, 10)])
+def test_a_number_that_is_none_is_not_the_rest_of_the_context(start, keys_file, given, room: int, sent) -> None:
+    """A completion of 0 tokens scores its prompt; null means 16, as for the replica."""
+    upstream = Upstream()
+    gateway = start(upstream, keys=keys_file(alice={"longest_context": 1000}))
+    with gateway.client(headers=bearer("alice")) as client:
+        body = {"prompt": [1] * (1000 - room), "echo": True, "max_tokens": given}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    assert json.loads(upstream.seen[0].body)["max_tokens"] == sent
+
+
+def test_a_stream_that_reports_no_usage_is_charged_by_its_events(start, keys_file) -> None:
+    gateway = start(Upstream(usage=False, tokens=500), keys=keys_file(alice={"tokens_per_minute": 1000}))
+    with gateway.client(headers=bearer("alice")) as client:
+        assert client.post("/v1/completions", json={"prompt": [1] * 10, "stream": True}).status_code == 200
+    gateway.until_idle()
+    assert gateway.gateway.keyring.limiters["alice"].tokens.used == 510
+
+
+def test_what_a_replica_refuses_the_gateway_costs_nothing(start, keys_file) -> None:
+    gateway = start(Upstream(status=401), keys=keys_file(alice={"tokens_per_minute": 1000}))
+    with gateway.client(headers=bearer("alice")) as client:
+        assert client.post("/v1/completions", json={"prompt": [1] * 900}).status_code == 502
+    gateway.until_idle()
+    assert gateway.gateway.keyring.limiters["alice"].tokens.used == 0

@@ -55,8 +55,8 @@ CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
         (b'{"max\\u005ftokens": 7}', 7),
         (b'\xef\xbb\xbf{"max_tokens": 7}', 7),
         (b"{}", 16),
-        # No limit, or what vLLM answers 400.
-        (b'{"max_tokens": null}', None),
+        (b'{"max_tokens": null}', 16),
+        # What vLLM answers 400.
         (b'{"max_tokens": 0}', None),
         (b'{"max_tokens": -5}', None),
         (b'{"max_tokens": 1.5}', None),

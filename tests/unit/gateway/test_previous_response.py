@@ -85,3 +85,28 @@ def test_the_ratio_is_not_learned_from_a_part_of_the_prompt(start) -> None:
     post(gateway, previous_response_id=None)
     gateway.until_idle()
     assert estimator.bytes_per_token != before
+
+
+def test_a_stored_response_is_asked_for_where_it_is_however_busy_that_is(start, keys_file) -> None:
+    upstreams = Conversing(), Conversing()
+    gateway = start(*upstreams, keys=keys_file(alice={}), admission={"short_prompt": 50})
+    gateway.gateway.stored_responses.remember("alice", "resp_1", 1)
+    gateway.gateway.admission.outstanding[1]["long"] += 100  # it reads a long prompt
+    assert post(gateway, previous_response_id="resp_1").headers["x-kimi-replica"] == "1"
+    gateway.gateway.admission.outstanding[1]["long"] -= 100
+
+
+def test_what_an_answer_says_is_not_the_id_of_a_response(start, keys_file) -> None:
+    """A response asked for again may begin in the middle, with a text that looks like another's id."""
+
+    class Resuming(Conversing):
+        async def answer(self, body: bytes, send) -> None:
+            if body:
+                return await super().answer(body, send)
+            await self.reply(send, 200, b'{"type":"response.output_text.done","text":"resp_other"}')
+
+    gateway = start(Resuming(), keys=keys_file(alice={}))
+    assert post(gateway, background=True).status_code == 200
+    with gateway.client(headers=bearer("alice")) as client:
+        assert client.get("/v1/responses/resp_1?stream=true&starting_after=3").status_code == 200
+        assert client.get("/v1/responses/resp_other").status_code == 404

@@ -24,6 +24,7 @@ from kimi_server.gateway.request.token_estimator import TokenEstimator
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]}, 127, 0, 1),
         ({"messages": [[{"role": "user"}], [{"role": "user"}, {"role": "b"}]]}, 21, 0, 2),
         ({"system": "abc", "messages": []}, 3, 0, 1),
+        ({"messages": [], "chat_template_kwargs": {"tools": [{"name": "bc"}]}}, 11, 0, 1),
         ({"state": {"a": "bc"}, "questions": {"q": {"type": "t"}}}, 9, 0, 1),
         ({"model": "m", "user": "somebody", "stop": ["a"]}, 0, 0, 1),
         ({"messages": None, "prompt": True, "tools": [1, 2]}, 0, 0, 1),
@@ -75,3 +76,14 @@ def test_the_estimate_follows_the_usage() -> None:
     estimator.observe(PromptSize(0, 10), 10)
     estimator.observe(PromptSize(100, 10), 5)  # nonsense
     assert estimator.bytes_per_token == ratio
+
+
+@pytest.mark.parametrize("window", [7, 16, 33, 65536])
+@pytest.mark.parametrize("space", [0, 1, 70])
+def test_conversations_are_counted_however_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, window: int, space: int
+) -> None:
+    monkeypatch.setattr(prompt_size, "WINDOW", window)
+    between = b" " * space
+    one = between + b"[" + between + b'{"a": [1, 2]}' + between + b"]" + between
+    assert measure(memoryview(b"[" + b",".join([one] * 5) + b"]")).prompts == 5

@@ -67,6 +67,18 @@ def test_only_listed_headers_reach_a_replica(start) -> None:
     assert reply.headers["x-request-id"].startswith("req-")
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions/batch", "/v1/systemone"])
+def test_no_client_chooses_its_priority_in_the_body(start, path: str) -> None:
+    """vLLM reads it there, of these two routes alone."""
+    upstream = Upstream()
+    gateway = start(upstream, admission={"short_prompt": 1000})
+    with gateway.client() as client:
+        for text, priority in (("x", 0), ("x" * 9000, 1)):
+            body = {"messages": [[{"role": "user", "content": text}]], "state": text, "priority": -9}
+            assert client.post(path, json=body).status_code == 200
+            assert json.loads(upstream.seen[-1].body)["priority"] == priority
+
+
 def test_a_long_prompt_has_the_lower_priority(start) -> None:
     upstream = Upstream()
     gateway = start(upstream)

@@ -90,7 +90,7 @@ class PrefillSettings(ReplicaSettings):
     @property
     def place(self) -> tuple[str, int]:
         host, _, port = self.p2p.rpartition(":")
-        return host, int(port)
+        return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -34,6 +34,7 @@ class BodyParser:
         await self.turn.acquire()
         try:
             work = self._submit(function, body)
+            pool = self.pool
         except BaseException:
             self.turn.release()
             raise
@@ -42,7 +43,8 @@ class BodyParser:
         try:
             return await asyncio.shield(work)
         except BrokenProcessPool:
-            self.close()
+            if self.pool is pool:  # not the one that the next body started
+                self.close()
             message = "The process that parses large bodies died: try again, or send a smaller one."
             raise GatewayError(503, "reader_lost", message, 1) from None
 

@@ -24,6 +24,7 @@ def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpTools
         upgrades = False  # the request asks for an upgrade
         header_size = 0  # bytes received of an unfinished header
         timer: asyncio.TimerHandle | None = None
+        cycles: tuple[RequestResponseCycle, ...] = ()  # not complete yet; all but the first are pipelined
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
             super().connection_made(transport)
@@ -31,6 +32,9 @@ def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpTools
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            for cycle in self.cycles:  # uvicorn tells the newest alone that the client left
+                cycle.disconnected = True
+                cycle.message_event.set()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -74,7 +78,7 @@ def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpTools
 
         def on_header(self, name: bytes, value: bytes) -> None:
             if self.reading_header:  # later ones are trailers, which are dropped
-                super().on_header(name, value)
+                super().on_header(name, value.rstrip(b" \t"))  # not part of it (RFC 9110, 5.5)
 
         def on_headers_complete(self) -> None:
             self.reading_header = False
@@ -90,6 +94,7 @@ def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpTools
             if self.upgrades:
                 return  # it is parsed again, without the upgrade
             super().on_headers_complete()
+            self.cycles = (*(cycle for cycle in self.cycles if not cycle.response_complete), self.cycle)
             if self.parser.get_http_version() == "1.0":
                 disable_chunking(self.cycle)
 
@@ -119,7 +124,8 @@ def limited_protocol(header_bytes: int, header_seconds: float) -> type[HttpTools
             if self.transport.is_closing():
                 return
             cycle = self.cycle
-            unanswered = cycle is not None and cycle.more_body and not cycle.response_started
+            pipelined = any(cycle is waiting for waiting, _ in self.pipeline)
+            unanswered = cycle is not None and not pipelined and cycle.more_body and not cycle.response_started
             if unanswered:  # the request is this one: its application sees a client that left
                 cycle.disconnected = True
                 cycle.message_event.set()

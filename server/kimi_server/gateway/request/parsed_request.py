@@ -21,6 +21,7 @@ from kimi_server.gateway.request.prompt_size import STRING, WINDOW, PromptSize, 
 # Fields whose text or token ids end up in the prompt; the others are parameters.
 PROMPT_FIELDS = (
     *("messages", "prompt", "input", "system", "instructions", "tools", "suffix", "documents", "state", "questions"),
+    "chat_template_kwargs",  # the template takes tools and documents from there, too
 )
 SEVERAL = ("messages", "prompt")  # a list of these is several prompts
 SMALL_FIELDS = (
@@ -69,15 +70,14 @@ class ParsedRequest:
     def output_tokens(self, names: Sequence[str], default: int | None) -> int | None:
         """The longest completion that the request allows, in tokens; None: the rest of the context.
 
-        The first of the fields `names` that is not null counts, `default` if none is there. A value that vLLM refuses
+        The first of the fields `names` that is not null counts, `default` if none does. A value that vLLM refuses
         gives None: it is passed on to be refused there, and must not count as no tokens.
         """
-        if not any(name in self.fields for name in names):
-            return default
         output = self._output_fields()
-        found = (value for name in names if (value := getattr(output, name)) is not None)
-        tokens = next(found, 0)
-        return tokens if tokens > 0 else None
+        for name in names:
+            if self.fields.get(name) is not None:
+                return max(getattr(output, name) or 0, 0) or None
+        return default
 
     @property
     def completions(self) -> int:

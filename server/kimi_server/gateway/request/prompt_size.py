@@ -13,6 +13,8 @@ SHORT_ESCAPE = re.compile(rb"\\[^u]", re.DOTALL)
 # Escapes of a character that UTF-8 writes in one byte, and in two (each half of a surrogate pair: two of four).
 ONE, TWO = re.compile(rb"\\u00[0-7]"), re.compile(rb"\\u(?:0[0-7]|[dD][89a-fA-F])")
 NEXT_LIST = re.compile(rb"\]\s*,\s*\[")
+LIST_ENDS = re.compile(rb"\]\s*,?\s*\Z")
+LISTS = re.compile(rb"\[\s*\[")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def measure(json: memoryview, several: bool = True) -> PromptSize:
     """
     text = strings = numbers = objects = lists = further = at = 0
     inside = False  # of a string
+    tail = b""  # of the window before, where another list may follow
     while at < len(json):
         window = bytes(json[at : at + WINDOW])
         if inside:
@@ -65,11 +68,14 @@ def measure(json: memoryview, several: bool = True) -> PromptSize:
             numbers -= 1  # counted again in the next window
         objects += outside.count(b"{")
         lists += outside.count(b"[")
+        outside = tail + outside
         further += len(NEXT_LIST.findall(outside))
+        ends = LIST_ENDS.search(outside, max(0, outside.rfind(b"]")))
+        tail = ends[0] if ends and not inside else b""
     if not several or bytes(json[:1]) != b"[":
         return PromptSize(text)
     if objects:
-        return PromptSize(text, 0, 1 + further if bytes(json[1:64]).lstrip().startswith(b"[") else 1)
+        return PromptSize(text, 0, 1 + further if LISTS.match(json) else 1)
     return PromptSize(text, numbers, max(1, strings + lists - 1))
 
 

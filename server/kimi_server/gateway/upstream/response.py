@@ -10,8 +10,8 @@ from typing import Any
 
 COPY_BYTES = 16 << 20  # of a response that is no stream, kept to find its usage
 EVENT_BYTES = 1 << 20  # of an incomplete event that are held back
-# Events of the Responses API that come before the prefill.
-EARLY = (b"response.created", b"response.in_progress", b"response.queued")
+# Events that hold no token: of the Responses API those before the prefill, and a stream's end.
+EARLY = (b"response.created", b"response.in_progress", b"response.queued", b"data: [DONE]")
 USAGE = b'"usage":'
 RESPONSE_ID = re.compile(rb'"(resp_[A-Za-z0-9_-]{1,128})"')  # the first in a response is its own
 HEAD_BYTES = 4096  # of a response that is no stream, in which its id is searched
@@ -95,9 +95,9 @@ class UpstreamResponse:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens generated, as reported; of a response that broke off at least as many as events arrived."""
-        reported = self.usage.completion_tokens or 0
-        return reported if self.complete else max(reported, self.events)
+        """Tokens generated, as reported; where that is not the last word at least as many as events arrived."""
+        reported = self.usage.completion_tokens
+        return reported if self.complete and reported is not None else max(reported or 0, self.events)
 
     def _scan(self, text: bytes) -> None:
         if self.is_stream:

@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_RESPONSES = 10_000  # a key
+RESPONSES = "/v1/responses"
+
+
+def referred_to(path: str, fields: dict[str, Any] | None) -> Any:
+    """The id of the response to which a request refers, by `fields` of its body or by its path; None if to none."""
+    if path == RESPONSES:
+        return (fields or {}).get("previous_response_id")
+    return path.removeprefix(f"{RESPONSES}/").removesuffix("/cancel") if path.startswith(f"{RESPONSES}/") else None
 
 
 @dataclass(frozen=True, slots=True)
