@@ -46,6 +46,7 @@ def planned(plan: layout.CacheLayout, tokens: int, pool: int, chunk: int) -> int
     kept = policy.kept_boundaries(tokens // block) | {(tokens - 1) // block}
     for start in range(0, tokens, chunk):
         end, free = min(start + chunk, tokens), pool - 1 - start // block  # one block is vLLM's own
+        free -= policy.own_blocks(start, end, block, plan.kda_groups)
         affordable = policy.affordable_columns(free, plan.kda_groups)
         states.update(policy.columns_to_keep(start, end, block, kept, affordable))
         if end % block == 0 and end // block in kept:

@@ -1,5 +1,7 @@
 """vLLM's scheduler with a cache of this model's kinds, and no engine around it."""
 
+from dataclasses import replace
+
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -50,7 +52,7 @@ def scheduler(
     plan = layout.cache_layout(
         model_sizes, activation_dtype="float32", kv_bytes=1 << 30, block_tokens=block, prefix_caching=True
     )
-    kda: KVCacheSpec = KdaSpec.of(state, config.model_config.max_model_len, plan)
+    kda: KVCacheSpec = replace(KdaSpec.of(state, config.model_config.max_model_len, plan), groups=len(GROUPS))
     cache = KVCacheConfig(
         num_blocks=blocks,
         kv_cache_tensors=[],

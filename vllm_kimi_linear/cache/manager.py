@@ -17,7 +17,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_kimi_linear.cache.metrics import CheckpointCount
-from vllm_kimi_linear.cache.policy import StateCheckpoints, affordable_columns, columns_to_keep, kept_boundaries
+from vllm_kimi_linear.cache.policy import (
+    StateCheckpoints,
+    affordable_columns,
+    columns_to_keep,
+    kept_boundaries,
+    own_blocks,
+)
 from vllm_kimi_linear.cache.spec import KdaSpec
 
 
@@ -115,7 +121,11 @@ def plan_checkpoints(managers: Sequence[KdaManager], request: Request, start: in
     columns: list[int] = []
     if manager.mamba_cache_mode == "align" and start < end:
         reused = {at // manager.block_size for at in (request.num_tokens - 1, request.shared_prefix_boundary)}
-        affordable = affordable_columns(manager.block_pool.get_num_free_blocks(), manager.groups)
+        # A plan that left the chunk itself too little would be made anew in each step, and the request wait for ever.
+        own = own_blocks(
+            request.num_computed_tokens, end, manager.block_size, manager.groups, manager.num_speculative_blocks
+        )
+        affordable = affordable_columns(manager.block_pool.get_num_free_blocks() - own, manager.groups)
         columns = columns_to_keep(start, end, manager.block_size, manager.kept | reused, affordable)
     if columns or request.request_id in manager.planned:  # left behind where there were too few blocks
         for each in managers:

@@ -50,5 +50,13 @@ def columns_to_keep(start: int, end: int, block: int, kept: Collection[int], aff
 
 
 def affordable_columns(free_blocks: int, groups: int) -> int:
-    """Columns that may be kept for a chunk: each takes a block of every group of KDA layers."""
-    return free_blocks // (SPARE * groups)
+    """Columns that a chunk may keep if it leaves so many free: each takes a block of every group of KDA layers."""
+    return max(0, free_blocks) // (SPARE * groups)
+
+
+def own_blocks(held: int, end: int, block: int, groups: int, drafts: int = 0) -> int:
+    """Blocks at most that a chunk takes which ends at `end` tokens, of a request that holds the blocks of `held`.
+
+    Latents; and of each group of KDA layers the state that it goes on from, the running one, and one for each draft.
+    """
+    return -(-end // block) - held // block + 1 + groups * (2 + drafts)

@@ -189,6 +189,40 @@ def serve_all(model: str) -> list[str]:
     return faults
 
 
+def fill(model: str) -> list[int]:
+    """Steps that prompts take, and once more with a turn behind, that fill all of a cache of vLLM's least size."""
+    vllm_kimi_linear.register()
+    found = []
+    for budget in (2048, 4096, 8192, LENGTH):
+        for blocks in range(LENGTH // BLOCK + 2 * len(GROUPS) + 1, 90, 3):
+            config = configuration(model, LENGTH)
+            config.scheduler_config.max_num_batched_tokens = budget
+            engine, steps = scheduler(config, BLOCK, blocks), 0
+            prompt = list(range(LENGTH - 1000))
+            for turn in range(2):
+                hasher = get_request_block_hasher(BLOCK, sha256)
+                prompt += [turn] * 300
+                engine.add_request(
+                    Request(f"r{turn}", list(prompt), SamplingParams(max_tokens=9), None, block_hasher=hasher)
+                )
+                while engine.has_unfinished_requests():
+                    steps += 1
+                    assert steps < 100, f"{blocks} blocks, {budget} tokens a step: turn {turn} does not end"
+                    names = list((step := engine.schedule()).num_scheduled_tokens)
+                    ends = [engine.requests[name].num_computed_tokens >= len(prompt) for name in names]
+                    answers = [[7] if end else [] for end in ends]
+                    engine.update_from_output(
+                        step, ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, answers)
+                    )
+            found.append(steps)
+    return found
+
+
+def test_a_prompt_that_fills_the_cache_is_read(demo_model: Path):
+    """Whatever states it would keep if there were room: the start says that such a length fits."""
+    assert all(in_own_process(fill, str(demo_model)))
+
+
 def load(model: str) -> list[list[int]]:
     """A prompt that got no blocks to be computed and is then loaded: blocks that it takes, and should; for each hit."""
     vllm_kimi_linear.register()

@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 
-from vllm_kimi_linear.cache.policy import affordable_columns, columns_to_keep, kept_boundaries
+from vllm_kimi_linear.cache.policy import affordable_columns, columns_to_keep, kept_boundaries, own_blocks
 
 MILLION = 1 << 20
 
@@ -48,4 +48,10 @@ def test_a_chunk_keeps_the_boundaries_inside_it(start: int, end: int, affordable
 
 
 def test_kept_states_leave_most_of_the_free_blocks():
-    assert [affordable_columns(free, 21) for free in (0, 83, 84, 1000)] == [0, 0, 1, 11]
+    assert [affordable_columns(free, 21) for free in (-9, 0, 83, 84, 1000)] == [0, 0, 0, 1, 11]
+
+
+def test_what_a_chunk_takes_itself():
+    """Blocks of 16: latents of 40 tokens or of the last 8, two states of each of three groups, and a spare."""
+    assert own_blocks(0, 40, 16, groups=3) == 3 + 6 + 1
+    assert own_blocks(32, 40, 16, groups=3, drafts=2) == 1 + 12 + 1
