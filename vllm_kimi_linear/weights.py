@@ -98,7 +98,7 @@ def load(
             if RUNNING.fullmatch(name):
                 remedy = "save the model by transformers' save_pretrained, in the original layout"
             raise WeightError(f"checkpoint tensor {name} is not part of this model: {remedy}")
-        found = tuple(tensor.shape if target.parameter else tensor.tolist())
+        found = tuple(tensor.shape if target.parameter else tensor.reshape(-1).tolist())
         if found not in target.shapes:
             wanted = " or ".join(str(list(shape)) for shape in target.shapes)
             raise WeightError(
@@ -128,6 +128,9 @@ def load(
             f"checkpoint tensor {first}{rest} is missing: the checkpoint is incomplete, "
             "or config.json describes another model"
         )
+    if parts:
+        (weight, gathered), *_ = parts.items()
+        raise WeightError(f"{weight} came with {', '.join(gathered)} alone: send values and scales in one call")
     return loaded
 
 

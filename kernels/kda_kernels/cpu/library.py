@@ -39,7 +39,7 @@ def load(call_sizes: Mapping[str, int]) -> ctypes.CDLL:
 def _share_openmp() -> None:
     """Make the OpenMP runtime of this process visible to the library; if there is none, load the system's."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    loaded = {line.split(maxsplit=5)[5].removesuffix(" (deleted)") for line in maps if "libgomp" in line}
     for path in [*sorted(loaded), "libgomp.so.1"]:
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

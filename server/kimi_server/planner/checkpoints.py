@@ -18,9 +18,13 @@ KNOWN = {
 def read_config(model: str) -> Mapping[str, Any]:
     """config.json's dictionary of a known name, a folder, a file or a name on the hub; raises ConfigError."""
     path = Path(model)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # too long, or in a folder that is somebody else's
+        raise ConfigError(f"MODEL is {model!r}: {error.strerror}; give a checkpoint's folder, or a name") from None
+    if is_folder:
         path = path / "config.json"
-    elif not path.is_file():
+    elif not is_file:
         path = KNOWN.get(model) or _download(model)
     try:
         config = json.loads(path.read_text())

@@ -44,6 +44,7 @@ class Layout:
 
     servers: int
     batch_sequences: int  # that may run at once on one server
+    batch_tokens: int  # of a step; vLLM wants one at least for each of them
     model_sizes: ModelSizes
     tensor_parallel: int
     forecast: Forecast
@@ -150,18 +151,19 @@ def _layouts(request: Request, machine: Machine, model_sizes: ModelSizes) -> tup
 
 def _layout(request: Request, machine: Machine, model_sizes: ModelSizes, ranks: int, servers: int) -> Layout:
     batch_sequences = max(BATCH_SEQUENCES[machine.device], ceil(request.concurrency / servers))
+    batch_tokens = max(BATCH_TOKENS[machine.device], batch_sequences)
     held = forecast(
         model_sizes,
         memory_bytes=machine.usable,
         dtype=request.dtype,
         device=machine.device,
-        batch_tokens=BATCH_TOKENS[machine.device],
+        batch_tokens=batch_tokens,
         batch_sequences=batch_sequences,
         tensor_parallel=ranks,
         state_dtype="float32" if request.state_dtype == "auto" else request.state_dtype,
         context_parallel=request.context_parallel,
     )
-    return Layout(servers, batch_sequences, model_sizes, ranks, held)
+    return Layout(servers, batch_sequences, batch_tokens, model_sizes, ranks, held)
 
 
 def best_spread(choice: Choice) -> Layout | None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from kimi_server.planner.gpus import GPU_SHARE
-from kimi_server.planner.plan import BATCH_TOKENS, Choice
+from kimi_server.planner.plan import Choice
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def settings(choice: Choice) -> list[Setting]:
             else []
         ),
         Setting("max-model-len", request.context, "the planned context"),
-        Setting("max-num-batched-tokens", BATCH_TOKENS[device], "tokens of a step; the activations grow with them"),
+        Setting("max-num-batched-tokens", layout.batch_tokens, "tokens of a step; the activations grow with them"),
         Setting("max-num-seqs", layout.batch_sequences, "most sequences at once; long ones take the place of several"),
         Setting("enable-prefix-caching", True, "a second question about a document does not read it again")
         if request.context_parallel == 1
@@ -43,7 +43,7 @@ def settings(choice: Choice) -> list[Setting]:
         chosen.append(Setting("mamba-ssm-cache-dtype", request.state_dtype, "the recurrent state, as asked"))
     if request.quantization:
         chosen.append(Setting("quantization", request.quantization, "made of the plain weights while they are loaded"))
-    block, half = layout.forecast.plan.block_tokens, BATCH_TOKENS[device] // 2
+    block, half = layout.forecast.plan.block_tokens, layout.batch_tokens // 2
     threshold = max(half // block * block, block)
     if threshold <= request.context:
         reason = f"a long prompt leaves part of a step to others; a multiple of the block of {block:,}"

@@ -147,3 +147,12 @@ def test_library_that_cannot_be_used_gives_the_reason(monkeypatch, tmp_path):
 def test_too_many_taps_are_refused(make_problem):
     with pytest.raises(ValueError, match="conv_weight has a kernel size of 9"):
         make_problem([3], conv_kernel_size=9).prefill(cpu)
+
+
+def test_the_openmp_of_this_process_is_shared_wherever_it_lies(monkeypatch):
+    path = "/home/me/My venv/lib/libgomp-947d5fa1.so.1.0.0"
+    opened = []
+    monkeypatch.setattr(library.Path, "read_text", lambda self: f"7f0-7f1 r-xp 00000000 fe:00 421  {path}\n")
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda name, mode: opened.append(name))
+    library._share_openmp()
+    assert opened == [path]

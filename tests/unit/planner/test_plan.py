@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from kimi_demo.presets import demo_config
+from kimi_server.planner.checkpoints import read_config
 from kimi_server.planner.gpus import machine
 from kimi_server.planner.plan import Choice, Request, choose
 from kimi_server.planner.refusal import sentence
@@ -213,6 +215,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("model") / "config.json"
     file.write_text(json.dumps(CONFIG_48B))
     return file
+
+
+@pytest.mark.parametrize("error", [OSError(36, "File name too long"), PermissionError(13, "Permission denied")])
+def test_a_path_that_cannot_be_looked_at_gets_one_sentence(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    monkeypatch.setattr(Path, "is_dir", Mock(side_effect=error))
+    with pytest.raises(ConfigError, match=f"MODEL is 'some/model': {error.strerror}; give"):
+        read_config("some/model")
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -99,6 +99,13 @@ def test_the_asked_concurrency_may_run_at_once_and_is_counted() -> None:
     assert many.best.forecast.activations > few.best.forecast.activations
 
 
+def test_a_step_has_a_token_for_each_sequence() -> None:
+    """vLLM refuses fewer."""
+    for device, count in (("cuda", 9000), ("cpu", 2500)):
+        flags = {each.flag: each.value for each in settings(chosen(device, context=256, concurrency=count))}
+        assert flags["max-num-seqs"] == flags["max-num-batched-tokens"] == count
+
+
 def test_a_file_without_a_model_names_none(tmp_path: Path) -> None:
     assert "model" not in {line.split(":")[0] for line in yaml(CASES["CPU"], None).splitlines()}
 

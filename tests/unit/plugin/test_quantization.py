@@ -195,6 +195,14 @@ def test_a_scale_too_many_too_few_or_misshapen_names_itself(name: str, tensor: t
         load(torch.nn.Module(), sizes(EXPERTS), [(name, tensor)])
 
 
+def test_values_and_scales_that_a_running_engine_is_sent_apart():
+    """What is held plain is made of both, which one call has to bring."""
+    quantised = sizes(FP8)
+    name = next(name for name, target in targets(quantised, "cpu").items() if target.part is not None)
+    with pytest.raises(WeightError, match="alone: send values and scales in one call"):
+        load(torch.nn.Module(), quantised, [(name, torch.ones(targets(quantised, "cpu")[name].shapes[0]))], whole=False)
+
+
 def test_without_the_c_kernels_the_start_says_so(monkeypatch: pytest.MonkeyPatch):
     def missing(device: str) -> None:
         raise ImportError(f"no kernels for {device}")
