@@ -79,7 +79,7 @@ def test_the_estimate_follows_the_usage() -> None:
 
 
 @pytest.mark.parametrize("window", [7, 16, 33, 65536])
-@pytest.mark.parametrize("space", [0, 1, 70])
+@pytest.mark.parametrize("space", [0, 1, 70, 100_000])
 def test_conversations_are_counted_however_they_are_written(
     monkeypatch: pytest.MonkeyPatch, window: int, space: int
 ) -> None:

@@ -12,8 +12,7 @@ NUMBER = re.compile(rb"[0-9][0-9.eE+-]*")
 SHORT_ESCAPE = re.compile(rb"\\[^u]", re.DOTALL)
 # Escapes of a character that UTF-8 writes in one byte, and in two (each half of a surrogate pair: two of four).
 ONE, TWO = re.compile(rb"\\u00[0-7]"), re.compile(rb"\\u(?:0[0-7]|[dD][89a-fA-F])")
-NEXT_LIST = re.compile(rb"\]\s*,\s*\[")
-LIST_ENDS = re.compile(rb"\]\s*,?\s*\Z")
+SPACE = b" \t\r\n"
 LISTS = re.compile(rb"\[\s*\[")
 
 
@@ -68,10 +67,9 @@ def measure(json: memoryview, several: bool = True) -> PromptSize:
             numbers -= 1  # counted again in the next window
         objects += outside.count(b"{")
         lists += outside.count(b"[")
-        outside = tail + outside
-        further += len(NEXT_LIST.findall(outside))
-        ends = LIST_ENDS.search(outside, max(0, outside.rfind(b"]")))
-        tail = ends[0] if ends and not inside else b""
+        outside = tail + outside.translate(None, SPACE)
+        further += outside.count(b"],[")
+        tail = b"" if inside else next((end for end in (b"]", b"],") if outside.endswith(end)), b"")
     if not several or bytes(json[:1]) != b"[":
         return PromptSize(text)
     if objects:
